@@ -1,0 +1,197 @@
+// The arguments of each op, checked and made contiguous, for the CPU and the CUDA entry alike.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "checks.h"
+
+namespace adaround_ext {
+
+// What the arithmetic runs in: double for float64 weights (CPU only), else float.
+inline ScalarType arithmetic_dtype(const Tensor& weight) {
+  return weight.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_weight_dtype(const NamedTensor& arg) {
+  if (arg.tensor->is_cuda()) {
+    check_dtype(arg, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+  } else {
+    check_dtype(
+        arg, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double});
+  }
+}
+
+// weight [rows, cols], v [rows, cols], scale and zero_point [rows or 1, n_groups].
+struct QuantizeArguments {
+  Tensor weight;
+  Tensor v;
+  Tensor scale;
+  Tensor zero_point;
+
+  QuantizeArguments(
+      const Tensor& weight_in, const Tensor& v_in, const Tensor& scale_in,
+      const Tensor& zero_point_in, int64_t qmin, int64_t qmax) {
+    check_weight_dtype({"weight", &weight_in});
+    const ScalarType dtype = arithmetic_dtype(weight_in);
+    check_grid({"weight", &weight_in}, scale_in, zero_point_in, dtype);
+    check_range(qmin, qmax);
+    check_dtype({"v", &v_in}, {dtype});
+    check_same_shape({"v", &v_in}, {"weight", &weight_in});
+    check_same_device(
+        {{"weight", &weight_in}, {"v", &v_in}, {"scale", &scale_in}, {"zero_point", &zero_point_in}});
+    weight = torch::stable::contiguous(weight_in);
+    v = torch::stable::contiguous(v_in);
+    scale = torch::stable::contiguous(scale_in);
+    zero_point = torch::stable::contiguous(zero_point_in);
+  }
+};
+
+inline void check_beta(double beta) {
+  ADAROUND_CHECK(beta >= 1.0, "beta must be at least 1, got ", beta);
+}
+
+// The gradients that come into the backward of soft_quantize.
+struct BackwardArguments {
+  Tensor grad_weight_q;
+  Tensor grad_reg;
+
+  BackwardArguments(
+      const Tensor& grad_weight_q_in, const Tensor& grad_reg_in, const QuantizeArguments& args) {
+    check_dtype({"grad_weight_q", &grad_weight_q_in}, {args.weight.scalar_type()});
+    check_same_shape({"grad_weight_q", &grad_weight_q_in}, {"weight", &args.weight});
+    check_dtype({"grad_reg", &grad_reg_in}, {args.v.scalar_type()});
+    ADAROUND_CHECK(
+        grad_reg_in.numel() == 1, "grad_reg must hold one number, got shape ",
+        shape_text(grad_reg_in));
+    check_same_device(
+        {{"weight", &args.weight}, {"grad_weight_q", &grad_weight_q_in}, {"grad_reg", &grad_reg_in}});
+    grad_weight_q = torch::stable::contiguous(grad_weight_q_in);
+    grad_reg = torch::stable::contiguous(grad_reg_in);
+  }
+};
+
+constexpr int64_t kScheduleColumns = 5;
+
+// rounding_step_: everything of QuantizeArguments (v is written in place, so it is not copied), the
+// moments, the weight_q or error to write, its gradient, the schedule and the step counter.
+struct StepArguments {
+  Tensor grad;
+  Tensor weight;
+  Tensor scale;
+  Tensor zero_point;
+  Tensor schedule;
+
+  StepArguments(
+      const Tensor& v, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& weight_q,
+      const Tensor& grad_in, const Tensor& weight_in, const Tensor& scale_in,
+      const Tensor& zero_point_in, int64_t qmin, int64_t qmax, const Tensor& schedule_in,
+      const Tensor& step) {
+    const QuantizeArguments args(weight_in, v, scale_in, zero_point_in, qmin, qmax);
+    weight = args.weight;
+    scale = args.scale;
+    zero_point = args.zero_point;
+    for (const NamedTensor& moment :
+         {NamedTensor{"exp_avg", &exp_avg}, NamedTensor{"exp_avg_sq", &exp_avg_sq}}) {
+      check_dtype(moment, {v.scalar_type()});
+      check_same_shape(moment, {"weight", &weight});
+    }
+    if (v.scalar_type() == ScalarType::Double) {
+      check_dtype({"grad", &grad_in}, {ScalarType::Double});
+    } else {
+      check_dtype({"grad", &grad_in}, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+    }
+    check_dtype({"weight_q", &weight_q}, {grad_in.scalar_type()});
+    check_same_shape({"grad", &grad_in}, {"weight", &weight});
+    check_same_shape({"weight_q", &weight_q}, {"weight", &weight});
+    check_dtype({"schedule", &schedule_in}, {ScalarType::Float});
+    ADAROUND_CHECK(
+        schedule_in.dim() == 2 && schedule_in.size(0) >= 1 &&
+            schedule_in.size(1) == kScheduleColumns,
+        "schedule must have shape [steps >= 1, ", kScheduleColumns, "], got ",
+        shape_text(schedule_in));
+    check_dtype({"step", &step}, {ScalarType::Long});
+    ADAROUND_CHECK(step.numel() == 1, "step must hold one number, got shape ", shape_text(step));
+    check_same_device(
+        {{"weight", &weight}, {"exp_avg", &exp_avg}, {"exp_avg_sq", &exp_avg_sq},
+         {"weight_q", &weight_q}, {"grad", &grad_in}, {"schedule", &schedule_in}, {"step", &step}});
+    grad = torch::stable::contiguous(grad_in);
+    schedule = torch::stable::contiguous(schedule_in);
+    check_mutable(
+        {{"v", &v}, {"exp_avg", &exp_avg}, {"exp_avg_sq", &exp_avg_sq}, {"weight_q", &weight_q},
+         {"step", &step}},
+        {{"grad", &grad}, {"weight", &weight}, {"scale", &scale}, {"zero_point", &zero_point},
+         {"schedule", &schedule}});
+  }
+};
+
+// refine_: codes and residual [rows, cols] are written; gram [groups, cols, cols], scale [rows or 1,
+// n_groups]; rows / groups consecutive rows share a Gram matrix.
+struct RefineArguments {
+  Tensor gram;
+  Tensor scale;
+
+  RefineArguments(
+      const Tensor& codes, const Tensor& residual, const Tensor& gram_in, const Tensor& scale_in,
+      int64_t qmin, int64_t qmax, int64_t max_sweeps) {
+    ADAROUND_CHECK(
+        codes.dim() == 2, "codes must be a matrix [rows, cols], got shape ", shape_text(codes));
+    check_range(qmin, qmax);
+    check_dtype({"codes", &codes}, {qmin < 0 ? ScalarType::Char : ScalarType::Byte});
+    if (codes.is_cuda()) {
+      check_dtype({"residual", &residual}, {ScalarType::Float});
+    } else {
+      check_dtype({"residual", &residual}, {ScalarType::Float, ScalarType::Double});
+    }
+    check_same_shape({"residual", &residual}, {"codes", &codes});
+    const int64_t rows = codes.size(0);
+    const int64_t cols = codes.size(1);
+    check_dtype({"gram", &gram_in}, {residual.scalar_type()});
+    ADAROUND_CHECK(
+        gram_in.dim() == 3 && gram_in.size(0) >= 1 && rows % gram_in.size(0) == 0 &&
+            gram_in.size(1) == cols && gram_in.size(2) == cols,
+        "gram must have shape [groups, ", cols, ", ", cols, "] with groups dividing ", rows,
+        " rows, got ", shape_text(gram_in));
+    check_dtype({"scale", &scale_in}, {residual.scalar_type()});
+    ADAROUND_CHECK(
+        scale_in.dim() == 2 && (scale_in.size(0) == rows || scale_in.size(0) == 1) &&
+            scale_in.size(1) >= 1 && cols % scale_in.size(1) == 0,
+        "scale must have shape [", rows, " or 1, n_groups] with n_groups dividing ", cols,
+        " columns, got ", shape_text(scale_in));
+    ADAROUND_CHECK(max_sweeps >= 0, "max_sweeps must not be negative, got ", max_sweeps);
+    check_same_device(
+        {{"codes", &codes}, {"residual", &residual}, {"gram", &gram_in}, {"scale", &scale_in}});
+    gram = torch::stable::contiguous(gram_in);
+    scale = torch::stable::contiguous(scale_in);
+    check_mutable(
+        {{"codes", &codes}, {"residual", &residual}}, {{"gram", &gram}, {"scale", &scale}});
+  }
+};
+
+// codes [rows, cols] int8 or uint8, scale and zero_point [rows or 1, n_groups].
+struct DequantizeArguments {
+  Tensor codes;
+  Tensor scale;
+  Tensor zero_point;
+
+  DequantizeArguments(
+      const Tensor& codes_in, const Tensor& scale_in, const Tensor& zero_point_in,
+      ScalarType dtype) {
+    check_dtype({"codes", &codes_in}, {ScalarType::Char, ScalarType::Byte});
+    check_grid(
+        {"codes", &codes_in}, scale_in, zero_point_in,
+        dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
+    check_same_device({{"codes", &codes_in}, {"scale", &scale_in}, {"zero_point", &zero_point_in}});
+    codes = torch::stable::contiguous(codes_in);
+    scale = torch::stable::contiguous(scale_in);
+    zero_point = torch::stable::contiguous(zero_point_in);
+    const bool cuda = codes.is_cuda();
+    ADAROUND_CHECK(
+        dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
+            (dtype == ScalarType::Double && !cuda),
+        "dtype must be Float, BFloat16, Half", cuda ? "" : " or Double", ", got ",
+        torch::headeronly::toString(dtype));
+  }
+};
+
+}  // namespace adaround_ext

@@ -1,0 +1,136 @@
+// Argument checks of the ops: each names the argument, the rule and what came.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace adaround_ext {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Not STD_TORCH_CHECK: that one puts the builder's source path in front of the message.
+#define ADAROUND_CHECK(cond, ...)                                      \
+  do {                                                                 \
+    if (!(cond)) {                                                     \
+      throw std::invalid_argument(::adaround_ext::concat(__VA_ARGS__)); \
+    }                                                                  \
+  } while (0)
+
+template <typename... Args>
+std::string concat(const Args&... args) {
+  std::ostringstream out;
+  ((out << args), ...);
+  return out.str();
+}
+
+struct NamedTensor {
+  const char* name;
+  const Tensor* tensor;
+};
+
+inline std::string shape_text(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    text += (i ? ", " : "") + std::to_string(t.size(i));
+  }
+  return text + "]";
+}
+
+inline void check_dtype(const NamedTensor& arg, std::initializer_list<ScalarType> allowed) {
+  const ScalarType dtype = arg.tensor->scalar_type();
+  std::string names;
+  for (const ScalarType type : allowed) {
+    if (dtype == type) {
+      return;
+    }
+    names += (names.empty() ? "" : " or ") + std::string(torch::headeronly::toString(type));
+  }
+  ADAROUND_CHECK(
+      false, arg.name, " must have dtype ", names, ", got ", torch::headeronly::toString(dtype));
+}
+
+inline void check_same_shape(const NamedTensor& arg, const NamedTensor& model) {
+  bool same = arg.tensor->dim() == model.tensor->dim();
+  for (int64_t i = 0; same && i < model.tensor->dim(); ++i) {
+    same = arg.tensor->size(i) == model.tensor->size(i);
+  }
+  ADAROUND_CHECK(
+      same, arg.name, " must have the shape of ", model.name, ", ", shape_text(*model.tensor),
+      ", got ", shape_text(*arg.tensor));
+}
+
+inline void check_same_device(std::initializer_list<NamedTensor> args) {
+  const NamedTensor& first = *args.begin();
+  for (const NamedTensor& arg : args) {
+    ADAROUND_CHECK(
+        arg.tensor->is_cuda() == first.tensor->is_cuda() &&
+            arg.tensor->get_device_index() == first.tensor->get_device_index(),
+        arg.name, " must be on the device of ", first.name, ", got ",
+        arg.tensor->is_cuda() ? "cuda:" : "cpu:", arg.tensor->get_device_index(), " and ",
+        first.tensor->is_cuda() ? "cuda:" : "cpu:", first.tensor->get_device_index());
+  }
+}
+
+// scale and zero_point [rows or 1, n_groups] for a weight or codes [rows, cols].
+inline void check_grid(
+    const NamedTensor& weight, const Tensor& scale, const Tensor& zero_point, ScalarType scale_dtype) {
+  ADAROUND_CHECK(
+      weight.tensor->dim() == 2, weight.name, " must be a matrix [rows, cols], got shape ",
+      shape_text(*weight.tensor));
+  const int64_t rows = weight.tensor->size(0);
+  const int64_t cols = weight.tensor->size(1);
+  check_dtype({"scale", &scale}, {scale_dtype});
+  check_dtype({"zero_point", &zero_point}, {ScalarType::Int});
+  ADAROUND_CHECK(
+      scale.dim() == 2 && (scale.size(0) == rows || scale.size(0) == 1) && scale.size(1) >= 1,
+      "scale must have shape [", rows, " or 1, n_groups], got ", shape_text(scale));
+  ADAROUND_CHECK(
+      cols % scale.size(1) == 0, "scale must have a number of groups that divides the ", cols,
+      " columns of ", weight.name, ", got ", scale.size(1));
+  check_same_shape({"zero_point", &zero_point}, {"scale", &scale});
+}
+
+inline void check_range(int64_t qmin, int64_t qmax) {
+  ADAROUND_CHECK(
+      qmin < qmax && qmin >= -128 && qmax <= (qmin < 0 ? 127 : 255),
+      "qmin and qmax must be a range within [-128, 127] or [0, 255], got [", qmin, ", ", qmax, "]");
+}
+
+// The pointer at which the last element of a contiguous tensor ends.
+inline const char* end_pointer(const Tensor& t) {
+  return static_cast<const char*>(t.data_ptr()) + t.numel() * static_cast<int64_t>(t.element_size());
+}
+
+// A tensor written in place must be contiguous and share no memory with any other argument.
+inline void check_mutable(
+    std::initializer_list<NamedTensor> mutated, std::initializer_list<NamedTensor> read) {
+  const auto check_apart = [](const NamedTensor& a, const NamedTensor& b) {
+    if (a.tensor->numel() == 0 || b.tensor->numel() == 0) {
+      return;
+    }
+    const char* a_begin = static_cast<const char*>(a.tensor->data_ptr());
+    const char* b_begin = static_cast<const char*>(b.tensor->data_ptr());
+    ADAROUND_CHECK(
+        end_pointer(*a.tensor) <= b_begin || end_pointer(*b.tensor) <= a_begin, a.name,
+        " is written in place and must not share memory with ", b.name);
+  };
+  for (const NamedTensor* a = mutated.begin(); a != mutated.end(); ++a) {
+    ADAROUND_CHECK(
+        a->tensor->is_contiguous(), a->name, " is written in place and must be contiguous");
+    for (const NamedTensor* b = a + 1; b != mutated.end(); ++b) {
+      check_apart(*a, *b);
+    }
+    for (const NamedTensor& b : read) {
+      check_apart(*a, b);
+    }
+  }
+}
+
+}  // namespace adaround_ext

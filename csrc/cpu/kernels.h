@@ -1,0 +1,94 @@
+// The inner loops of the CPU ops, compiled once per instruction set and chosen at run time.
+// Every loop works on a span: consecutive weights that share one scale and zero point, already
+// converted to the arithmetic type T (float or double). No torch headers here.
+#pragma once
+
+#include <cstdint>
+
+#include "../rounding_math.h"
+
+namespace adaround_ext::cpu {
+
+template <typename T>
+struct SoftSpan {
+  const T* weight;
+  const T* v;
+  T* weight_q;
+  T* dweight_q_dv;  // used by soft_quantize_with_grad only, as is dreg_dv
+  T* dreg_dv;
+  int64_t size;
+  Grid<T> grid;
+  T beta;
+};
+
+template <typename T>
+struct BackwardSpan {
+  const T* grad_weight_q;
+  T grad_reg;
+  const T* weight;
+  const T* v;
+  T* grad_v;
+  int64_t size;
+  Grid<T> grid;
+  T beta;
+};
+
+template <typename T>
+struct StepSpan {
+  T* v;
+  T* exp_avg;
+  T* exp_avg_sq;
+  T* weight_q;
+  const T* grad;
+  const T* weight;
+  int64_t size;
+  Grid<T> grid;
+  StepParams<T> params;
+  bool with_reg;  // false while the schedule's reg_weight is 0
+  bool as_error;
+  bool normalize;
+};
+
+template <typename T>
+struct HardSpan {
+  const T* weight;
+  const T* v;
+  T* codes;
+  int64_t size;
+  Grid<T> grid;
+};
+
+// One row of refine_. code(j) moves weight j by scale[j / group_size].
+template <typename T>
+struct RefineRow {
+  T* codes;
+  T* residual;    // [cols]: error times gram (minus the constant of the asymmetric form)
+  const T* gram;  // [cols, cols], symmetric
+  const T* scale; // [n_groups]
+  int64_t cols;
+  int64_t group_size;
+  T qmin;
+  T qmax;
+  int64_t max_sweeps;
+};
+
+template <typename T>
+struct Kernels {
+  double (*soft_quantize)(const SoftSpan<T>&);            // returns the sum of the regularizer
+  double (*soft_quantize_with_grad)(const SoftSpan<T>&);  // the same
+  void (*soft_quantize_backward)(const BackwardSpan<T>&);
+  void (*rounding_step)(const StepSpan<T>&);
+  void (*hard_quantize)(const HardSpan<T>&);
+  void (*refine_row)(const RefineRow<T>&);
+};
+
+// The loops in use for T. double has the baseline's only: it serves gradient checks.
+template <typename T>
+const Kernels<T>& kernels();
+
+// Chooses the loops for float: "auto", "baseline", "avx2" or "avx512". Returns the name now in use,
+// or an empty string, changing nothing, where this machine or build lacks the one asked for.
+// The environment variable ADAROUND_EXT_ISA makes the first choice.
+const char* use_instruction_set(const char* name);
+
+}  // namespace adaround_ext::cpu

@@ -1,0 +1,18 @@
+// What every processor of the target architecture runs (SSE2 on x86-64, NEON on 64-bit Arm), and
+// the loops in double.
+#include "kernels.h"
+
+#define ADAROUND_ISA baseline
+#define ADAROUND_WIDTH 4
+#include "vec.h"
+
+#include "kernels_impl.h"
+
+namespace adaround_ext::cpu {
+
+extern const Kernels<float> kBaselineKernels;
+extern const Kernels<double> kDoubleKernels;
+const Kernels<float> kBaselineKernels = baseline::table<baseline::Vec, float>();
+const Kernels<double> kDoubleKernels = baseline::table<double, double>();
+
+}  // namespace adaround_ext::cpu

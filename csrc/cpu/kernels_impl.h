@@ -1,0 +1,151 @@
+// The loops of kernels.h. Included once per instruction set by a file that has set the compiler's
+// target, ADAROUND_ISA (the namespace) and Vec; so there is no include guard. Everything called here
+// is force-inlined: nothing compiled for one instruction set may be linked into another.
+
+namespace adaround_ext::cpu::ADAROUND_ISA {
+
+template <typename V, typename T>
+ADAROUND_INLINE Grid<V> broadcast(const Grid<T>& grid) {
+  return {V(grid.scale), V(grid.zero_point), V(grid.qmin), V(grid.qmax)};
+}
+
+template <typename V, typename T>
+ADAROUND_INLINE StepParams<V> broadcast(const StepParams<T>& params) {
+  return {V(params.beta), V(params.reg_weight), V(params.step_size), V(params.inv_bias_sqrt)};
+}
+
+template <bool kWithGrad, typename V, typename T>
+double soft_quantize(const SoftSpan<T>& s) {
+  const Grid<V> grid = broadcast<V>(s.grid);
+  const V beta(s.beta);
+  Sum<V> sum;
+  for (int64_t i = 0; i < s.size; i += kSize<V>) {
+    const int64_t left = s.size - i;
+    const Rectified<V> r = rectified_sigmoid(load<V>(s.v + i, left));
+    const V code = floor_code(load<V>(s.weight + i, left), grid) + r.h;
+    store(s.weight_q + i, dequantize(clamp_code(code, grid), grid), left);
+    const Regularizer<V> reg = round_reg(r.h, beta);
+    if (kWithGrad) {
+      store(s.dweight_q_dv + i, through_clamp(grid.scale * r.grad, code, grid), left);
+      store(s.dreg_dv + i, reg.grad * r.grad, left);
+    }
+    sum.add(reg.value, left);
+  }
+  return sum.total();
+}
+
+template <typename V, typename T>
+void soft_quantize_backward(const BackwardSpan<T>& s) {
+  const Grid<V> grid = broadcast<V>(s.grid);
+  const V beta(s.beta);
+  const V grad_reg(s.grad_reg);
+  for (int64_t i = 0; i < s.size; i += kSize<V>) {
+    const int64_t left = s.size - i;
+    const Rectified<V> r = rectified_sigmoid(load<V>(s.v + i, left));
+    const V code = floor_code(load<V>(s.weight + i, left), grid) + r.h;
+    const V grad_code = load<V>(s.grad_weight_q + i, left) * grid.scale;
+    const V grad_h = through_clamp(grad_code, code, grid) + grad_reg * round_reg(r.h, beta).grad;
+    store(s.grad_v + i, grad_h * r.grad, left);
+  }
+}
+
+template <bool kWithReg, typename V, typename T>
+void rounding_step_span(const StepSpan<T>& s) {
+  const Grid<V> grid = broadcast<V>(s.grid);
+  const StepParams<V> params = broadcast<V>(s.params);
+  const V grad_factor(s.normalize ? T(1) / s.grid.scale : s.grid.scale);
+  const V weight_factor(s.as_error ? T(1) : T(0));
+  // Two loops over a piece that stays in the first-level cache: one long chain of dependent
+  // operations would leave the processor waiting, two short ones overlap better.
+  // Dividing for floor_code again is cheaper than keeping its result from the first loop.
+  constexpr int64_t kPiece = 512;
+  alignas(64) T grad_v[kPiece];
+  for (int64_t begin = 0; begin < s.size; begin += kPiece) {
+    const int64_t end = s.size < begin + kPiece ? s.size : begin + kPiece;
+    for (int64_t i = begin; i < end; i += kSize<V>) {
+      const int64_t left = end - i;
+      const V code = floor_code(load<V>(s.weight + i, left), grid);
+      const V g = rounding_grad<kWithReg>(
+          load<V>(s.v + i, left), load<V>(s.grad + i, left), code, grid, grad_factor, params);
+      store(grad_v + (i - begin), g, left);
+    }
+    for (int64_t i = begin; i < end; i += kSize<V>) {
+      const int64_t left = end - i;
+      V exp_avg = load<V>(s.exp_avg + i, left);
+      V exp_avg_sq = load<V>(s.exp_avg_sq + i, left);
+      const V v = adam_step(
+          load<V>(s.v + i, left), exp_avg, exp_avg_sq, load<V>(grad_v + (i - begin), left), params);
+      const V weight = load<V>(s.weight + i, left);
+      const V soft = soft_weight(v, floor_code(weight, grid), grid);
+      store(s.v + i, v, left);
+      store(s.exp_avg + i, exp_avg, left);
+      store(s.exp_avg_sq + i, exp_avg_sq, left);
+      store(s.weight_q + i, soft - weight_factor * weight, left);
+    }
+  }
+}
+
+template <typename V, typename T>
+void rounding_step_of(const StepSpan<T>& s) {
+  if (s.with_reg) {
+    rounding_step_span<true, V>(s);
+  } else {
+    rounding_step_span<false, V>(s);
+  }
+}
+
+template <typename V, typename T>
+void hard_quantize(const HardSpan<T>& s) {
+  const Grid<V> grid = broadcast<V>(s.grid);
+  for (int64_t i = 0; i < s.size; i += kSize<V>) {
+    const int64_t left = s.size - i;
+    const V code = hard_code(load<V>(s.weight + i, left), load<V>(s.v + i, left), grid);
+    store(s.codes + i, code, left);
+  }
+}
+
+// Cyclic coordinate descent of one row under e G e^T, whose gradient is 2 residual. Changing code j
+// by k changes the objective by 2 d residual[j] + d^2 gram[j][j], d = k scale_j: the best k is
+// round(-residual[j] / (gram[j][j] scale_j)), kept inside the grid. Ends when a sweep changes nothing.
+template <typename V, typename T>
+void refine_row(const RefineRow<T>& s) {
+  // A change must lie this far past the midpoint between two codes: rounding errors of the residual
+  // may not make two equally good codes alternate for ever.
+  const T half_step = T(0.5) + T(1e-4);
+  for (int64_t sweep = 0; sweep < s.max_sweeps; ++sweep) {
+    bool changed = false;
+    for (int64_t j = 0; j < s.cols; ++j) {
+      const T scale = s.scale[j / s.group_size];
+      const T curvature = s.gram[j * s.cols + j] * scale;
+      if (!(abs_(s.residual[j]) > half_step * curvature) || !(curvature > T(0))) {
+        continue;
+      }
+      const T best = s.codes[j] + floor_(-s.residual[j] / curvature + T(0.5));
+      const T code = max_(s.qmin, min_(s.qmax, best));
+      if (code == s.codes[j]) {
+        continue;
+      }
+      const V delta((code - s.codes[j]) * scale);
+      s.codes[j] = code;
+      changed = true;
+      const T* gram_row = s.gram + j * s.cols;
+      for (int64_t i = 0; i < s.cols; i += kSize<V>) {
+        const int64_t left = s.cols - i;
+        const V sum = load<V>(s.residual + i, left) + delta * load<V>(gram_row + i, left);
+        store(s.residual + i, sum, left);
+      }
+    }
+    if (!changed) {
+      return;
+    }
+  }
+}
+
+template <typename V, typename T>
+constexpr Kernels<T> table() {
+  return {
+      soft_quantize<false, V, T>, soft_quantize<true, V, T>, soft_quantize_backward<V, T>,
+      rounding_step_of<V, T>,     hard_quantize<V, T>,       refine_row<V, T>};
+}
+
+}  // namespace adaround_ext::cpu::ADAROUND_ISA

@@ -1,0 +1,166 @@
+// A vector of floats with the primitives of ../elementary.h, in the compiler's vector extension.
+// Included once per instruction set (see kernels_impl.h): no include guard, ADAROUND_ISA is the
+// namespace and ADAROUND_WIDTH the number of floats.
+
+namespace adaround_ext::cpu::ADAROUND_ISA {
+
+// The overloads below would hide those for scalars.
+using ::adaround_ext::abs_;
+using ::adaround_ext::floor_;
+using ::adaround_ext::max_;
+using ::adaround_ext::min_;
+using ::adaround_ext::sqrt_;
+
+struct Vec {
+  typedef float Native __attribute__((vector_size(4 * ADAROUND_WIDTH)));
+  typedef double Doubles __attribute__((vector_size(8 * ADAROUND_WIDTH)));
+  Native x;
+
+  Vec() = default;
+  ADAROUND_INLINE Vec(Native native) : x(native) {}
+  ADAROUND_INLINE explicit Vec(float value) : x(value - Native{}) {}  // -0.0f keeps its sign
+  ADAROUND_INLINE explicit Vec(double value) : Vec(static_cast<float>(value)) {}
+};
+
+// How many numbers a V holds.
+template <typename V>
+constexpr int64_t kSize = sizeof(V) / sizeof(float);
+template <>
+constexpr int64_t kSize<double> = 1;
+
+struct IntVec {
+  typedef int32_t Native __attribute__((vector_size(4 * ADAROUND_WIDTH)));
+  Native x;
+};
+
+ADAROUND_INLINE Vec operator+(Vec a, Vec b) { return a.x + b.x; }
+ADAROUND_INLINE Vec operator-(Vec a, Vec b) { return a.x - b.x; }
+ADAROUND_INLINE Vec operator*(Vec a, Vec b) { return a.x * b.x; }
+ADAROUND_INLINE Vec operator/(Vec a, Vec b) { return a.x / b.x; }
+ADAROUND_INLINE Vec operator-(Vec a) { return -a.x; }
+ADAROUND_INLINE IntVec operator==(Vec a, Vec b) { return {a.x == b.x}; }
+ADAROUND_INLINE IntVec operator>=(Vec a, Vec b) { return {a.x >= b.x}; }
+ADAROUND_INLINE IntVec operator+(IntVec a, IntVec b) { return {a.x + b.x}; }
+ADAROUND_INLINE IntVec operator-(IntVec a, IntVec b) { return {a.x - b.x}; }
+ADAROUND_INLINE IntVec operator-(IntVec a, int32_t b) { return {a.x - b}; }
+ADAROUND_INLINE IntVec operator*(IntVec a, int32_t b) { return {a.x * b}; }
+ADAROUND_INLINE IntVec operator>>(IntVec a, int32_t b) { return {a.x >> b}; }
+
+ADAROUND_INLINE Vec select_(IntVec mask, Vec yes, Vec no) {
+  return mask.x ? yes.x : no.x;
+}
+
+ADAROUND_INLINE IntVec to_bits(Vec a) {
+  IntVec bits;
+  memcpy(&bits, &a, sizeof bits);
+  return bits;
+}
+ADAROUND_INLINE Vec from_bits(IntVec a) {
+  Vec x;
+  memcpy(&x, &a, sizeof x);
+  return x;
+}
+ADAROUND_INLINE Vec to_float(IntVec a) {
+  return __builtin_convertvector(a.x, Vec::Native);
+}
+ADAROUND_INLINE Vec abs_(Vec a) {
+  return from_bits({to_bits(a).x & 0x7fffffff});
+}
+
+#if ADAROUND_WIDTH == 16
+ADAROUND_INLINE Vec min_(Vec limit, Vec a) { return Vec::Native(_mm512_min_ps(limit.x, a.x)); }
+ADAROUND_INLINE Vec max_(Vec limit, Vec a) { return Vec::Native(_mm512_max_ps(limit.x, a.x)); }
+ADAROUND_INLINE Vec sqrt_(Vec a) { return Vec::Native(_mm512_sqrt_ps(a.x)); }
+ADAROUND_INLINE Vec floor_(Vec a) {
+  return Vec::Native(_mm512_roundscale_ps(a.x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+}
+// Fewer instructions than exp2_polynomial, and no clamp: vscalefps saturates by itself.
+ADAROUND_INLINE Vec exp2_(Vec a) {
+  const Vec n = Vec::Native(_mm512_roundscale_ps(a.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  return Vec::Native(_mm512_scalef_ps(exp2_fraction(a - n).x, n.x));
+}
+#elif ADAROUND_WIDTH == 8
+ADAROUND_INLINE Vec min_(Vec limit, Vec a) { return Vec::Native(_mm256_min_ps(limit.x, a.x)); }
+ADAROUND_INLINE Vec max_(Vec limit, Vec a) { return Vec::Native(_mm256_max_ps(limit.x, a.x)); }
+ADAROUND_INLINE Vec sqrt_(Vec a) { return Vec::Native(_mm256_sqrt_ps(a.x)); }
+ADAROUND_INLINE Vec floor_(Vec a) { return Vec::Native(_mm256_floor_ps(a.x)); }
+#else
+ADAROUND_INLINE Vec min_(Vec limit, Vec a) { return limit.x < a.x ? limit.x : a.x; }
+ADAROUND_INLINE Vec max_(Vec limit, Vec a) { return limit.x > a.x ? limit.x : a.x; }
+ADAROUND_INLINE Vec sqrt_(Vec a) {
+  for (int i = 0; i < ADAROUND_WIDTH; ++i) {
+    a.x[i] = sqrt_(static_cast<float>(a.x[i]));
+  }
+  return a;
+}
+ADAROUND_INLINE Vec floor_(Vec a) {
+  for (int i = 0; i < ADAROUND_WIDTH; ++i) {
+    a.x[i] = floor_(static_cast<float>(a.x[i]));
+  }
+  return a;
+}
+#endif
+
+#if ADAROUND_WIDTH != 16
+ADAROUND_INLINE Vec exp2_(Vec a) { return exp2_polynomial(a); }
+#endif
+ADAROUND_INLINE Vec log2_(Vec a) { return log2_polynomial(a); }
+
+// The first `size` floats (at most kSize), the rest 1: a value every formula takes.
+template <typename V>
+ADAROUND_INLINE V load(const float* from, int64_t size) {
+  V a(1.0f);
+  if (size >= kSize<V>) {
+    memcpy(&a, from, sizeof a);
+  } else {
+    memcpy(&a, from, sizeof(float) * static_cast<size_t>(size));
+  }
+  return a;
+}
+ADAROUND_INLINE void store(float* to, Vec a, int64_t size) {
+  if (size >= kSize<Vec>) {
+    memcpy(to, &a, sizeof a);
+  } else {
+    memcpy(to, &a, sizeof(float) * static_cast<size_t>(size));
+  }
+}
+
+// A sum in double, a partial sum a lane, in an order that only the sizes decide.
+template <typename V>
+struct Sum {
+  typename V::Doubles lanes = {};
+
+  ADAROUND_INLINE void add(V a, int64_t size) {
+    if (size >= kSize<V>) {
+      lanes += __builtin_convertvector(a.x, typename V::Doubles);
+    } else {
+      for (int64_t i = 0; i < size; ++i) {
+        lanes[i] += static_cast<double>(a.x[i]);
+      }
+    }
+  }
+  ADAROUND_INLINE double total() const {
+    double sum = 0.0;
+    for (int64_t i = 0; i < kSize<V>; ++i) {
+      sum += lanes[i];
+    }
+    return sum;
+  }
+};
+
+// double, for gradient checks, is a vector of one.
+template <typename V>
+ADAROUND_INLINE V load(const double* from, int64_t /*size*/) {
+  return *from;
+}
+ADAROUND_INLINE void store(double* to, double a, int64_t /*size*/) {
+  *to = a;
+}
+template <>
+struct Sum<double> {
+  double sum = 0.0;
+  ADAROUND_INLINE void add(double a, int64_t /*size*/) { sum += a; }
+  ADAROUND_INLINE double total() const { return sum; }
+};
+
+}  // namespace adaround_ext::cpu::ADAROUND_ISA

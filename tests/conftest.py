@@ -1,0 +1,25 @@
+"""Fixtures that every test file shares."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from adaround_ext.native import build_info
+
+_no_cuda = not torch.cuda.is_available() or not build_info()["cuda_loaded"]
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(_no_cuda, reason="no CUDA device or CUDA build")),
+]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device in turn."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
