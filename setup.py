@@ -71,7 +71,14 @@ if cuda_home and not archs:
 
 optimise = ["-O0", "-g"] if flag("DEBUG") else ["-O3"]
 # Not -ffast-math: it would flush denormals in the whole process and break NaN checks.
-cxx = [*optimise, "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+cxx = [
+    *optimise,
+    "-std=c++17",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+]
 cxx += ["-Wno-maybe-uninitialized"]  # gcc's own AVX-512 header
 stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # the oldest torch that can load it: 2.10
 nvcc = [*optimise, "-std=c++17", "-DUSE_CUDA", *stable]
@@ -111,7 +118,9 @@ if cuda_home:
             py_limited_api=True,
         )
     )
-print(f"adaround_ext: building for {'CPU and CUDA ' + archs if cuda_home else 'CPU only (no nvcc)'}")
+print(
+    f"adaround_ext: building for {'CPU and CUDA ' + archs if cuda_home else 'CPU only (no nvcc)'}"
+)
 
 
 class BuildExtension(cpp_extension.BuildExtension):

@@ -1,5 +1,10 @@
 """AdaRound, learned weight rounding for post-training quantization, with fused native kernels."""
 
+from adaround_ext.config import AdaRoundConfig
 from adaround_ext.native import build_info
+from adaround_ext.reconstruct import optimize_layer
+from adaround_ext.report import LayerReport
+from adaround_ext.result import LayerResult
 
-__all__ = ["build_info"]
+__all__ = ["AdaRoundConfig", "LayerReport", "LayerResult", "build_info", "optimize_layer"]
+__version__ = build_info()["version"]

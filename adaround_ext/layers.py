@@ -44,6 +44,11 @@ class MatrixLayer:
         self._channels = channels
         self._shape = (rows, channels // groups, *kernel)
 
+    @property
+    def geometry(self) -> tuple[object, ...]:
+        """Everything that decides the patches: layers equal in it see the same ones."""
+        return (self._channels, self.groups, self.cols)
+
     def weight_matrix(self) -> Tensor:
         """A detached, contiguous copy of the layer's weight as [rows, cols], in its dtype."""
         weight = self._reorder(self.layer.get_parameter("weight").detach())
@@ -66,7 +71,7 @@ class MatrixLayer:
         becomes one sample. ValueError for a shape that the layer does not take.
         """
         x = self._batched(x, self._channels, "inputs")
-        if min((*x.shape[2:], *self._output_size(x)), default=1) < 1:
+        if min((*x.shape[2:], *self.output_size(x)), default=1) < 1:
             rule = "inputs must be large enough for one output position"
             raise ValueError(f"{rule}, got shape {list(x.shape)}")
         return x
@@ -101,7 +106,7 @@ class MatrixLayer:
 
         ValueError where outputs do not fit x, positions is below 1, or generator is missing.
         """
-        size = self._output_size(x)
+        size = self.output_size(x)
         expected = [len(x), self.rows, *size]
         if outputs is not None and list(outputs.shape) != expected:
             rule = f"targets must have shape {expected} for inputs of shape {list(x.shape)}"
@@ -150,7 +155,7 @@ class MatrixLayer:
         """Spatial size of what the windows move over."""
         return ()
 
-    def _output_size(self, x: Tensor) -> Sequence[int]:
+    def output_size(self, x: Tensor) -> Sequence[int]:
         """Spatial size of the layer's output."""
         return ()
 
@@ -182,6 +187,11 @@ class _Conv(MatrixLayer):
         self._mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         self._function = layer._conv_forward  # the one place that knows all padding modes
 
+    @property
+    def geometry(self) -> tuple[object, ...]:
+        window = (self._reach, self._dilation, self._stride, self._spread, self._extra, self._pads)
+        return (*super().geometry, self._mode, *(tuple(values) for values in window))
+
     def _batched(self, x: Tensor, channels: int, name: str) -> Tensor:
         dims = len(self._reach)
         if x.dim() not in (dims + 1, dims + 2) or x.shape[-dims - 1] != channels:
@@ -194,7 +204,7 @@ class _Conv(MatrixLayer):
         dims = zip(x.shape[2:], self._spread, self._extra, self._pads, strict=True)
         return [n * spread + extra + sum(pads) for n, spread, extra, pads in dims]
 
-    def _output_size(self, x: Tensor) -> Sequence[int]:
+    def output_size(self, x: Tensor) -> Sequence[int]:
         dims = zip(self._padded_size(x), self._reach, self._stride, strict=True)
         return [(n - reach - 1) // stride + 1 for n, reach, stride in dims]
 

@@ -15,7 +15,9 @@ def _load() -> bool:
     """Loads the op libraries; True where the CUDA one is among them."""
     cpu, cuda = _FOLDER / "_C_cpu.so", _FOLDER / "_C_cuda.so"
     if not cpu.exists():
-        raise ImportError(f"adaround_ext is not built: {cpu.name} is missing. Build with: {_BUILD_COMMAND}")
+        raise ImportError(
+            f"adaround_ext is not built: {cpu.name} is missing. Build with: {_BUILD_COMMAND}"
+        )
     torch.ops.load_library(str(cpu))
     # Under a CPU-only torch the CUDA library has unresolved symbols and cannot load.
     if torch.version.cuda is None or not cuda.exists():

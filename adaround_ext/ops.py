@@ -29,8 +29,9 @@ def _code_dtype(qmin: int) -> torch.dtype:
 def _check_same_shape(name: str, tensor: Tensor, weight: Tensor) -> None:
     torch._check(
         tensor.shape == weight.shape,
-        lambda: f"{name} must have the shape of weight, {list(weight.shape)}, "
-        f"got {list(tensor.shape)}",
+        lambda: (
+            f"{name} must have the shape of weight, {list(weight.shape)}, got {list(tensor.shape)}"
+        ),
     )
 
 
@@ -196,9 +197,7 @@ def hard_quantize(
 
 
 @torch.library.register_fake("adaround_ext::hard_quantize")
-def _(
-    weight: Tensor, v: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
-) -> Tensor:
+def _(weight: Tensor, v: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
     _check_same_shape("v", v, weight)
     return weight.new_empty(weight.shape, dtype=_code_dtype(qmin))
 
@@ -246,6 +245,8 @@ def _(
 ) -> None:
     torch._check(
         residual.shape == codes.shape,
-        lambda: f"residual must have the shape of codes, {list(codes.shape)}, "
-        f"got {list(residual.shape)}",
+        lambda: (
+            f"residual must have the shape of codes, {list(codes.shape)}, "
+            f"got {list(residual.shape)}"
+        ),
     )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 ZETA, GAMMA = 1.1, -0.1  # stretch of the rectified sigmoid, eq. (23)
+ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8  # Adam's defaults, which the paper uses
 FRACTION_MARGIN = 1e-4  # keeps weights on the grid off the edge of h's clip
 
 
@@ -105,9 +106,10 @@ def rounding_step_(
         factor = s.square().reciprocal() if normalize else torch.ones_like(s)
         loss = (soft * grad.to(v.dtype) * factor).sum() + reg_weight * reg
         (grad_v,) = torch.autograd.grad(loss, leaf)
-    exp_avg.lerp_(grad_v, 1 - 0.9)
-    exp_avg_sq.lerp_(grad_v.square(), 1 - 0.999)
-    v -= learning_rate / correction1 * exp_avg / (exp_avg_sq.sqrt() / correction2_sqrt + 1e-8)
+    exp_avg.lerp_(grad_v, 1 - ADAM_BETAS[0])
+    exp_avg_sq.lerp_(grad_v.square(), 1 - ADAM_BETAS[1])
+    denominator = exp_avg_sq.sqrt() / correction2_sqrt + ADAM_EPS
+    v -= learning_rate / correction1 * exp_avg / denominator
     soft, _ = soft_quantize(weight.to(v.dtype), v, scale, zero_point, qmin, qmax, beta)
     weight_q.copy_(soft - weight if as_error else soft)
     step += 1
@@ -163,11 +165,11 @@ class ReferenceConfig:
     seed: int = 0
 
 
-def beta_at(step: int, config: ReferenceConfig) -> float:
-    """beta falls from 20 to 2 along half a cosine after the warm-up."""
-    start = config.warmup * config.steps
-    share = (step - start) / (config.steps - start)
-    high, low = config.beta
+def cosine_beta(step: int, steps: int, beta: tuple[float, float], warmup: float) -> float:
+    """beta falls from beta[0] to beta[1] along half a cosine after the warm-up."""
+    start = warmup * steps
+    share = max(step - start, 0.0) / max(steps - start, 1.0)
+    high, low = beta
     return low + 0.5 * (high - low) * (1 + math.cos(share * math.pi))
 
 
@@ -206,7 +208,9 @@ class Optimizer:
         h = rectified_sigmoid(self.v)
         loss = reconstruction(self.soft_weight(h))
         if step >= self.config.warmup * self.config.steps:
-            loss = loss + self.config.reg_weight * round_reg(h, beta_at(step, self.config))
+            config = self.config
+            beta = cosine_beta(step, config.steps, config.beta, config.warmup)
+            loss = loss + config.reg_weight * round_reg(h, beta)
         return loss
 
     def step(self, reconstruction: Callable[[Tensor], Tensor], step: int) -> None:

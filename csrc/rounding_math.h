@@ -46,7 +46,7 @@ struct Rectified {
 // h(V) = clip(sigmoid(V) (zeta - gamma) + gamma, 0, 1), eq. (23), and its derivative.
 template <typename T>
 ADAROUND_INLINE Rectified<T> rectified_sigmoid(T v) {
-  const T sigmoid = T(1.0) / (T(1.0) + exp2_(v * T(-kLog2E)));
+  const T sigmoid = divide_(T(1.0), T(1.0) + exp2_(v * T(-kLog2E)));
   const T wide = sigmoid * T(kZeta - kGamma);
   const T stretched = wide + T(kGamma);
   const T slope = wide - wide * sigmoid;
@@ -126,7 +126,7 @@ ADAROUND_INLINE T adam_step(
   exp_avg = exp_avg + T(1.0 - kAdamBeta1) * (grad_v - exp_avg);
   exp_avg_sq = exp_avg_sq + T(1.0 - kAdamBeta2) * (grad_v * grad_v - exp_avg_sq);
   const T denominator = sqrt_(exp_avg_sq) * params.inv_bias_sqrt + T(kAdamEps);
-  return v - params.step_size * exp_avg / denominator;
+  return v - divide_(params.step_size * exp_avg, denominator);
 }
 
 // The soft quantized weight, eq. (22), from the code below the weight.

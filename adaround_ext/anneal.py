@@ -1,0 +1,56 @@
+"""The optimisation of V: the loop and only the loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from adaround_ext import ops, reference
+from adaround_ext.choice import Settings
+from adaround_ext.config import AdaRoundConfig
+from adaround_ext.grid import QuantGrid
+from adaround_ext.objective import Objective
+from adaround_ext.schedule import schedule_table
+
+
+@dataclass
+class RoundingState:
+    """What the loop changes, all [rows, cols]: V, Adam's moments, the soft weights or errors."""
+
+    v: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    weight_q: Tensor
+
+
+def anneal(
+    weight: Tensor,
+    grid: QuantGrid,
+    objective: Objective,
+    chosen: Settings,
+    config: AdaRoundConfig,
+    name: str = "layer",
+) -> Tensor:
+    """V after gradient descent on eq. (25): the paper's loop, one fused op a step.
+
+    weight float32 [rows, cols]; returns float32 [rows, cols].
+    """
+    v = reference.initial_v(weight, grid.scale)
+    soft, _ = ops.soft_quantize(weight, v, grid.scale, grid.zero_point, grid.qmin, grid.qmax, 2.0)
+    start = soft - weight if objective.as_error else soft
+    state = RoundingState(v, torch.zeros_like(v), torch.zeros_like(v), start)
+    schedule = schedule_table(
+        chosen.steps, chosen.learning_rate, chosen.reg_weight, config.beta, config.warmup
+    ).to(weight.device)
+    step = torch.zeros(1, dtype=torch.int64, device=weight.device)
+    for _ in tqdm(range(chosen.steps), desc=name, disable=not config.progress):
+        grad = objective.gradient(state.weight_q)
+        ops.rounding_step_(
+            state.v, state.exp_avg, state.exp_avg_sq, state.weight_q, grad, weight, grid.scale,
+            grid.zero_point, grid.qmin, grid.qmax, schedule, step, objective.as_error,
+            config.scale_free,
+        )  # fmt: skip
+    return state.v

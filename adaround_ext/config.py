@@ -1,0 +1,181 @@
+"""The settings of :func:`adaround_ext.optimize_layer`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Granularity = Literal["per_tensor", "per_channel", "per_group"]
+
+_CHOICES = {
+    "granularity": ("per_tensor", "per_channel", "per_group"),
+    "objective": ("auto", "gram", "sampled"),
+}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.nn.functional.relu,
+    "relu6": torch.nn.functional.relu6,
+    "gelu": torch.nn.functional.gelu,
+    "silu": torch.nn.functional.silu,
+}
+_SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AdaRoundConfig:
+    """Settings of one layer's reconstruction; names as in the paper and its implementations.
+
+    bits: 2 to 8. symmetric: codes in [-2^(b-1), 2^(b-1) - 1] with zero point 0, else [0, 2^b - 1].
+    granularity: a scale per_tensor, per_channel (row) or per_group of ``group_size`` columns.
+    scale: "min_max", "mse" (the scale of least squared weight error) or a tensor of shape
+    [rows or 1, n_groups]. scale_dtype: the dtype that scales are stored in; they are rounded to it
+    before anything is optimised.
+    objective: "gram" (exact for a loss without activation function), "sampled" (minibatches through
+    the layer and ``activation``), or "auto". activation: None, "relu", "relu6", "gelu", "silu" or a
+    callable that works elementwise. positions: for convolutions, the number of output positions per
+    sample that the Gram objective looks at; None is all.
+    steps, learning_rate, reg_weight (lambda): None takes the objective's measured default
+    (docs/tuning.md). beta: (from, to) of the regularizer's exponent along half a cosine. warmup: the
+    share of steps before the regularizer is on. scale_free: divide the loss by the layer's own
+    scale, so that one reg_weight serves all layers; False is the paper's loss.
+    refine: coordinate descent over the whole grid after the annealing (Gram objective only).
+    batch_size: samples a step of the sampled objective. progress: show a bar.
+    """
+
+    bits: int = 4
+    symmetric: bool = True
+    granularity: Granularity = "per_channel"
+    group_size: int | None = None
+    scale: str | Tensor = "mse"
+    scale_dtype: torch.dtype = torch.float32
+    objective: Literal["auto", "gram", "sampled"] = "auto"
+    activation: str | Callable[[Tensor], Tensor] | None = None
+    positions: int | None = None
+    steps: int | None = None
+    batch_size: int = 32
+    learning_rate: float | None = None
+    reg_weight: float | None = None
+    beta: tuple[float, float] = (20.0, 2.0)
+    warmup: float = 0.2
+    scale_free: bool = True
+    refine: bool = True
+    seed: int = 0
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                _fail(name, f"one of {', '.join(choices)}", getattr(self, name))
+        _check_int("bits", self.bits, 2, 8)
+        _check_int("batch_size", self.batch_size, 1)
+        _check_int("seed", self.seed, 0)
+        for name in ("steps", "positions", "group_size"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 0 if name == "steps" else 1)
+        for name in ("symmetric", "refine", "progress", "scale_free"):
+            if not isinstance(getattr(self, name), bool):
+                _fail(name, "True or False", getattr(self, name))
+        if (self.granularity == "per_group") != (self.group_size is not None):
+            _fail("group_size", "set exactly when granularity is per_group", self.group_size)
+        if not isinstance(self.scale, Tensor) and self.scale not in ("min_max", "mse"):
+            _fail("scale", '"min_max", "mse" or a tensor', self.scale)
+        if self.scale_dtype not in _SCALE_DTYPES:
+            _fail("scale_dtype", "float32, float16 or bfloat16", self.scale_dtype)
+        if not (self.activation is None or callable(self.activation)) and (
+            self.activation not in ACTIVATIONS
+        ):
+            _fail("activation", f"None, {', '.join(ACTIVATIONS)} or a callable", self.activation)
+        if self.activation is not None and self.objective == "gram":
+            _fail("objective", "auto or sampled with an activation function", self.objective)
+        if self.learning_rate is not None:
+            _check_number("learning_rate", self.learning_rate, 0.0, exclusive=True)
+        if self.reg_weight is not None:
+            _check_number("reg_weight", self.reg_weight, 0.0)
+        _check_number("warmup", self.warmup, 0.0, 1.0)
+        if not isinstance(self.beta, (tuple, list)) or len(self.beta) != 2:
+            _fail("beta", "a pair (from, to)", self.beta)
+        for value in self.beta:
+            _check_number("beta", value, 1.0)
+        object.__setattr__(self, "beta", tuple(float(value) for value in self.beta))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, AdaRoundConfig):
+            return NotImplemented
+        return _plain(self) == _plain(other)
+
+    def __hash__(self) -> int:
+        return hash(str(_plain(self)))
+
+    @property
+    def activation_function(self) -> Callable[[Tensor], Tensor] | None:
+        """The activation function itself."""
+        return ACTIVATIONS[self.activation] if isinstance(self.activation, str) else self.activation
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON. A callable activation has none: ValueError."""
+        if self.activation is not None and not isinstance(self.activation, str):
+            _fail("activation", "a name, to be written to a dict", self.activation)
+        return _plain(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AdaRoundConfig:
+        """The inverse of :meth:`to_dict`; unknown keys are refused with ValueError."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(
+                f"AdaRoundConfig has no {unknown[0]!r}; it has {', '.join(sorted(known))}"
+            )
+        values = dict(values)
+        if isinstance(values.get("scale"), list):
+            values["scale"] = torch.tensor(values["scale"], dtype=torch.float64)
+        if isinstance(values.get("scale_dtype"), str):
+            values["scale_dtype"] = getattr(torch, values["scale_dtype"], values["scale_dtype"])
+        return cls(**values)
+
+
+def make_config(config: AdaRoundConfig | None, overrides: Mapping[str, Any]) -> AdaRoundConfig:
+    """``config`` (or the defaults) with ``overrides``; TypeError and ValueError name the argument."""
+    if config is not None and not isinstance(config, AdaRoundConfig):
+        raise TypeError(f"config must be an AdaRoundConfig, got {type(config).__name__}")
+    fields = {field.name for field in dataclasses.fields(AdaRoundConfig)}
+    unknown = sorted(set(overrides) - fields)
+    if unknown:
+        raise TypeError(
+            f"{unknown[0]!r} is no setting; the settings are {', '.join(sorted(fields))}"
+        )
+    return dataclasses.replace(config or AdaRoundConfig(), **overrides)
+
+
+def _plain(config: AdaRoundConfig) -> dict[str, Any]:
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    if isinstance(config.scale, Tensor):
+        values["scale"] = config.scale.double().tolist()
+    values["scale_dtype"] = str(config.scale_dtype).removeprefix("torch.")
+    values["beta"] = list(config.beta)
+    return values
+
+
+def _fail(name: str, rule: str, got: object) -> None:
+    raise ValueError(f"{name} must be {rule}, got {got!r}")
+
+
+def _check_int(name: str, value: object, least: int, most: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least or (most is not None and value > most):
+        _fail(name, f"at least {least}" if most is None else f"from {least} to {most}", value)
+
+
+def _check_number(
+    name: str, value: object, least: float, most: float = float("inf"), exclusive: bool = False
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    finite = value == value and abs(value) != float("inf")
+    if not finite or not least <= value <= most or (exclusive and value == least):
+        bound = f"above {least}" if exclusive else f"at least {least}"
+        _fail(name, bound if most == float("inf") else f"from {least} to {most}", value)

@@ -1,0 +1,164 @@
+"""Calibration data: from what a caller has to checked batches, streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from adaround_ext.layers import MatrixLayer
+
+Data = Tensor | Iterable[Tensor]
+Targets = Tensor | Iterable[Tensor] | Iterable[Iterable[Tensor]]
+Batch = tuple[Tensor, tuple[Tensor, ...] | None]
+
+
+def batches(
+    layers: list[MatrixLayer], name: str, inputs: Data, targets: Targets | None
+) -> Iterator[Batch]:
+    """Yields (inputs, targets a layer or None), checked and in the form of MatrixLayer.samples.
+
+    Raises ValueError and TypeError naming ``inputs`` or ``targets``: what is no tensor, a shape
+    that does not fit, another device, a dtype that is not floating point, NaN or infinity (with
+    their number), fewer targets than inputs or more, no data at all.
+    """
+    device = layers[0].layer.get_parameter("weight").device
+    target_items = None if targets is None else _targets(targets, isinstance(inputs, Tensor))
+    samples = 0
+    for item in _items(inputs):
+        x = layers[0].samples(_check("inputs", _single(item), device, name))
+        wanted: tuple[Tensor, ...] | None = None
+        if target_items is not None:
+            try:
+                wanted = _tuple(next(target_items))
+            except StopIteration:
+                raise ValueError("targets must have as many batches as inputs, got fewer") from None
+            if len(wanted) != len(layers):
+                raise ValueError(
+                    f"targets must hold a tensor for each of the {len(layers)} layers, "
+                    f"got {len(wanted)}"
+                )
+            wanted = tuple(
+                layer.output_samples(_check("targets", y, device, name))
+                for layer, y in zip(layers, wanted, strict=True)
+            )
+            for y in wanted:
+                if len(y) != len(x):
+                    raise ValueError(
+                        f"targets must have as many samples as inputs, {len(x)}, got {len(y)}"
+                    )
+        samples += len(x)
+        yield x, wanted
+    if target_items is not None and next(target_items, None) is not None:
+        raise ValueError("targets must have as many batches as inputs, got more")
+    if samples == 0:
+        raise ValueError(f"inputs must hold at least one sample for {name}, got none")
+
+
+def gather(
+    layers: list[MatrixLayer], name: str, inputs: Data, targets: Targets | None
+) -> tuple[Tensor, tuple[Tensor, ...] | None, int]:
+    """All of it at once: (inputs, targets a layer or None, samples), float32.
+
+    ``samples`` counts the caller's: the sequences of a linear layer, not their tokens.
+    """
+    samples = 0
+
+    def counted() -> Iterator[Tensor]:
+        nonlocal samples
+        for item in _items(inputs):
+            first = _single(item)
+            if isinstance(first, Tensor):
+                samples += len(first) if first.dim() > 1 else 1
+            yield item
+
+    source = inputs if isinstance(inputs, Tensor) else counted()
+    held = list(batches(layers, name, source, targets))
+    if isinstance(inputs, Tensor):
+        samples = len(inputs)
+    if len({x.shape[1:] for x, _ in held}) > 1:
+        raise ValueError("inputs must have one sample shape for the sampled objective")
+    x = torch.cat([x for x, _ in held]).float()
+    if held[0][1] is None:
+        return x, None, samples
+    columns = zip(*(wanted or () for _, wanted in held), strict=True)
+    return x, tuple(torch.cat(column).float() for column in columns), samples
+
+
+def fixed_batches(source: Iterator[Batch], size: int) -> Iterator[Batch]:
+    """The same samples in batches of exactly ``size`` (the last may be smaller).
+
+    Where a sample's shape changes, the batch before it ends.
+    """
+    held: list[Batch] = []
+    count = 0
+
+    def join() -> Batch:
+        if len(held) == 1:
+            return held[0]
+        x = torch.cat([batch[0] for batch in held])
+        if held[0][1] is None:
+            return x, None
+        columns = zip(*(batch[1] or () for batch in held), strict=True)
+        return x, tuple(torch.cat(column) for column in columns)
+
+    for x, targets in source:
+        if held and held[0][0].shape[1:] != x.shape[1:]:
+            yield join()
+            held, count = [], 0
+        begin = 0
+        while begin < len(x):
+            end = min(len(x), begin + size - count)
+            held.append((x[begin:end], targets and tuple(y[begin:end] for y in targets)))
+            count += end - begin
+            begin = end
+            if count == size:
+                yield join()
+                held, count = [], 0
+    if held:
+        yield join()
+
+
+def _items(inputs: Data) -> Iterator[Tensor]:
+    if isinstance(inputs, Tensor):
+        return iter([inputs])
+    if isinstance(inputs, (str, bytes, dict)) or not isinstance(inputs, Iterable):
+        raise TypeError(
+            f"inputs must be a tensor or an iterable of them, got {type(inputs).__name__}"
+        )
+    return iter(inputs)
+
+
+def _targets(targets: Targets, single: bool) -> Iterator[Tensor | Iterable[Tensor]]:
+    """One item a batch of inputs; a lone tensor of inputs takes its targets as they are."""
+    if isinstance(targets, Tensor) or single:
+        return iter([targets])  # type: ignore[list-item]
+    if not isinstance(targets, Iterable):
+        raise TypeError(
+            f"targets must be a tensor or an iterable of them, got {type(targets).__name__}"
+        )
+    return iter(targets)
+
+
+def _single(item: object) -> object:
+    """The tensor of a DataLoader over one-tensor datasets, which yields [tensor]."""
+    return item[0] if isinstance(item, (list, tuple)) and len(item) == 1 else item
+
+
+def _tuple(item: object) -> tuple[Tensor, ...]:
+    return tuple(item) if isinstance(item, (list, tuple)) else (item,)  # type: ignore[return-value]
+
+
+def _check(argument: str, value: object, device: torch.device, name: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument} must hold tensors, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{argument} must be floating point, got {value.dtype}")
+    if value.device != device:
+        raise ValueError(f"{argument} must be on the layer's device {device}, got {value.device}")
+    value = value.detach()
+    bad = value.numel() - int(torch.isfinite(value).sum())
+    if bad:
+        raise ValueError(f"{argument} of {name} must be finite, got {bad} NaN or infinite values")
+    return value

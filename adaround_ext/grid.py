@@ -1,0 +1,186 @@
+"""The quantization grid: integer range, granularity and the search for scales."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adaround_ext.config import AdaRoundConfig
+from adaround_ext.reference import expand_grid
+
+# The search runs over blocks of about this many weights, which stay in the cache.
+_BLOCK = 1 << 16
+_COARSE = torch.linspace(0.2, 1.0, 41).tolist()  # shares of the min-max scale
+_FINE = [offset * 0.0025 for offset in range(-7, 8) if offset]
+
+
+@dataclass(frozen=True)
+class QuantGrid:
+    """w_q = scale (clamp(code, qmin, qmax) - zero_point), eq. (22).
+
+    scale float32 and zero_point int32, both [rows or 1, n_groups]: the columns of a row are cut
+    into n_groups equal runs.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    qmin: int
+    qmax: int
+
+    @staticmethod
+    def join(grids: list[QuantGrid], rows: list[int]) -> QuantGrid:
+        """One grid for matrices of ``rows[i]`` rows stacked, a row of scales a row of weights."""
+        if len(grids) == 1:
+            return grids[0]
+        scale, zero_point = (
+            torch.cat([getattr(g, name).expand(n, -1) for g, n in zip(grids, rows, strict=True)])
+            for name in ("scale", "zero_point")
+        )
+        return QuantGrid(scale, zero_point, grids[0].qmin, grids[0].qmax)
+
+
+def quant_range(bits: int, symmetric: bool) -> tuple[int, int]:
+    """(qmin, qmax): [-2^(b-1), 2^(b-1) - 1] where symmetric, else [0, 2^b - 1]."""
+    return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if symmetric else (0, (1 << bits) - 1)
+
+
+def make_grid(weight: Tensor, config: AdaRoundConfig) -> QuantGrid:
+    """The grid that ``config`` asks for, for float32 ``weight`` [rows, cols].
+
+    "min_max": s = max|w| / qmax, or (max - min) / (qmax - qmin) with z = round(qmin - min / s).
+    "mse": of 55 shares of that range the one with the least sum (w_q - w)^2 under rounding to
+    nearest. Scales are rounded to ``scale_dtype`` first. A run of zeros gets scale 1. Raises
+    ValueError where group_size does not divide the columns or a given scale does not fit.
+    """
+    rows, cols = weight.shape
+    qmin, qmax = quant_range(config.bits, config.symmetric)
+    runs = _runs(weight, config)
+    if isinstance(config.scale, Tensor):
+        scale = _given_scale(config.scale, rows, cols, config)
+        if scale.shape != (1, 1):
+            scale = scale.expand(rows, -1)
+            runs = weight.reshape(scale.numel(), -1)
+        shape = scale.shape
+        scale = scale.reshape(-1, 1).contiguous()
+        low = runs.amin(1, keepdim=True).clamp(max=0)
+        zero_point = _zero_point(low, scale, qmin, qmax, config.symmetric)
+    else:
+        shape = torch.Size((1, 1) if len(runs) == 1 else (rows, len(runs) // max(rows, 1)))
+        parts = runs.split(max(1, _BLOCK // max(runs.shape[1], 1)))
+        found = [_search(part, qmin, qmax, config) for part in parts]
+        scale = torch.cat([part[0] for part in found])
+        zero_point = torch.cat([part[1] for part in found])
+    return QuantGrid(scale.view(shape), zero_point.to(torch.int32).view(shape), qmin, qmax)
+
+
+def nearest_codes(weight: Tensor, grid: QuantGrid) -> Tensor:
+    """Codes [rows, cols] of rounding to nearest, ties to even."""
+    return _codes(position(weight, grid).round(), grid)
+
+
+def baseline_codes(weight: Tensor, grid: QuantGrid, seed: int) -> dict[str, Tensor]:
+    """Codes of the simple rules: "floor", "ceil" and "stochastic".
+
+    stochastic is one draw in which a weight goes up with the probability of its fraction.
+    """
+    at = position(weight, grid)
+    generator = torch.Generator(weight.device).manual_seed(seed)
+    drawn = torch.rand(at.shape, generator=generator, device=at.device)
+    return {
+        "floor": _codes(at.floor(), grid),
+        "ceil": _codes(at.ceil(), grid),
+        "stochastic": _codes((at + drawn).floor(), grid),
+    }
+
+
+def position(weight: Tensor, grid: QuantGrid) -> Tensor:
+    """w / s + z: where each weight [rows, cols] lies on its grid."""
+    scale, zero_point = (expand_grid(t, *weight.shape) for t in (grid.scale, grid.zero_point))
+    return weight / scale + zero_point
+
+
+def _codes(values: Tensor, grid: QuantGrid) -> Tensor:
+    return values.clamp(grid.qmin, grid.qmax).to(torch.int8 if grid.qmin < 0 else torch.uint8)
+
+
+def _runs(weight: Tensor, config: AdaRoundConfig) -> Tensor:
+    """The weights [runs, weights a run] that share a scale."""
+    rows, cols = weight.shape
+    if config.granularity == "per_tensor":
+        return weight.reshape(1, -1)
+    if config.group_size is None:
+        return weight
+    if cols % config.group_size:
+        raise ValueError(
+            f"group_size must divide the layer's {cols} columns, got {config.group_size}"
+        )
+    return weight.reshape(-1, config.group_size)
+
+
+def _given_scale(scale: Tensor, rows: int, cols: int, config: AdaRoundConfig) -> Tensor:
+    groups = cols // config.group_size if config.group_size else 1
+    allowed = [(1, 1)] if config.granularity == "per_tensor" else [(rows, groups), (1, groups)]
+    shape = tuple(scale.shape)
+    if shape == (rows,) and groups == 1:
+        shape = (rows, 1)
+    if shape not in allowed:
+        raise ValueError(
+            f"scale must have shape {' or '.join(str(list(s)) for s in allowed)} for "
+            f"granularity {config.granularity}, got {list(scale.shape)}"
+        )
+    rounded = scale.detach().reshape(shape).to(config.scale_dtype).float()
+    bad = int((~((rounded > 0) & rounded.isfinite())).sum())
+    if bad:
+        raise ValueError(
+            f"scale must be positive and finite in {config.scale_dtype}, got {bad} values that are not"
+        )
+    return rounded
+
+
+def _zero_point(low: Tensor, scale: Tensor, qmin: int, qmax: int, symmetric: bool) -> Tensor:
+    if symmetric:
+        return torch.zeros_like(scale)
+    return (qmin - low / scale).round().clamp(qmin, qmax)
+
+
+def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """As the dtype that is exported has it; kept normal and finite there."""
+    limits = torch.finfo(dtype)
+    return scale.clamp(limits.smallest_normal, limits.max).to(dtype).float()
+
+
+def _search(runs: Tensor, qmin: int, qmax: int, config: AdaRoundConfig) -> tuple[Tensor, Tensor]:
+    """(scale, zero_point), both [runs, 1], for weights [runs, weights a run]."""
+    low = runs.amin(1, keepdim=True).clamp(max=0)
+    high = runs.amax(1, keepdim=True).clamp(min=0)
+    if config.symmetric:
+        full = torch.maximum(high, -low) / qmax
+    else:
+        full = (high - low) / (qmax - qmin)
+    zeros = full == 0
+
+    def at(share: Tensor) -> tuple[Tensor, Tensor]:
+        scale = torch.where(zeros, torch.ones_like(full), _stored(full * share, config.scale_dtype))
+        return scale, _zero_point(low * share, scale, qmin, qmax, config.symmetric)
+
+    best_share = torch.ones_like(full)
+    if config.scale == "mse":
+        best = torch.full_like(full, torch.inf)
+
+        def consider(share: Tensor) -> None:
+            nonlocal best, best_share
+            scale, zero_point = at(share)
+            error = (runs / scale).round_().add_(zero_point).clamp_(qmin, qmax)
+            error = error.sub_(zero_point).mul_(scale).sub_(runs).square_().sum(1, keepdim=True)
+            better = error < best
+            best = torch.where(better, error, best)
+            best_share = torch.where(better, share, best_share)
+
+        for share in _COARSE:
+            consider(torch.full_like(full, share))
+        centre = best_share
+        for offset in _FINE:
+            consider(centre + offset)
+    return at(best_share)

@@ -1,0 +1,151 @@
+"""AdaRound for one layer, or for layers that share their inputs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+import torch
+from torch import nn
+
+from adaround_ext import data
+from adaround_ext.choice import choose_objective
+from adaround_ext.config import AdaRoundConfig, make_config
+from adaround_ext.layers import MatrixLayer, matrix_layer
+from adaround_ext.objective import GramObjective, SampledObjective
+from adaround_ext.result import LayerResult
+from adaround_ext.solve import Problem, solve
+from adaround_ext.statistics import GramStatistics
+
+_logger = logging.getLogger("adaround_ext")
+
+
+@overload
+def optimize_layer(
+    layer: nn.Module,
+    inputs: data.Data,
+    targets: data.Targets | None = None,
+    config: AdaRoundConfig | None = None,
+    **overrides: Any,
+) -> LayerResult: ...
+@overload
+def optimize_layer(
+    layer: Sequence[nn.Module],
+    inputs: data.Data,
+    targets: data.Targets | None = None,
+    config: AdaRoundConfig | None = None,
+    **overrides: Any,
+) -> list[LayerResult]: ...
+@torch.no_grad()
+def optimize_layer(
+    layer: nn.Module | Sequence[nn.Module],
+    inputs: data.Data,
+    targets: data.Targets | None = None,
+    config: AdaRoundConfig | None = None,
+    **overrides: Any,
+) -> LayerResult | list[LayerResult]:
+    """Rounds a layer's weights so that its outputs change least (AdaRound, eq. (25)).
+
+    min over codes of E || f(y) - f(W_q x + b) ||^2, y = ``targets`` or W x + b, f the activation.
+
+    layer: Linear, Conv1d/2d/3d or ConvTranspose1d/2d/3d, or a sequence of them that share their
+    inputs (q, k, v), which are then solved together; the layers are not changed.
+    inputs: what the layer receives, a floating-point tensor [samples, ...] or an iterable of such
+    batches (a DataLoader, a generator). The Gram objective streams them: memory does not grow with
+    their number. The sampled objective keeps them on the device.
+    targets: None, or what the full-precision layer should give, before the activation function: a
+    tensor for a tensor, an iterable of tensors in step with an iterable; for several layers a tuple
+    of tensors in each place. With inputs from the already quantized part of a model and targets
+    from the full-precision model this is the paper's asymmetric reconstruction.
+    config and overrides: see :class:`AdaRoundConfig`.
+
+    Returns a :class:`LayerResult`, or a list of them for a sequence. The result is in no row worse
+    than rounding to nearest on this data. Raises TypeError for an unsupported module or argument
+    and ValueError for one that does not fit: each names it, the rule and what came.
+    """
+    config = make_config(config, overrides)
+    single = isinstance(layer, nn.Module)
+    modules: list[nn.Module] = [layer] if isinstance(layer, nn.Module) else list(layer)
+    layers = [matrix_layer(module) for module in modules]
+    _check_layers(layers)
+    objective, reason = choose_objective(config, layers, inputs)
+    problems = _gram_problems if objective == "gram" else _sampled_problems
+    results: list[LayerResult] = []
+    for problem in problems(layers, inputs, targets, config, reason):
+        results += solve(problem, config)
+    for result in results:
+        _logger.info("%s", result.report)
+    return results[0] if single else results
+
+
+def _check_layers(layers: list[MatrixLayer]) -> None:
+    if not layers:
+        raise ValueError("layer must be a module or at least one of them, got an empty sequence")
+    for layer in layers:
+        weight = layer.layer.get_parameter("weight")
+        bad = weight.numel() - int(torch.isfinite(weight).sum())
+        if bad:
+            raise ValueError(
+                f"weight of {_name([layer])} must be finite, got {bad} NaN or infinite values"
+            )
+        first = layers[0].layer.get_parameter("weight")
+        if (layer.geometry, weight.device) != (layers[0].geometry, first.device):
+            raise ValueError(
+                "layer must hold modules that take the same inputs in the same way on one device, "
+                f"got {layers[0].layer} on {first.device} and {layer.layer} on {weight.device}"
+            )
+
+
+def _name(layers: list[MatrixLayer]) -> str:
+    return ", ".join(str(layer.layer) for layer in layers)
+
+
+def _gram_problems(
+    layers: list[MatrixLayer],
+    inputs: data.Data,
+    targets: data.Targets | None,
+    config: AdaRoundConfig,
+    reason: str,
+) -> Iterator[Problem]:
+    """All layers as one problem, since rows are independent and the statistics are shared.
+
+    With groups each layer is its own: their rows would have to be interleaved group by group.
+    """
+    started = time.perf_counter()
+    statistics = GramStatistics(layers, config.positions, config.seed)
+    statistics.collect(data.batches(layers, _name(layers), inputs, targets))
+    seconds = time.perf_counter() - started
+    row = 0
+    for part in [layers] if layers[0].groups == 1 else [[layer] for layer in layers]:
+        weight = torch.cat([layer.weight_matrix().float() for layer in part])
+        own = statistics.rows(slice(row, row + len(weight)))
+        row += len(weight)
+        objective = GramObjective(weight, own, config.scale_free)
+        yield Problem(part, weight, objective, "gram", reason, statistics.count, seconds)
+
+
+def _sampled_problems(
+    layers: list[MatrixLayer],
+    inputs: data.Data,
+    targets: data.Targets | None,
+    config: AdaRoundConfig,
+    reason: str,
+) -> Iterator[Problem]:
+    """A problem a layer, on the same inputs, which stay in memory."""
+    started = time.perf_counter()
+    x, wanted, samples = data.gather(layers, _name(layers), inputs, targets)
+    batch = config.batch_size * max(1, len(x) // samples)  # all tokens of that many sequences
+    seconds = time.perf_counter() - started
+    for index, layer in enumerate(layers):
+        weight = layer.weight_matrix().float()
+        if wanted is None:
+            targets_ = layer.forward(x, layer.layer.get_parameter("weight"), layer.layer.bias)
+        else:
+            targets_ = wanted[index]
+        objective = SampledObjective(
+            layer, weight, x, targets_, config.activation_function, batch, config.scale_free,
+            config.seed,
+        )  # fmt: skip
+        yield Problem([layer], weight, objective, "sampled", reason, samples, seconds)

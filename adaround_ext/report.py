@@ -1,0 +1,67 @@
+"""What happened to a layer: numbers, for people and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """The result of one layer in numbers.
+
+    losses: the reconstruction loss on the calibration data, the squared output error summed over
+    output channels and averaged over samples and positions, for the weights as they are stored:
+    "nearest", "floor", "ceil", "stochastic" (one draw, up with the probability of the fraction),
+    "soft" (at the end of the annealing), "hard" (after it) and "final" (after refinement).
+    energy: the same of the full-precision outputs; ``relative`` divides by it.
+    flipped: share of the weights whose code is not that of rounding to nearest. clipped: share
+    outside the grid's range. undecided: share with .05 < h(V) < .95 at the end of the annealing.
+    fallback_rows: rows in which rounding to nearest was better and was kept.
+    reason: why this objective was chosen. seconds: statistics, annealing, refinement, total.
+    """
+
+    objective: str
+    reason: str
+    bits: int
+    steps: int
+    learning_rate: float
+    reg_weight: float
+    samples: int
+    losses: dict[str, float]
+    energy: float
+    flipped: float
+    clipped: float
+    undecided: float
+    fallback_rows: int
+    seconds: dict[str, float]
+
+    @property
+    def relative(self) -> dict[str, float]:
+        """Each loss divided by the energy of the full-precision outputs."""
+        return {
+            name: loss / self.energy if self.energy else 0.0 for name, loss in self.losses.items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return dataclasses.asdict(self) | {"relative": self.relative}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LayerReport:
+        """The inverse of :meth:`to_dict`."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in names})
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        relative = self.relative
+        return (
+            f"{self.objective}, {self.bits} bits, {self.steps} steps: relative output error "
+            f"{relative['final']:.3g} (nearest {relative['nearest']:.3g}), "
+            f"{self.flipped:.1%} of codes moved, {self.seconds['total']:.2f} s"
+        )

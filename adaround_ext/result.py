@@ -1,0 +1,95 @@
+"""What :func:`adaround_ext.optimize_layer` returns."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from adaround_ext.report import LayerReport
+
+_FORMAT = "adaround_ext.layer.1"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerResult:
+    """The quantized weight of one layer.
+
+    weight_q: dequantized, in the layer's own shape and dtype. codes: int8 (symmetric) or uint8, in
+    matrix form [rows, cols]; scale float32 and zero_point int32 [rows or 1, n_groups];
+    weight_q = scale (codes - zero_point). bias: a new bias, or None where it is unchanged. report:
+    what happened.
+    """
+
+    weight_q: Tensor
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    bias: Tensor | None
+    report: LayerReport
+
+    def apply_(self, layer: nn.Module) -> None:
+        """Writes weight_q (and a new bias) into ``layer``; ValueError where it does not fit."""
+        weight = layer.get_parameter("weight")
+        if weight.shape != self.weight_q.shape:
+            raise ValueError(
+                f"layer must have a weight of shape {list(self.weight_q.shape)}, "
+                f"got {list(weight.shape)}"
+            )
+        own = getattr(layer, "bias", None)
+        if self.bias is not None and (own is None or own.shape != self.bias.shape):
+            got = None if own is None else list(own.shape)
+            raise ValueError(f"layer must have a bias of shape {list(self.bias.shape)}, got {got}")
+        with torch.no_grad():
+            weight.copy_(self.weight_q)
+            if self.bias is not None:
+                layer.get_parameter("bias").copy_(self.bias)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file, whole or not at all."""
+        path = Path(path)
+        tensors = {name: t.contiguous().cpu() for name, t in self._tensors().items()}
+        metadata = {"format": _FORMAT, "report": json.dumps(self.report.to_dict())}
+        # Beside the target, so that the rename is atomic.
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+        os.close(handle)
+        try:
+            safetensors.torch.save_file(tensors, name, metadata)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> LayerResult:
+        """Reads what :meth:`save` wrote; ValueError for any other file."""
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"{path} must be a file written by LayerResult.save: {error}"
+            ) from error
+        needed = {"weight_q", "codes", "scale", "zero_point"}
+        if metadata.get("format") != _FORMAT or not needed <= set(tensors) <= needed | {"bias"}:
+            raise ValueError(
+                f"{path} must be a file written by LayerResult.save, got format "
+                f"{metadata.get('format')!r} with {sorted(tensors)}"
+            )
+        report = LayerReport.from_dict(json.loads(metadata["report"]))
+        return cls(bias=tensors.pop("bias", None), report=report, **tensors)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        names = ("weight_q", "codes", "scale", "zero_point")
+        tensors = {name: getattr(self, name) for name in names}
+        return tensors if self.bias is None else tensors | {"bias": self.bias}
