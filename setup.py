@@ -11,6 +11,7 @@ symbols and without optimisation; TORCH_CUDA_ARCH_LIST and MAX_JOBS as in PyTorc
 import glob
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def check_tools() -> None:
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MIN_TORCH:
         sys.exit(f"adaround_ext: needs torch >= 2.10, found {torch.__version__}")
     compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
+    if shutil.which((shlex.split(compiler) or [""])[0]) is None:  # CXX may be "ccache g++"
         sys.exit(
             f"adaround_ext: C++ compiler {compiler!r} not found: install g++ or clang++, or set CXX"
         )
@@ -118,9 +119,8 @@ if cuda_home:
             py_limited_api=True,
         )
     )
-print(
-    f"adaround_ext: building for {'CPU and CUDA ' + archs if cuda_home else 'CPU only (no nvcc)'}"
-)
+without = "no nvcc" if flag("USE_CUDA", "1") else "USE_CUDA=0"
+print(f"adaround_ext: building for CPU {'and CUDA ' + archs if cuda_home else f'only ({without})'}")
 
 
 class BuildExtension(cpp_extension.BuildExtension):
@@ -133,6 +133,11 @@ class BuildExtension(cpp_extension.BuildExtension):
 
     def get_export_symbols(self, ext):
         return []
+
+    def build_extensions(self) -> None:
+        if self.editable_mode:
+            self.build_temp = "build/editable"  # pip's own is new each time: no incremental build
+        super().build_extensions()
 
 
 setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})

@@ -26,9 +26,9 @@ class Settings:
 
 
 _DEFAULTS = {
-    ("gram", True): Settings(500, 2e-2, 0.1),
-    ("gram", False): Settings(500, 2e-2, 0.01),
-    ("sampled", True): Settings(5000, 1e-2, 0.1),
+    ("gram", True): Settings(500, 5e-2, 1.0),
+    ("gram", False): Settings(500, 5e-2, 0.01),
+    ("sampled", True): Settings(2000, 1e-2, 1.0),
     ("sampled", False): Settings(10_000, 1e-3, 0.01),
 }
 

@@ -38,8 +38,8 @@ class AdaRoundConfig:
     callable that works elementwise. positions: for convolutions, the number of output positions per
     sample that the Gram objective looks at; None is all.
     steps, learning_rate, reg_weight (lambda): None takes the objective's measured default
-    (docs/tuning.md). beta: (from, to) of the regularizer's exponent along half a cosine. warmup: the
-    share of steps before the regularizer is on. scale_free: divide the loss by the layer's own
+    (docs/tuning.md). beta: (from, to) of the regularizer's exponent along half a cosine. warmup:
+    the share of steps before the regularizer is on. scale_free: divide the loss by the layer's own
     scale, so that one reg_weight serves all layers; False is the paper's loss.
     refine: coordinate descent over the whole grid after the annealing (Gram objective only).
     batch_size: samples a step of the sampled objective. progress: show a bar.
@@ -85,7 +85,7 @@ class AdaRoundConfig:
         if self.scale_dtype not in _SCALE_DTYPES:
             _fail("scale_dtype", "float32, float16 or bfloat16", self.scale_dtype)
         if not (self.activation is None or callable(self.activation)) and (
-            self.activation not in ACTIVATIONS
+            self.activation not in list(ACTIVATIONS)
         ):
             _fail("activation", f"None, {', '.join(ACTIVATIONS)} or a callable", self.activation)
         if self.activation is not None and self.objective == "gram":
@@ -107,7 +107,8 @@ class AdaRoundConfig:
         return _plain(self) == _plain(other)
 
     def __hash__(self) -> int:
-        return hash(str(_plain(self)))
+        values = _plain(self).values()  # lists (scale, beta) cannot be hashed
+        return hash(tuple(str(v) if isinstance(v, list) else v for v in values))
 
     @property
     def activation_function(self) -> Callable[[Tensor], Tensor] | None:
@@ -138,7 +139,7 @@ class AdaRoundConfig:
 
 
 def make_config(config: AdaRoundConfig | None, overrides: Mapping[str, Any]) -> AdaRoundConfig:
-    """``config`` (or the defaults) with ``overrides``; TypeError and ValueError name the argument."""
+    """``config`` (or the defaults) with ``overrides``; errors name the argument."""
     if config is not None and not isinstance(config, AdaRoundConfig):
         raise TypeError(f"config must be an AdaRoundConfig, got {type(config).__name__}")
     fields = {field.name for field in dataclasses.fields(AdaRoundConfig)}

@@ -23,7 +23,7 @@ def batches(
     that does not fit, another device, a dtype that is not floating point, NaN or infinity (with
     their number), fewer targets than inputs or more, no data at all.
     """
-    device = layers[0].layer.get_parameter("weight").device
+    device = layers[0].weight.device
     target_items = None if targets is None else _targets(targets, isinstance(inputs, Tensor))
     samples = 0
     for item in _items(inputs):
@@ -43,10 +43,15 @@ def batches(
                 layer.output_samples(_check("targets", y, device, name))
                 for layer, y in zip(layers, wanted, strict=True)
             )
-            for y in wanted:
+            for layer, y in zip(layers, wanted, strict=True):
                 if len(y) != len(x):
                     raise ValueError(
                         f"targets must have as many samples as inputs, {len(x)}, got {len(y)}"
+                    )
+                size = list(layer.output_size(x))
+                if list(y.shape[2:]) != size:
+                    raise ValueError(
+                        f"targets must have the output's size {size}, got {list(y.shape[2:])}"
                     )
         samples += len(x)
         yield x, wanted
@@ -64,19 +69,19 @@ def gather(
     ``samples`` counts the caller's: the sequences of a linear layer, not their tokens.
     """
     samples = 0
+    batched_dims = layers[0].weight.dim()  # of an input with several samples
 
     def counted() -> Iterator[Tensor]:
         nonlocal samples
         for item in _items(inputs):
             first = _single(item)
             if isinstance(first, Tensor):
-                samples += len(first) if first.dim() > 1 else 1
+                samples += len(first) if first.dim() >= batched_dims else 1
             yield item
 
-    source = inputs if isinstance(inputs, Tensor) else counted()
+    # A lone tensor goes with targets that are no iterable of batches.
+    source = next(counted()) if isinstance(inputs, Tensor) else counted()
     held = list(batches(layers, name, source, targets))
-    if isinstance(inputs, Tensor):
-        samples = len(inputs)
     if len({x.shape[1:] for x, _ in held}) > 1:
         raise ValueError("inputs must have one sample shape for the sampled objective")
     x = torch.cat([x for x, _ in held]).float()
@@ -158,7 +163,11 @@ def _check(argument: str, value: object, device: torch.device, name: str) -> Ten
     if value.device != device:
         raise ValueError(f"{argument} must be on the layer's device {device}, got {value.device}")
     value = value.detach()
-    bad = value.numel() - int(torch.isfinite(value).sum())
-    if bad:
-        raise ValueError(f"{argument} of {name} must be finite, got {bad} NaN or infinite values")
+    # One cheap pass: a sum is finite unless a value is not (or it overflows, and nothing is counted).
+    if not bool(torch.isfinite(value.sum())):
+        bad = value.numel() - int(torch.isfinite(value).sum())
+        if bad:
+            raise ValueError(
+                f"{argument} of {name} must be finite, got {bad} NaN or infinite values"
+            )
     return value

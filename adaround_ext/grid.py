@@ -58,12 +58,12 @@ def make_grid(weight: Tensor, config: AdaRoundConfig) -> QuantGrid:
     qmin, qmax = quant_range(config.bits, config.symmetric)
     runs = _runs(weight, config)
     if isinstance(config.scale, Tensor):
-        scale = _given_scale(config.scale, rows, cols, config)
+        scale = _given_scale(config.scale, rows, cols, config).to(weight.device)
         if scale.shape != (1, 1):
             scale = scale.expand(rows, -1)
-            runs = weight.reshape(scale.numel(), -1)
+        runs = weight.reshape(scale.numel(), -1)
         shape = scale.shape
-        scale = scale.reshape(-1, 1).contiguous()
+        scale = scale.reshape(-1, 1).clone()  # never the caller's own
         low = runs.amin(1, keepdim=True).clamp(max=0)
         zero_point = _zero_point(low, scale, qmin, qmax, config.symmetric)
     else:
@@ -76,8 +76,10 @@ def make_grid(weight: Tensor, config: AdaRoundConfig) -> QuantGrid:
 
 
 def nearest_codes(weight: Tensor, grid: QuantGrid) -> Tensor:
-    """Codes [rows, cols] of rounding to nearest, ties to even."""
-    return _codes(position(weight, grid).round(), grid)
+    """Codes [rows, cols] of rounding w / s to nearest, ties to even."""
+    # The zero point comes after: adding an odd one would turn ties to odd multiples of the scale.
+    scale, zero_point = (expand_grid(t, *weight.shape) for t in (grid.scale, grid.zero_point))
+    return _codes((weight / scale).round() + zero_point, grid)
 
 
 def baseline_codes(weight: Tensor, grid: QuantGrid, seed: int) -> dict[str, Tensor]:
@@ -107,7 +109,7 @@ def _codes(values: Tensor, grid: QuantGrid) -> Tensor:
 
 def _runs(weight: Tensor, config: AdaRoundConfig) -> Tensor:
     """The weights [runs, weights a run] that share a scale."""
-    rows, cols = weight.shape
+    cols = weight.shape[1]
     if config.granularity == "per_tensor":
         return weight.reshape(1, -1)
     if config.group_size is None:
@@ -134,7 +136,7 @@ def _given_scale(scale: Tensor, rows: int, cols: int, config: AdaRoundConfig) ->
     bad = int((~((rounded > 0) & rounded.isfinite())).sum())
     if bad:
         raise ValueError(
-            f"scale must be positive and finite in {config.scale_dtype}, got {bad} values that are not"
+            f"scale must be positive and finite in {config.scale_dtype}, got {bad} other values"
         )
     return rounded
 

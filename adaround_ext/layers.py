@@ -45,13 +45,24 @@ class MatrixLayer:
         self._shape = (rows, channels // groups, *kernel)
 
     @property
+    def weight(self) -> Tensor:
+        """The layer's own weight, detached; not a copy."""
+        return self.layer.get_parameter("weight").detach()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's own bias, detached, or None."""
+        bias = getattr(self.layer, "bias", None)
+        return bias.detach() if isinstance(bias, Tensor) else None
+
+    @property
     def geometry(self) -> tuple[object, ...]:
         """Everything that decides the patches: layers equal in it see the same ones."""
         return (self._channels, self.groups, self.cols)
 
     def weight_matrix(self) -> Tensor:
         """A detached, contiguous copy of the layer's weight as [rows, cols], in its dtype."""
-        weight = self._reorder(self.layer.get_parameter("weight").detach())
+        weight = self._reorder(self.weight)
         return weight.reshape(self.rows, self.cols).clone(memory_format=torch.contiguous_format)
 
     def weight_from_matrix(self, matrix: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def build_info() -> dict[str, Any]:
     ``cuda_architectures`` compiled for (``cuda_toolkit`` is empty where CUDA was not built), and in
     use here: ``torch``, ``instruction_set`` of the CPU kernels, ``cuda_loaded``.
     """
-    from adaround_ext import _C
+    from adaround_ext import _C  # type: ignore[attr-defined]
 
     return {
         **_C.build_info(),

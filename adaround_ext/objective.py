@@ -22,7 +22,7 @@ class Objective(Protocol):
     """What the loop needs."""
 
     as_error: bool  # gradient takes w_q - w instead of w_q
-    energy: float  # mean square of the full-precision outputs, summed over rows
+    row_energies: Tensor  # float64 [rows]: mean square of the full-precision outputs
 
     def gradient(self, weight_q: Tensor) -> Tensor:
         """d loss / d weight_q [rows, cols] for the soft weights or errors [rows, cols]."""
@@ -112,9 +112,9 @@ class SampledObjective:
     ) -> None:
         self._layer = layer
         self._weight_shape = weight.shape
-        self._bias = None if layer.layer.bias is None else layer.layer.bias.detach().float()
+        self._bias = layer.bias
         self._inputs = inputs
-        self._activation = activation or (lambda x: x)
+        self._activation: Callable[[Tensor], Tensor] = activation or torch.nn.Identity()
         self._targets = self._activation(targets)
         self._batch_size = batch_size
         self._generator = torch.Generator(inputs.device).manual_seed(seed)

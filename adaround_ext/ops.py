@@ -6,7 +6,7 @@ runs. ``qmin`` and ``qmax`` lie in [-128, 127] (codes int8) or [0, 255] (codes u
 float32, bfloat16 or float16, on the CPU also float64; ``v``, the moments and ``scale`` are float32,
 or float64 beside a float64 weight; arithmetic is float32 (float64). Arguments that are written must
 be contiguous and share no memory with others; those that are read may have any strides.
-Every op raises RuntimeError with a message that names the argument, the rule and what came.
+Every op raises ValueError with a message that names the argument, the rule and what came.
 The source is Nagel et al., "Up or Down?", ICML 2020; formulas: csrc/rounding_math.h.
 """
 
@@ -48,8 +48,8 @@ def soft_quantize(
 
     w_q = s (clamp(floor(w / s) + z + h(V), n, p) - z), eq. (22);
     reg = sum 1 - |2 h(V) - 1|^beta, eq. (24), beta >= 1.
-    Returns weight_q [rows, cols] in weight's dtype and reg [] in v's dtype. ``weight`` and ``scale``
-    get no gradient.
+    Returns weight_q [rows, cols] in weight's dtype and reg [] in v's dtype. ``weight`` and
+    ``scale`` get no gradient.
     """
     return _ops.soft_quantize(weight, v, scale, zero_point, qmin, qmax, beta)  # type: ignore[no-any-return]
 
@@ -150,12 +150,12 @@ def rounding_step_(
 ) -> None:
     """One optimisation step in one pass over memory: chain rule, regularizer, Adam, soft weights.
 
-    From ``grad`` = d loss / d weight_q [rows, cols] it updates ``v``, ``exp_avg`` and ``exp_avg_sq``
+    From ``grad`` = d loss / d weight_q [rows, cols] it updates ``v``, ``exp_avg``, ``exp_avg_sq``
     and writes the new soft weights into ``weight_q``, or their error w_q - w where ``as_error``.
     ``grad`` and ``weight_q`` share a dtype: float32, bfloat16 or float16 (float64 beside float64).
     ``schedule`` float32 [steps, 5] has a row a step: beta, reg_weight, learning rate and Adam's
-    1 - 0.9^t and sqrt(1 - 0.999^t). ``step`` int64 [1] is the row, kept in range, and is advanced by
-    one; both live on the device, so that the call can be captured in a CUDA graph. ``normalize``
+    1 - 0.9^t and sqrt(1 - 0.999^t). ``step`` int64 [1] is the row, kept in range, and is advanced
+    by one; both live on the device, so that the call can be captured in a CUDA graph. ``normalize``
     divides the loss's gradient by s^2, which makes reg_weight independent of the scale.
     """
     _ops.rounding_step_(

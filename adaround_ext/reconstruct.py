@@ -84,13 +84,13 @@ def _check_layers(layers: list[MatrixLayer]) -> None:
     if not layers:
         raise ValueError("layer must be a module or at least one of them, got an empty sequence")
     for layer in layers:
-        weight = layer.layer.get_parameter("weight")
+        weight = layer.weight
         bad = weight.numel() - int(torch.isfinite(weight).sum())
         if bad:
             raise ValueError(
                 f"weight of {_name([layer])} must be finite, got {bad} NaN or infinite values"
             )
-        first = layers[0].layer.get_parameter("weight")
+        first = layers[0].weight
         if (layer.geometry, weight.device) != (layers[0].geometry, first.device):
             raise ValueError(
                 "layer must hold modules that take the same inputs in the same way on one device, "
@@ -141,7 +141,7 @@ def _sampled_problems(
     for index, layer in enumerate(layers):
         weight = layer.weight_matrix().float()
         if wanted is None:
-            targets_ = layer.forward(x, layer.layer.get_parameter("weight"), layer.layer.bias)
+            targets_ = layer.forward(x, layer.weight, layer.bias)
         else:
             targets_ = wanted[index]
         objective = SampledObjective(

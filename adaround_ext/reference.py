@@ -246,8 +246,9 @@ def optimize(
             len(inputs), (config.batch_size,), generator=generator, device=inputs.device
         )
         x, y = inputs[chosen], targets[chosen]
-        state.step(
-            lambda weight_q, x=x, y=y: (forward(x, weight_q) - y).square().sum(channel_dim).mean(),
-            step,
-        )
+
+        def reconstruction(weight_q: Tensor, x: Tensor = x, y: Tensor = y) -> Tensor:
+            return (forward(x, weight_q) - y).square().sum(channel_dim).mean()
+
+        state.step(reconstruction, step)
     return hard_quantize(weight, state.v.detach(), scale, zero_point, qmin, qmax)

@@ -37,11 +37,11 @@ class LayerResult:
 
     def apply_(self, layer: nn.Module) -> None:
         """Writes weight_q (and a new bias) into ``layer``; ValueError where it does not fit."""
-        weight = layer.get_parameter("weight")
-        if weight.shape != self.weight_q.shape:
+        weight = dict(layer.named_parameters(recurse=False)).get("weight")
+        if weight is None or weight.shape != self.weight_q.shape:
+            got = "none of its own" if weight is None else list(weight.shape)
             raise ValueError(
-                f"layer must have a weight of shape {list(self.weight_q.shape)}, "
-                f"got {list(weight.shape)}"
+                f"layer must have a weight of shape {list(self.weight_q.shape)}, got {got}"
             )
         own = getattr(layer, "bias", None)
         if self.bias is not None and (own is None or own.shape != self.bias.shape):
@@ -70,23 +70,24 @@ class LayerResult:
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> LayerResult:
         """Reads what :meth:`save` wrote; ValueError for any other file."""
+        rule = f"{path} must be a file written by LayerResult.save"
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
+            with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
             raise
         except Exception as error:
-            raise ValueError(
-                f"{path} must be a file written by LayerResult.save: {error}"
-            ) from error
+            raise ValueError(f"{rule}: {error}") from error
         needed = {"weight_q", "codes", "scale", "zero_point"}
         if metadata.get("format") != _FORMAT or not needed <= set(tensors) <= needed | {"bias"}:
-            raise ValueError(
-                f"{path} must be a file written by LayerResult.save, got format "
-                f"{metadata.get('format')!r} with {sorted(tensors)}"
-            )
-        report = LayerReport.from_dict(json.loads(metadata["report"]))
+            got = f"format {metadata.get('format')!r} with {sorted(tensors)}"
+            raise ValueError(f"{rule}, got {got}")
+        try:
+            report = LayerReport.from_dict(json.loads(metadata["report"]))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{rule}, got no whole report: {error}") from error
+        tensors = {name: t.to(device) for name, t in tensors.items()}
         return cls(bias=tensors.pop("bias", None), report=report, **tensors)
 
     def _tensors(self) -> dict[str, Tensor]:

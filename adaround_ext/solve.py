@@ -98,7 +98,7 @@ def solve(problem: Problem, config: AdaRoundConfig) -> list[LayerResult]:
             seconds=watch.seconds,
             **{name: float(mark[rows].double().mean()) for name, mark in marks.items()},
         )
-        dtype = layer.layer.get_parameter("weight").dtype
+        dtype = layer.weight.dtype
         weight_q = layer.weight_from_matrix(weight_q).to(dtype).contiguous()
         results.append(
             LayerResult(weight_q, own_codes, own.scale, own.zero_point, bias=None, report=report)
@@ -134,6 +134,6 @@ def _better_rows(
 
 def _stored_losses(problem: Problem, grid: QuantGrid, codes: Tensor) -> Tensor:
     """Row losses of the weights as they will be stored, in the layer's dtype."""
-    dtype = problem.layers[0].layer.get_parameter("weight").dtype
+    dtype = problem.layers[0].weight.dtype
     stored = ops.dequantize(codes, grid.scale, grid.zero_point).to(dtype).float()
     return problem.objective.row_losses(stored)

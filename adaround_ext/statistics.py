@@ -29,15 +29,18 @@ class GramStatistics:
 
     def __init__(self, layers: list[MatrixLayer], positions: int | None, seed: int) -> None:
         first = layers[0]
-        device = first.layer.get_parameter("weight").device
+        device = first.weight.device
         self._layers = layers
         self._positions = positions
         self._generator = torch.Generator().manual_seed(seed)
         rows = sum(layer.rows for layer in layers)
-        f64 = {"dtype": torch.float64, "device": device}
-        self.gram = torch.zeros(first.groups, first.cols, first.cols, **f64)
-        self.mismatch = torch.zeros(rows, first.cols, **f64)
-        self.mismatch_energy = torch.zeros(rows, **f64)
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self.gram = zeros(first.groups, first.cols, first.cols)
+        self.mismatch = zeros(rows, first.cols)
+        self.mismatch_energy = zeros(rows)
         self.count = 0
         self.has_targets = False
 
@@ -48,16 +51,13 @@ class GramStatistics:
         for inputs, targets in fixed_batches(batches, size):
             x = inputs.float()
             if targets is None:
-                for patches, _ in self._patches(first, x, None):
+                for patches, _ in self._patches(self._layers[-1], x, None):
                     self._add_gram(patches)
                 continue
             self.has_targets = True
             row = 0
             for index, (layer, target) in enumerate(zip(self._layers, targets, strict=True)):
-                bias = layer.layer.bias
-                missed = target.float() - layer.forward(
-                    x, layer.layer.get_parameter("weight").float(), bias
-                )
+                missed = target.float() - layer.forward(x, layer.weight, layer.bias)
                 for patches, e in self._patches(layer, x, missed):
                     assert e is not None
                     if index == 0:

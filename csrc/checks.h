@@ -66,15 +66,18 @@ inline void check_same_shape(const NamedTensor& arg, const NamedTensor& model) {
       ", got ", shape_text(*arg.tensor));
 }
 
+inline std::string device_text(const Tensor& t) {
+  return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "cpu";
+}
+
 inline void check_same_device(std::initializer_list<NamedTensor> args) {
   const NamedTensor& first = *args.begin();
   for (const NamedTensor& arg : args) {
     ADAROUND_CHECK(
         arg.tensor->is_cuda() == first.tensor->is_cuda() &&
             arg.tensor->get_device_index() == first.tensor->get_device_index(),
-        arg.name, " must be on the device of ", first.name, ", got ",
-        arg.tensor->is_cuda() ? "cuda:" : "cpu:", arg.tensor->get_device_index(), " and ",
-        first.tensor->is_cuda() ? "cuda:" : "cpu:", first.tensor->get_device_index());
+        arg.name, " must be on the device of ", first.name, ", got ", device_text(*arg.tensor),
+        " and ", device_text(*first.tensor));
   }
 }
 

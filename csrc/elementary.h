@@ -16,6 +16,7 @@
 // Forced, so that no out-of-line copy is compiled for one instruction set and linked into another.
 #define ADAROUND_INLINE inline __attribute__((always_inline))
 #endif
+#define ADAROUND_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace adaround_ext {
 
@@ -49,9 +50,9 @@ ADAROUND_INLINE double sqrt_(double x) {
   return sqrt(x);
 }
 
-// A quotient that need not be exact. On the device 2 ulp, and no branch: the IEEE division leaves
-// its fast path where the numerator is 0 or denormal, as exp_avg is once h is clipped. The
-// denominator must be below 2^126, or infinite.
+// A quotient that need not be exact. On the device 2 ulp, 0 for denominators above 2^126, and no
+// branch: the exact one has a slow path for numerators of 0 and denormal ones, which is what
+// exp_avg becomes once h is clipped.
 template <typename T>
 ADAROUND_INLINE T divide_(T numerator, T denominator) {
 #if defined(__CUDA_ARCH__)
@@ -80,6 +81,10 @@ ADAROUND_INLINE float from_bits(int32_t bits) {
   memcpy(&x, &bits, sizeof x);
   return x;
 }
+// Without the undefined behaviour of a signed overflow.
+ADAROUND_INLINE int32_t shift_left_(int32_t x, int count) {
+  return static_cast<int32_t>(static_cast<uint32_t>(x) << count);
+}
 ADAROUND_INLINE float to_float(int32_t x) {
   return static_cast<float>(x);
 }
@@ -99,11 +104,12 @@ ADAROUND_INLINE F exp2_fraction(F r) {
 template <typename F>
 ADAROUND_INLINE F exp2_polynomial(F x) {
   x = max_(F(-126.0f), min_(F(126.0f), x));
-  const F round_to_integer = F(12582912.0f);  // 1.5 * 2^23: the sum's low bits hold the integer
+  // 1.5 * 2^23 + 127: the sum's low bits hold the integer and the exponent's bias.
+  const F round_to_integer = F(12583039.0f);
   const F shifted = x + round_to_integer;
   const F p = exp2_fraction(x - (shifted - round_to_integer));
-  // Adding the integer to the exponent field multiplies by its power of two.
-  return from_bits(to_bits(p) + to_bits(shifted) * (1 << 23));
+  // A product, not a sum of exponents: that would turn a NaN with a payload into a number.
+  return p * from_bits(shift_left_(to_bits(shifted), 23));
 }
 
 // log2(x) for normal x > 0: x = 2^n (1 + f), 1 + f in [2/3, 4/3).
@@ -111,7 +117,7 @@ template <typename F>
 ADAROUND_INLINE F log2_polynomial(F x) {
   const auto bits = to_bits(x);
   const auto n = (bits - 0x3f2aaaab) >> 23;
-  const F f = from_bits(bits - n * (1 << 23)) - F(1.0f);
+  const F f = from_bits(bits - shift_left_(n, 23)) - F(1.0f);
   const F f2 = f * f;
   const F f4 = f2 * f2;
   const F a = F(1.442695041e+0f) + f * F(-7.213465601e-1f);

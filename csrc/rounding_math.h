@@ -129,6 +129,21 @@ ADAROUND_INLINE T adam_step(
   return v - divide_(params.step_size * exp_avg, denominator);
 }
 
+// The best code for one coordinate of e G e^T when all others stay, refine_'s change; it may be
+// `code` itself. Changing it by k changes the objective by 2 d residual + d^2 gram_jj, d = k scale,
+// curvature = gram_jj scale: the best k is round(-residual / curvature), kept inside the grid. It
+// must lie this far past the midpoint: rounding errors of the residual may not make two equally good
+// codes alternate for ever.
+template <typename T>
+ADAROUND_INLINE T refined_code(T code, T residual, T curvature, T qmin, T qmax) {
+  const T half_step = T(0.5) + T(1e-4);
+  if (!(abs_(residual) > half_step * curvature) || !(curvature > T(0.0))) {
+    return code;
+  }
+  const T best = code + floor_(-residual / curvature + T(0.5));
+  return max_(qmin, min_(qmax, best));
+}
+
 // The soft quantized weight, eq. (22), from the code below the weight.
 template <typename T>
 ADAROUND_INLINE T soft_weight(T v, T below, const Grid<T>& grid) {

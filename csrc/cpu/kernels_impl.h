@@ -14,13 +14,25 @@ ADAROUND_INLINE StepParams<V> broadcast(const StepParams<T>& params) {
   return {V(params.beta), V(params.reg_weight), V(params.step_size), V(params.inv_bias_sqrt)};
 }
 
+// Calls f(i, count) for every vector of a span: the full ones with a constant count, so that their
+// loads and stores need no test, then the rest.
+template <typename V, typename F>
+ADAROUND_INLINE void for_each_vector(int64_t begin, int64_t end, const F& f) {
+  int64_t i = begin;
+  for (; i + kSize<V> <= end; i += kSize<V>) {
+    f(i, kSize<V>);
+  }
+  if (i < end) {
+    f(i, end - i);
+  }
+}
+
 template <bool kWithGrad, typename V, typename T>
 double soft_quantize(const SoftSpan<T>& s) {
   const Grid<V> grid = broadcast<V>(s.grid);
   const V beta(s.beta);
   Sum<V> sum;
-  for (int64_t i = 0; i < s.size; i += kSize<V>) {
-    const int64_t left = s.size - i;
+  for_each_vector<V>(0, s.size, [&](int64_t i, int64_t left) ADAROUND_INLINE_LAMBDA {
     const Rectified<V> r = rectified_sigmoid(load<V>(s.v + i, left));
     const V code = floor_code(load<V>(s.weight + i, left), grid) + r.h;
     store(s.weight_q + i, dequantize(clamp_code(code, grid), grid), left);
@@ -30,7 +42,7 @@ double soft_quantize(const SoftSpan<T>& s) {
       store(s.dreg_dv + i, reg.grad * r.grad, left);
     }
     sum.add(reg.value, left);
-  }
+  });
   return sum.total();
 }
 
@@ -39,14 +51,13 @@ void soft_quantize_backward(const BackwardSpan<T>& s) {
   const Grid<V> grid = broadcast<V>(s.grid);
   const V beta(s.beta);
   const V grad_reg(s.grad_reg);
-  for (int64_t i = 0; i < s.size; i += kSize<V>) {
-    const int64_t left = s.size - i;
+  for_each_vector<V>(0, s.size, [&](int64_t i, int64_t left) ADAROUND_INLINE_LAMBDA {
     const Rectified<V> r = rectified_sigmoid(load<V>(s.v + i, left));
     const V code = floor_code(load<V>(s.weight + i, left), grid) + r.h;
     const V grad_code = load<V>(s.grad_weight_q + i, left) * grid.scale;
     const V grad_h = through_clamp(grad_code, code, grid) + grad_reg * round_reg(r.h, beta).grad;
     store(s.grad_v + i, grad_h * r.grad, left);
-  }
+  });
 }
 
 template <bool kWithReg, typename V, typename T>
@@ -62,15 +73,13 @@ void rounding_step_span(const StepSpan<T>& s) {
   alignas(64) T grad_v[kPiece];
   for (int64_t begin = 0; begin < s.size; begin += kPiece) {
     const int64_t end = s.size < begin + kPiece ? s.size : begin + kPiece;
-    for (int64_t i = begin; i < end; i += kSize<V>) {
-      const int64_t left = end - i;
+    for_each_vector<V>(begin, end, [&](int64_t i, int64_t left) ADAROUND_INLINE_LAMBDA {
       const V code = floor_code(load<V>(s.weight + i, left), grid);
       const V g = rounding_grad<kWithReg>(
           load<V>(s.v + i, left), load<V>(s.grad + i, left), code, grid, grad_factor, params);
       store(grad_v + (i - begin), g, left);
-    }
-    for (int64_t i = begin; i < end; i += kSize<V>) {
-      const int64_t left = end - i;
+    });
+    for_each_vector<V>(begin, end, [&](int64_t i, int64_t left) ADAROUND_INLINE_LAMBDA {
       V exp_avg = load<V>(s.exp_avg + i, left);
       V exp_avg_sq = load<V>(s.exp_avg_sq + i, left);
       const V v = adam_step(
@@ -81,7 +90,7 @@ void rounding_step_span(const StepSpan<T>& s) {
       store(s.exp_avg + i, exp_avg, left);
       store(s.exp_avg_sq + i, exp_avg_sq, left);
       store(s.weight_q + i, soft - weight_factor * weight, left);
-    }
+    });
   }
 }
 
@@ -97,31 +106,22 @@ void rounding_step_of(const StepSpan<T>& s) {
 template <typename V, typename T>
 void hard_quantize(const HardSpan<T>& s) {
   const Grid<V> grid = broadcast<V>(s.grid);
-  for (int64_t i = 0; i < s.size; i += kSize<V>) {
-    const int64_t left = s.size - i;
+  for_each_vector<V>(0, s.size, [&](int64_t i, int64_t left) ADAROUND_INLINE_LAMBDA {
     const V code = hard_code(load<V>(s.weight + i, left), load<V>(s.v + i, left), grid);
     store(s.codes + i, code, left);
-  }
+  });
 }
 
-// Cyclic coordinate descent of one row under e G e^T, whose gradient is 2 residual. Changing code j
-// by k changes the objective by 2 d residual[j] + d^2 gram[j][j], d = k scale_j: the best k is
-// round(-residual[j] / (gram[j][j] scale_j)), kept inside the grid. Ends when a sweep changes nothing.
+// Cyclic coordinate descent of one row under e G e^T, whose gradient is 2 residual, with
+// refined_code for each column in turn. Ends when a sweep changes nothing.
 template <typename V, typename T>
 void refine_row(const RefineRow<T>& s) {
-  // A change must lie this far past the midpoint between two codes: rounding errors of the residual
-  // may not make two equally good codes alternate for ever.
-  const T half_step = T(0.5) + T(1e-4);
   for (int64_t sweep = 0; sweep < s.max_sweeps; ++sweep) {
     bool changed = false;
     for (int64_t j = 0; j < s.cols; ++j) {
       const T scale = s.scale[j / s.group_size];
       const T curvature = s.gram[j * s.cols + j] * scale;
-      if (!(abs_(s.residual[j]) > half_step * curvature) || !(curvature > T(0))) {
-        continue;
-      }
-      const T best = s.codes[j] + floor_(-s.residual[j] / curvature + T(0.5));
-      const T code = max_(s.qmin, min_(s.qmax, best));
+      const T code = refined_code(s.codes[j], s.residual[j], curvature, s.qmin, s.qmax);
       if (code == s.codes[j]) {
         continue;
       }
@@ -129,11 +129,10 @@ void refine_row(const RefineRow<T>& s) {
       s.codes[j] = code;
       changed = true;
       const T* gram_row = s.gram + j * s.cols;
-      for (int64_t i = 0; i < s.cols; i += kSize<V>) {
-        const int64_t left = s.cols - i;
+      for_each_vector<V>(0, s.cols, [&](int64_t i, int64_t left) ADAROUND_INLINE_LAMBDA {
         const V sum = load<V>(s.residual + i, left) + delta * load<V>(gram_row + i, left);
         store(s.residual + i, sum, left);
-      }
+      });
     }
     if (!changed) {
       return;

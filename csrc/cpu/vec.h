@@ -40,10 +40,12 @@ ADAROUND_INLINE Vec operator/(Vec a, Vec b) { return a.x / b.x; }
 ADAROUND_INLINE Vec operator-(Vec a) { return -a.x; }
 ADAROUND_INLINE IntVec operator==(Vec a, Vec b) { return {a.x == b.x}; }
 ADAROUND_INLINE IntVec operator>=(Vec a, Vec b) { return {a.x >= b.x}; }
-ADAROUND_INLINE IntVec operator+(IntVec a, IntVec b) { return {a.x + b.x}; }
 ADAROUND_INLINE IntVec operator-(IntVec a, IntVec b) { return {a.x - b.x}; }
 ADAROUND_INLINE IntVec operator-(IntVec a, int32_t b) { return {a.x - b}; }
-ADAROUND_INLINE IntVec operator*(IntVec a, int32_t b) { return {a.x * b}; }
+ADAROUND_INLINE IntVec shift_left_(IntVec a, int32_t count) {
+  typedef uint32_t Unsigned __attribute__((vector_size(4 * ADAROUND_WIDTH)));
+  return {(IntVec::Native)((Unsigned)a.x << count)};
+}
 ADAROUND_INLINE IntVec operator>>(IntVec a, int32_t b) { return {a.x >> b}; }
 
 ADAROUND_INLINE Vec select_(IntVec mask, Vec yes, Vec no) {
