@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,7 @@ def use_instruction_set(name: str = "") -> str:
     except RuntimeError as error:
         raise ValueError(str(error).splitlines()[0]) from None
     return used
+
+
+if os.environ.get("ADAROUND_EXT_ISA"):
+    use_instruction_set(os.environ["ADAROUND_EXT_ISA"])

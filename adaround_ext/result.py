@@ -39,9 +39,9 @@ class LayerResult:
         """Writes weight_q (and a new bias) into ``layer``; ValueError where it does not fit."""
         weight = dict(layer.named_parameters(recurse=False)).get("weight")
         if weight is None or weight.shape != self.weight_q.shape:
-            got = "none of its own" if weight is None else list(weight.shape)
+            came = "none of its own" if weight is None else list(weight.shape)
             raise ValueError(
-                f"layer must have a weight of shape {list(self.weight_q.shape)}, got {got}"
+                f"layer must have a weight of shape {list(self.weight_q.shape)}, got {came}"
             )
         own = getattr(layer, "bias", None)
         if self.bias is not None and (own is None or own.shape != self.bias.shape):

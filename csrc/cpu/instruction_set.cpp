@@ -1,6 +1,5 @@
 // Which loops run: the best that processor and build have, unless another was asked for.
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 
 #include <torch/csrc/stable/library.h>
@@ -54,11 +53,7 @@ const Choice* find(const char* name) {
 }
 
 std::atomic<const Choice*>& in_use() {
-  static std::atomic<const Choice*> choice = [] {
-    const char* wanted = std::getenv("ADAROUND_EXT_ISA");
-    const Choice* found = wanted ? find(wanted) : nullptr;
-    return found ? found : find("auto");
-  }();
+  static std::atomic<const Choice*> choice = find("auto");
   return choice;
 }
 

@@ -88,7 +88,6 @@ const Kernels<T>& kernels();
 
 // Chooses the loops for float: "auto", "baseline", "avx2" or "avx512". Returns the name now in use,
 // or an empty string, changing nothing, where this machine or build lacks the one asked for.
-// The environment variable ADAROUND_EXT_ISA makes the first choice.
 const char* use_instruction_set(const char* name);
 
 }  // namespace adaround_ext::cpu

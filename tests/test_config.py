@@ -1,0 +1,227 @@
+"""AdaRoundConfig: every field's rule, the way to JSON and back, overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from adaround_ext import AdaRoundConfig
+from adaround_ext.config import ACTIVATIONS, make_config
+
+FIELDS = {field.name for field in dataclasses.fields(AdaRoundConfig)}
+WRONG_VALUES = [
+    ("bits", 1),
+    ("bits", 9),
+    ("symmetric", 1),
+    ("granularity", "per_row"),
+    ("group_size", 0),
+    ("group_size", 8),  # granularity is not per_group
+    ("scale", "max"),
+    ("scale", 0.5),
+    ("scale_dtype", torch.float64),
+    ("scale_dtype", "float32"),
+    ("objective", "hessian"),
+    ("activation", "tanh"),
+    ("activation", ["relu"]),
+    ("positions", 0),
+    ("steps", -1),
+    ("batch_size", 0),
+    ("learning_rate", 0.0),
+    ("learning_rate", float("nan")),
+    ("reg_weight", -0.1),
+    ("reg_weight", float("inf")),
+    ("beta", (20.0, 0.5)),
+    ("beta", (20.0, 10.0, 2.0)),
+    ("beta", 20.0),
+    ("warmup", 1.5),
+    ("warmup", -0.1),
+    ("scale_free", None),
+    ("refine", "yes"),
+    ("seed", -1),
+    ("progress", 2),
+]
+WRONG_TYPES = [
+    ("bits", 4.0),
+    ("bits", True),
+    ("group_size", 8.0),
+    ("positions", "all"),
+    ("steps", 1e3),
+    ("batch_size", None),
+    ("learning_rate", "fast"),
+    ("reg_weight", "0.1"),
+    ("reg_weight", True),
+    ("beta", ("20", 2)),
+    ("warmup", None),
+    ("seed", None),
+]
+# Another value than the default of every field, as far as they go together.
+CHANGED: dict[str, Any] = {
+    "bits": 3,
+    "symmetric": False,
+    "granularity": "per_group",
+    "group_size": 16,
+    "scale": "min_max",
+    "scale_dtype": torch.bfloat16,
+    "objective": "sampled",
+    "activation": "gelu",
+    "positions": 5,
+    "steps": 7,
+    "batch_size": 9,
+    "learning_rate": 0.003,
+    "reg_weight": 0.25,
+    "beta": (10.0, 3.0),
+    "warmup": 0.5,
+    "scale_free": False,
+    "refine": False,
+    "seed": 11,
+    "progress": True,
+}
+
+
+def double(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+def test_every_field_is_tested() -> None:
+    assert {name for name, _ in WRONG_VALUES} == FIELDS
+    assert set(CHANGED) == FIELDS
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_VALUES, ids=str)
+def test_wrong_value_is_refused(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must be "):
+        AdaRoundConfig(**{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_TYPES, ids=str)
+def test_wrong_type_is_refused(name: str, value: object) -> None:
+    with pytest.raises(TypeError, match=f"^{name} must be "):
+        AdaRoundConfig(**{name: value})
+
+
+def test_message_says_rule_and_what_came() -> None:
+    with pytest.raises(ValueError, match=r"^bits must be from 2 to 8, got 9$"):
+        AdaRoundConfig(bits=9)
+    with pytest.raises(ValueError, match=r"^beta must be at least 1\.0, got 0\.5$"):
+        AdaRoundConfig(beta=(20.0, 0.5))
+
+
+def test_per_group_needs_a_group_size() -> None:
+    with pytest.raises(ValueError, match=r"^group_size must be set exactly when .*got None"):
+        AdaRoundConfig(granularity="per_group")
+
+
+def test_gram_objective_refuses_an_activation() -> None:
+    with pytest.raises(ValueError, match=r"^objective must be .*got 'gram'"):
+        AdaRoundConfig(objective="gram", activation="relu")
+
+
+def test_edges_of_the_ranges_are_allowed() -> None:
+    AdaRoundConfig(bits=2, steps=0, warmup=0.0, reg_weight=0.0, beta=(1.0, 1.0), seed=0)
+    AdaRoundConfig(bits=8, warmup=1.0, positions=1, batch_size=1, learning_rate=1e-300)
+
+
+def test_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        AdaRoundConfig().bits = 3  # type: ignore[misc]
+
+
+def test_beta_may_be_a_list_of_integers() -> None:
+    assert AdaRoundConfig(beta=[10, 2]).beta == (10.0, 2.0)  # type: ignore[arg-type]
+
+
+def test_activation_function() -> None:
+    assert AdaRoundConfig().activation_function is None
+    assert AdaRoundConfig(activation=double).activation_function is double
+    x = torch.linspace(-9, 9, 41)
+    modules = {
+        "relu": torch.nn.ReLU(),
+        "relu6": torch.nn.ReLU6(),
+        "gelu": torch.nn.GELU(),
+        "silu": torch.nn.SiLU(),
+    }
+    assert set(modules) == set(ACTIVATIONS)
+    for name, module in modules.items():
+        function = AdaRoundConfig(activation=name).activation_function
+        assert function is not None
+        torch.testing.assert_close(function(x), module(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("values", [{}, CHANGED], ids=["defaults", "changed"])
+def test_dict_round_trip_through_json(values: dict[str, Any]) -> None:
+    config = AdaRoundConfig(**values)
+    plain = config.to_dict()
+    assert set(plain) == FIELDS
+    back = AdaRoundConfig.from_dict(json.loads(json.dumps(plain)))
+    assert back == config
+    assert {name: getattr(back, name) for name in values} == values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_tensor_scale_survives_json(device: torch.device, dtype: torch.dtype) -> None:
+    scale = torch.rand(3, 2, device=device).to(dtype) + 0.1
+    config = AdaRoundConfig(scale=scale, granularity="per_group", group_size=4)
+    back = AdaRoundConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert isinstance(back.scale, Tensor)
+    assert torch.equal(back.scale, scale.double().cpu())
+    assert back == config
+
+
+def test_callable_activation_cannot_be_written() -> None:
+    with pytest.raises(ValueError, match=r"^activation must be a name"):
+        AdaRoundConfig(activation=double).to_dict()
+
+
+def test_from_dict_refuses_unknown_keys_and_wrong_values() -> None:
+    with pytest.raises(ValueError, match=r"has no 'bitz'; it has .*bits"):
+        AdaRoundConfig.from_dict({"bitz": 4})
+    with pytest.raises(ValueError, match=r"^scale_dtype must be .*got 'float128'"):
+        AdaRoundConfig.from_dict({"scale_dtype": "float128"})
+    with pytest.raises(ValueError, match=r"^bits must be "):
+        AdaRoundConfig.from_dict({"bits": 77})
+
+
+def test_from_dict_leaves_its_argument_alone() -> None:
+    plain = AdaRoundConfig(scale=torch.ones(2, 1)).to_dict()
+    before = json.dumps(plain)
+    AdaRoundConfig.from_dict(plain)
+    assert json.dumps(plain) == before
+
+
+@pytest.mark.parametrize("name", sorted(set(CHANGED) - {"granularity", "group_size"}))
+def test_each_field_counts_for_equality(name: str) -> None:
+    assert AdaRoundConfig(**{name: CHANGED[name]}) != AdaRoundConfig()
+
+
+def test_equality_and_hash() -> None:
+    assert AdaRoundConfig() != "AdaRoundConfig"
+    twins = [
+        (AdaRoundConfig(**CHANGED), AdaRoundConfig(**CHANGED)),
+        (AdaRoundConfig(warmup=0), AdaRoundConfig(warmup=0.0)),
+        (AdaRoundConfig(activation=double), AdaRoundConfig(activation=double)),
+        (AdaRoundConfig(scale=torch.ones(2, 1)), AdaRoundConfig(scale=torch.ones(2, 1).double())),
+    ]
+    for one, other in twins:
+        assert one == other
+        assert hash(one) == hash(other)
+    assert AdaRoundConfig(scale=torch.ones(2, 1)) != AdaRoundConfig(scale=torch.ones(1, 2))
+    assert len({AdaRoundConfig(), AdaRoundConfig(bits=3), AdaRoundConfig()}) == 2
+
+
+def test_make_config() -> None:
+    base = AdaRoundConfig(bits=3, steps=5)
+    assert make_config(None, {}) == AdaRoundConfig()
+    assert make_config(base, {}) == base
+    assert make_config(base, {"steps": 6}) == AdaRoundConfig(bits=3, steps=6)
+    assert base.steps == 5
+    with pytest.raises(TypeError, match=r"'bitz' is no setting; the settings are .*bits"):
+        make_config(base, {"bitz": 4})
+    with pytest.raises(TypeError, match="config must be an AdaRoundConfig, got dict"):
+        make_config({"bits": 4}, {})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^bits must be "):
+        make_config(base, {"bits": 1})

@@ -1,0 +1,299 @@
+"""The quantization grid: ranges, scales, codes of the simple rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from adaround_ext import AdaRoundConfig, grid
+from adaround_ext.grid import QuantGrid, baseline_codes, make_grid, nearest_codes, quant_range
+from adaround_ext.reference import dequantize, expand_grid
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+both_kinds = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+every_width = pytest.mark.parametrize("bits", range(2, 9))
+
+
+def build(weight: Tensor, **settings: Any) -> QuantGrid:
+    return make_grid(weight, AdaRoundConfig(**settings))
+
+
+def nearest_error(weight: Tensor, of: QuantGrid) -> Tensor:
+    """Mean squared weight error of rounding to nearest, float64 [rows]."""
+    codes = nearest_codes(weight, of)
+    stored = dequantize(codes, of.scale.double(), of.zero_point, torch.float64)
+    return (stored - weight.double()).square().mean(1)
+
+
+@every_width
+def test_ranges(bits: int) -> None:
+    low, high = quant_range(bits, symmetric=True)
+    assert (low, high) == (-(2**bits) // 2, 2**bits // 2 - 1)
+    assert quant_range(bits, symmetric=False) == (0, 2**bits - 1)
+
+
+@every_width
+def test_min_max_symmetric_by_hand(device: torch.device, bits: int) -> None:
+    weight = torch.tensor([[-1.0, 0.5, 0.75], [0.0, 2.0, -1.0]], device=device)
+    got = build(weight, bits=bits, scale="min_max")
+    qmax = 2 ** (bits - 1) - 1
+    assert got.scale.tolist() == torch.tensor([[1 / qmax], [2 / qmax]]).tolist()
+    assert got.zero_point.tolist() == [[0], [0]]
+    assert (got.qmin, got.qmax) == (-qmax - 1, qmax)
+
+
+def test_min_max_asymmetric_by_hand(device: torch.device) -> None:
+    # The range always holds 0: all of one sign (rows 1 and 2) starts or ends there.
+    weight = torch.tensor([[-1.0, 0.5, 0.7], [2.0, 4.0, 15.0], [-15.0, -4.0, -2.0]], device=device)
+    got = build(weight, bits=4, symmetric=False, scale="min_max")
+    torch.testing.assert_close(got.scale.cpu(), torch.tensor([[1.7 / 15], [1.0], [1.0]]))
+    assert got.zero_point.tolist() == [[9], [0], [15]]  # 9: round(1 / (1.7 / 15))
+    assert nearest_codes(weight, got).tolist() == [[0, 13, 15], [2, 4, 15], [0, 11, 13]]
+
+
+@both_kinds
+@every_width
+def test_mse_is_never_worse_than_min_max(device: torch.device, symmetric: bool, bits: int) -> None:
+    weight = torch.randn(32, 96, device=device)
+    weight[:8] = weight[:8] ** 3  # heavy tails
+    weight[8:16] += 1  # an offset
+    errors = {
+        scale: nearest_error(weight, build(weight, bits=bits, symmetric=symmetric, scale=scale))
+        for scale in ("mse", "min_max")
+    }
+    assert bool((errors["mse"] <= errors["min_max"] * (1 + 1e-5)).all())
+    assert float(errors["mse"].mean()) < float(errors["min_max"].mean())
+
+
+@every_width
+def test_mse_is_close_to_brute_force(device: torch.device, bits: int) -> None:
+    weight = torch.randn(16, 256, device=device)
+    qmax = 2 ** (bits - 1) - 1
+    shares = torch.linspace(0.15, 1.05, 361, device=device)
+    tried = (weight.abs().amax(1, keepdim=True) / qmax * shares).view(-1, 1)
+    zero_point = torch.zeros_like(tried, dtype=torch.int32)
+    copies = weight.repeat_interleave(len(shares), 0)
+    errors = nearest_error(copies, QuantGrid(tried, zero_point, -qmax - 1, qmax))
+    best = errors.view(16, -1).amin(1)
+    found = nearest_error(weight, build(weight, bits=bits, scale="mse"))
+    assert float((found / best).mean()) < 1.02
+    assert float((found / best).max()) < 1.1
+
+
+@both_kinds
+@pytest.mark.parametrize("scale", ["min_max", "mse"])
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16])
+def test_zeros_get_scale_one(
+    device: torch.device, symmetric: bool, scale: str, scale_dtype: torch.dtype
+) -> None:
+    weight = torch.randn(3, 8, device=device)
+    weight[1] = 0
+    got = build(weight, symmetric=symmetric, scale=scale, scale_dtype=scale_dtype)
+    assert float(got.scale[1]) == 1
+    assert bool(got.scale.isfinite().all())
+    codes = nearest_codes(weight, got)
+    assert codes[1].tolist() == [int(got.zero_point[1])] * 8
+    assert dequantize(codes, got.scale, got.zero_point, torch.float32)[1].tolist() == [0.0] * 8
+
+
+@both_kinds
+@pytest.mark.parametrize(
+    ("settings", "shape"),
+    [
+        ({"granularity": "per_tensor"}, (1, 1)),
+        ({"granularity": "per_channel"}, (6, 1)),
+        ({"granularity": "per_group", "group_size": 4}, (6, 3)),
+        ({"granularity": "per_group", "group_size": 12}, (6, 1)),
+        ({"granularity": "per_group", "group_size": 1}, (6, 12)),
+    ],
+    ids=str,
+)
+def test_granularity(
+    device: torch.device, symmetric: bool, settings: dict[str, Any], shape: tuple[int, int]
+) -> None:
+    """Each run of weights that shares a scale has the grid that it would have alone."""
+    weight = torch.randn(6, 12, device=device)
+    got = build(weight, symmetric=symmetric, **settings)
+    assert got.scale.shape == got.zero_point.shape == shape
+    assert (got.scale.dtype, got.zero_point.dtype) == (torch.float32, torch.int32)
+    assert got.scale.device == got.zero_point.device == device
+    runs = weight.reshape(shape[0] * shape[1], -1)
+    for i, (scale, zero_point) in enumerate(
+        zip(got.scale.view(-1), got.zero_point.view(-1), strict=True)
+    ):
+        alone = build(runs[i : i + 1], symmetric=symmetric)
+        assert (float(scale), int(zero_point)) == (float(alone.scale), int(alone.zero_point))
+
+
+def test_group_size_must_divide(device: torch.device) -> None:
+    for scale in ("mse", torch.ones(2, 2)):
+        with pytest.raises(ValueError, match=r"^group_size must divide the layer's 12 columns.* 5"):
+            build(
+                torch.randn(2, 12, device=device),
+                granularity="per_group",
+                group_size=5,
+                scale=scale,
+            )
+
+
+@both_kinds
+@pytest.mark.parametrize(
+    ("granularity", "given", "shape"),
+    [
+        ("per_tensor", (1, 1), (1, 1)),
+        ("per_channel", (3, 1), (3, 1)),
+        ("per_channel", (3,), (3, 1)),
+        ("per_channel", (1, 1), (1, 1)),
+        ("per_group", (3, 2), (3, 2)),
+        ("per_group", (1, 2), (3, 2)),
+    ],
+    ids=str,
+)
+def test_given_scale(
+    device: torch.device,
+    symmetric: bool,
+    granularity: str,
+    given: tuple[int, ...],
+    shape: tuple[int, int],
+) -> None:
+    weight = torch.randn(3, 8, device=device)
+    scale = 0.2 + torch.rand(given)  # on the CPU, as from_dict gives it
+    before = scale.clone()
+    group_size = 4 if granularity == "per_group" else None
+    got = build(
+        weight, symmetric=symmetric, granularity=granularity, group_size=group_size, scale=scale
+    )
+    assert got.scale.device == device
+    assert got.scale.shape == got.zero_point.shape == shape
+    assert torch.equal(got.scale.cpu(), scale.view(-1, shape[1]).expand(shape))
+    low = weight.view(shape[0] * shape[1], -1).amin(1).clamp(max=0).view(shape)
+    wanted = torch.zeros(shape) if symmetric else (-low / got.scale).round().clamp(0, 15).cpu()
+    assert torch.equal(got.zero_point.cpu(), wanted.int())
+    got.scale.zero_()
+    assert torch.equal(scale, before)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "given"),
+    [
+        ("per_tensor", ()),
+        ("per_tensor", (3, 1)),
+        ("per_channel", (2, 1)),
+        ("per_channel", (8,)),
+        ("per_channel", (3, 2)),
+        ("per_group", (3, 1)),
+        ("per_group", (2, 2)),
+        ("per_group", (3,)),
+    ],
+    ids=str,
+)
+def test_given_scale_of_wrong_shape(granularity: str, given: tuple[int, ...]) -> None:
+    group_size = 4 if granularity == "per_group" else None
+    with pytest.raises(
+        ValueError, match=rf"^scale must have shape .*got {list(given)}".replace("[", r"\[")
+    ):
+        build(
+            torch.randn(3, 8),
+            granularity=granularity,
+            group_size=group_size,
+            scale=torch.ones(given),
+        )
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), 1e-9, 1e6])
+def test_given_scale_must_be_positive_and_finite_where_stored(value: float) -> None:
+    scale = torch.tensor([[1.0], [value], [value]])
+    with pytest.raises(ValueError, match=r"^scale must be positive and finite in .*float16, got 2"):
+        build(torch.randn(3, 8), scale=scale, scale_dtype=torch.float16)
+
+
+@both_kinds
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", ["min_max", "mse", "given"])
+def test_scales_are_stored_exactly(
+    device: torch.device, symmetric: bool, scale_dtype: torch.dtype, scale: str
+) -> None:
+    weight = torch.randn(16, 8, device=device)
+    asked = 0.1 + torch.rand(16, 1) if scale == "given" else scale
+    got = build(weight, symmetric=symmetric, scale=asked, scale_dtype=scale_dtype)
+    assert torch.equal(got.scale.to(scale_dtype).float(), got.scale)
+    exact = build(weight, symmetric=symmetric, scale=asked)
+    assert not torch.equal(got.scale, exact.scale)
+    if scale != "mse":  # its search may end at another share
+        torch.testing.assert_close(got.scale, exact.scale, rtol=1e-2, atol=0)
+
+
+def test_scale_stays_normal_and_finite_where_stored(device: torch.device) -> None:
+    weight = torch.tensor([[1e-9, -2e-9], [1e9, -2e9]], device=device)
+    got = build(weight, scale="min_max", scale_dtype=torch.float16)
+    limits = torch.finfo(torch.float16)
+    assert got.scale.view(-1).tolist() == [limits.smallest_normal, limits.max]
+
+
+@both_kinds
+@every_width
+def test_nearest_codes_by_brute_force(device: torch.device, symmetric: bool, bits: int) -> None:
+    weight = torch.randn(5, 12, device=device)
+    got = build(
+        weight, bits=bits, symmetric=symmetric, granularity="per_group", group_size=4, scale="mse"
+    )
+    codes = torch.arange(got.qmin, got.qmax + 1, device=device, dtype=torch.float64)
+    s, z = (expand_grid(t, 5, 12).double()[..., None] for t in (got.scale, got.zero_point))
+    distance = (s * (codes - z) - weight.double()[..., None]).abs()
+    found = nearest_codes(weight, got)
+    assert found.dtype == (torch.int8 if symmetric else torch.uint8)
+    assert torch.equal(found.long(), distance.argmin(-1) + got.qmin)
+
+
+def test_ties_go_to_even_multiples_of_the_scale(device: torch.device) -> None:
+    """As torch.round(w / s): a zero point shifts the codes and nothing else."""
+    weight = torch.tensor([[-1.5, -0.5, 0.5, 1.5, 2.5]], device=device)
+    scale = torch.ones(1, 1, device=device)
+    for zero_point, qmin, qmax in ((0, -8, 7), (4, 0, 15), (5, 0, 15)):
+        at = torch.full((1, 1), zero_point, dtype=torch.int32, device=device)
+        codes = nearest_codes(weight, QuantGrid(scale, at, qmin, qmax))
+        assert (codes.int() - zero_point).tolist() == [[-2, 0, 0, 2, 2]]
+
+
+@both_kinds
+def test_baseline_codes(device: torch.device, symmetric: bool) -> None:
+    weight = torch.randn(64, 64, device=device)
+    got = build(weight, symmetric=symmetric, granularity="per_tensor", scale="min_max")
+    at = weight / got.scale + got.zero_point
+    codes = baseline_codes(weight, got, seed=3)
+    assert torch.equal(codes["floor"].float(), at.floor().clamp(got.qmin, got.qmax))
+    assert torch.equal(codes["ceil"].float(), at.ceil().clamp(got.qmin, got.qmax))
+    drawn = codes["stochastic"]
+    assert bool(((drawn == codes["floor"]) | (drawn == codes["ceil"])).all())
+    # Each draw errs by less than one with mean 0, so 4096 of them by less than .05 on average.
+    assert abs(float((drawn.float() - at).mean())) < 0.05
+    assert torch.equal(drawn, baseline_codes(weight, got, seed=3)["stochastic"])
+    assert not torch.equal(drawn, baseline_codes(weight, got, seed=4)["stochastic"])
+
+
+@both_kinds
+@pytest.mark.parametrize("block", [1, 100, 1 << 30])
+def test_block_size_does_not_matter(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, symmetric: bool, block: int
+) -> None:
+    weight = torch.randn(21, 30, device=device)
+    wanted = build(weight, symmetric=symmetric)
+    monkeypatch.setattr(grid, "_BLOCK", block)
+    got = build(weight, symmetric=symmetric)
+    assert torch.equal(got.scale, wanted.scale)
+    assert torch.equal(got.zero_point, wanted.zero_point)
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+def test_joined_grids_give_the_same_codes(device: torch.device, granularity: str) -> None:
+    weights = [torch.randn(rows, 8, device=device) for rows in (3, 5)]
+    grids = [build(weight, granularity=granularity, symmetric=False) for weight in weights]
+    joined = QuantGrid.join(grids, [3, 5])
+    assert joined.scale.shape == joined.zero_point.shape == (8, 1)
+    codes = nearest_codes(torch.cat(weights), joined)
+    wanted = [nearest_codes(weight, own) for weight, own in zip(weights, grids, strict=True)]
+    assert torch.equal(codes, torch.cat(wanted))
+    assert QuantGrid.join(grids[:1], [3]) is grids[0]

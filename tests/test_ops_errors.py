@@ -1,0 +1,265 @@
+"""Every argument check of the ops: the message names the argument, the rule and what came."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import schedule_row, transposed
+
+from adaround_ext import ops
+
+ROWS, COLS = 4, 6
+Arguments = dict[str, Any]
+
+
+def arguments(op: str, device: torch.device) -> Arguments:
+    """Arguments that the op takes."""
+    weight = torch.randn(ROWS, COLS, device=device)
+    step = torch.zeros(1, dtype=torch.int64, device=device)
+    codes = torch.zeros(ROWS, COLS, dtype=torch.int8, device=device)
+    given: Arguments = {
+        "grad_weight_q": torch.randn_like(weight),
+        "grad_reg": torch.ones((), device=device),
+        "v": torch.randn_like(weight),
+        "exp_avg": torch.zeros_like(weight),
+        "exp_avg_sq": torch.zeros_like(weight),
+        "weight_q": torch.zeros_like(weight),
+        "grad": torch.randn_like(weight),
+        "weight": weight,
+        "codes": codes,
+        "residual": torch.randn_like(weight),
+        "gram": torch.eye(COLS, device=device).repeat(2, 1, 1),
+        "scale": torch.full((ROWS, 2), 0.1, device=device),
+        "zero_point": torch.zeros(ROWS, 2, dtype=torch.int32, device=device),
+        "qmin": -8,
+        "qmax": 7,
+        "beta": 2.0,
+        "schedule": torch.tensor([schedule_row(1)], device=device),
+        "step": step,
+        "as_error": False,
+        "normalize": False,
+        "max_sweeps": 3,
+        "dtype": torch.float32,
+    }
+    return {a.name: given[a.name] for a in getattr(ops._ops, op).default._schema.arguments}
+
+
+def call(op: str, given: Arguments) -> None:
+    getattr(ops._ops, op)(*given.values())
+
+
+OPS = [
+    "soft_quantize",
+    "_soft_quantize_backward",
+    "soft_quantize_with_grad",
+    "rounding_step_",
+    "hard_quantize",
+    "dequantize",
+    "refine_",
+]
+QUANTIZERS = OPS[:5]
+
+Change = Callable[[Arguments], Any]
+# (ops, argument, its bad value from the good arguments, message)
+CASES: list[tuple[list[str], str, Change, str]] = [
+    (
+        QUANTIZERS,
+        "weight",
+        lambda a: a["weight"].int(),
+        "weight must have dtype Float or BFloat16 or Half",
+    ),
+    (
+        QUANTIZERS,
+        "weight",
+        lambda a: a["weight"][0],
+        "weight must be a matrix [rows, cols], got shape [6]",
+    ),
+    (QUANTIZERS, "v", lambda a: a["v"].bfloat16(), "v must have dtype Float, got BFloat16"),
+    (
+        QUANTIZERS,
+        "v",
+        lambda a: a["v"][:2].clone(),
+        "v must have the shape of weight, [4, 6], got [2, 6]",
+    ),
+    (QUANTIZERS, "scale", lambda a: a["scale"].double(), "scale must have dtype Float, got Double"),
+    (
+        QUANTIZERS,
+        "scale",
+        lambda a: a["scale"][:3],
+        "scale must have shape [4 or 1, n_groups], got [3, 2]",
+    ),
+    (
+        QUANTIZERS,
+        "scale",
+        lambda a: a["scale"][:, 0],
+        "scale must have shape [4 or 1, n_groups], got [4]",
+    ),
+    (
+        QUANTIZERS,
+        "scale",
+        lambda a: a["scale"][:, :0],
+        "scale must have shape [4 or 1, n_groups], got [4, 0]",
+    ),
+    (
+        QUANTIZERS,
+        "scale",
+        lambda a: a["scale"].repeat(1, 2),
+        "scale must have a number of groups that divides the 6 columns of weight, got 4",
+    ),
+    (
+        QUANTIZERS,
+        "zero_point",
+        lambda a: a["zero_point"].long(),
+        "zero_point must have dtype Int, got Long",
+    ),
+    (
+        QUANTIZERS,
+        "zero_point",
+        lambda a: a["zero_point"][:1],
+        "zero_point must have the shape of scale, [4, 2], got [1, 2]",
+    ),
+    (
+        [*QUANTIZERS, "refine_"],
+        "qmax",
+        lambda a: -8,
+        "qmin and qmax must be a range within [-128, 127] or [0, 255], got [-8, -8]",
+    ),
+    ([*QUANTIZERS, "refine_"], "qmin", lambda a: -129, "qmin and qmax must be a range within"),
+    ([*QUANTIZERS, "refine_"], "qmax", lambda a: 128, "got [-8, 128]"),
+    (OPS[:3], "beta", lambda a: 0.99, "beta must be at least 1, got 0.99"),
+    (OPS[:3], "beta", lambda a: float("nan"), "beta must be at least 1, got nan"),
+    (
+        OPS[1:2],
+        "grad_weight_q",
+        lambda a: a["grad_weight_q"].half(),
+        "grad_weight_q must have dtype Float, got Half",
+    ),
+    (
+        OPS[1:2],
+        "grad_weight_q",
+        lambda a: a["grad_weight_q"].t(),
+        "grad_weight_q must have the shape of weight, [4, 6], got [6, 4]",
+    ),
+    (
+        OPS[1:2],
+        "grad_reg",
+        lambda a: a["grad_reg"].double(),
+        "grad_reg must have dtype Float, got Double",
+    ),
+    (
+        OPS[1:2],
+        "grad_reg",
+        lambda a: a["grad_reg"].repeat(2),
+        "grad_reg must hold one number, got shape [2]",
+    ),
+]
+STEP_CASES: list[tuple[str, Change, str]] = [
+    ("exp_avg", lambda a: a["exp_avg"].half(), "exp_avg must have dtype Float, got Half"),
+    ("exp_avg_sq", lambda a: a["exp_avg_sq"].double(), "exp_avg_sq must have dtype Float"),
+    ("exp_avg", lambda a: a["exp_avg"][:1], "exp_avg must have the shape of weight"),
+    ("exp_avg_sq", lambda a: a["exp_avg_sq"].t(), "exp_avg_sq must have the shape of weight"),
+    ("grad", lambda a: a["grad"].double(), "grad must have dtype Float or BFloat16 or Half"),
+    ("grad", lambda a: a["grad"][:, :3], "grad must have the shape of weight, [4, 6], got [4, 3]"),
+    ("weight_q", lambda a: a["weight_q"].half(), "weight_q must have dtype Float, got Half"),
+    ("weight_q", lambda a: a["weight_q"][:3], "weight_q must have the shape of weight"),
+    ("schedule", lambda a: a["schedule"].double(), "schedule must have dtype Float, got Double"),
+    (
+        "schedule",
+        lambda a: a["schedule"][:0],
+        "schedule must have shape [steps >= 1, 5], got [0, 5]",
+    ),
+    ("schedule", lambda a: a["schedule"][0], "schedule must have shape [steps >= 1, 5], got [5]"),
+    ("schedule", lambda a: a["schedule"][:, :4], "schedule must have shape [steps >= 1, 5]"),
+    ("step", lambda a: a["step"].int(), "step must have dtype Long, got Int"),
+    ("step", lambda a: a["step"].repeat(2), "step must hold one number, got shape [2]"),
+    ("v", lambda a: transposed(a["v"]), "v is written in place and must be contiguous"),
+    ("exp_avg", lambda a: transposed(a["exp_avg"]), "exp_avg is written in place and must be con"),
+    ("exp_avg_sq", lambda a: transposed(a["grad"]), "exp_avg_sq is written in place and must be"),
+    ("weight_q", lambda a: transposed(a["grad"]), "weight_q is written in place and must be conti"),
+    ("exp_avg", lambda a: a["v"], "v is written in place and must not share memory with exp_avg"),
+    ("weight_q", lambda a: a["grad"], "weight_q is written in place and must not share memory"),
+    ("weight_q", lambda a: a["weight"], "must not share memory with weight"),
+    ("scale", lambda a: a["exp_avg_sq"].flatten()[-8:].view(4, 2), "exp_avg_sq is written in pla"),
+]
+REFINE_CASES: list[tuple[str, Change, str]] = [
+    ("codes", lambda a: a["codes"][0], "codes must be a matrix [rows, cols], got shape [6]"),
+    ("codes", lambda a: a["codes"].to(torch.uint8), "codes must have dtype Char, got Byte"),
+    ("qmin", lambda a: 0, "codes must have dtype Byte, got Char"),
+    ("residual", lambda a: a["residual"].half(), "residual must have dtype Float"),
+    ("residual", lambda a: a["residual"].t(), "residual must have the shape of codes"),
+    ("gram", lambda a: a["gram"].double(), "gram must have dtype Float, got Double"),
+    ("gram", lambda a: a["gram"][0], "gram must have shape [groups, 6, 6] with groups dividing 4"),
+    ("gram", lambda a: a["gram"][:, :5], "gram must have shape [groups, 6, 6]"),
+    ("gram", lambda a: a["gram"][:1].repeat(3, 1, 1), "with groups dividing 4 rows, got [3, 6, 6]"),
+    ("scale", lambda a: a["scale"].half(), "scale must have dtype Float, got Half"),
+    ("scale", lambda a: a["scale"][:3], "scale must have shape [4 or 1, n_groups] with n_groups"),
+    ("scale", lambda a: a["scale"].repeat(1, 2), "n_groups dividing 6 columns, got [4, 4]"),
+    ("max_sweeps", lambda a: -1, "max_sweeps must not be negative, got -1"),
+    ("codes", lambda a: transposed(a["codes"]), "codes is written in place and must be contiguous"),
+    ("residual", lambda a: transposed(a["residual"]), "residual is written in place and must be"),
+    ("residual", lambda a: a["gram"][0, :4], "residual is written in place and must not share"),
+]
+DEQUANTIZE_CASES: list[tuple[str, Change, str]] = [
+    ("codes", lambda a: a["codes"].int(), "codes must have dtype Char or Byte, got Int"),
+    ("codes", lambda a: a["codes"][0], "codes must be a matrix [rows, cols], got shape [6]"),
+    ("scale", lambda a: a["scale"].double(), "scale must have dtype Float, got Double"),
+    ("scale", lambda a: a["scale"].repeat(1, 2), "divides the 6 columns of codes, got 4"),
+    ("zero_point", lambda a: a["zero_point"].float(), "zero_point must have dtype Int, got Float"),
+    ("dtype", lambda a: torch.int32, "dtype must be Float, BFloat16, Half"),
+]
+ALL_CASES = [
+    *((op, *case[1:]) for case in CASES for op in case[0]),
+    *(("rounding_step_", *case) for case in STEP_CASES),
+    *(("refine_", *case) for case in REFINE_CASES),
+    *(("dequantize", *case) for case in DEQUANTIZE_CASES),
+]
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "change", "message"),
+    [pytest.param(*case, id=f"{case[0]}-{case[1]}") for case in ALL_CASES],
+)
+def test_message(device: torch.device, op: str, name: str, change: Change, message: str) -> None:
+    given = arguments(op, device)
+    given[name] = change(given)
+    before = {k: t.clone() for k, t in given.items() if isinstance(t, torch.Tensor)}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(op, given)
+    assert all(torch.equal(given[k], t) for k, t in before.items())  # refused before any write
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_good_arguments_are_taken(device: torch.device, op: str) -> None:
+    call(op, arguments(op, device))
+
+
+@pytest.mark.parametrize("qrange", [(0, 256), (0, 0), (5, 3), (-1, 128)])
+def test_ranges(device: torch.device, qrange: tuple[int, int]) -> None:
+    given = arguments("hard_quantize", device)
+    given["qmin"], given["qmax"] = qrange
+    with pytest.raises(ValueError, match=re.escape(f"got [{qrange[0]}, {qrange[1]}]")):
+        call("hard_quantize", given)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_other_device(device: torch.device, op: str) -> None:
+    if device.type == "cpu":
+        pytest.skip("needs a second device")
+    given = arguments(op, device)
+    given["scale"] = given["scale"].cpu()
+    with pytest.raises(ValueError, match=r"scale must be on the device of .* got cpu and cuda:0"):
+        call(op, given)
+
+
+def test_float64_is_refused_on_cuda(device: torch.device) -> None:
+    if device.type == "cpu":
+        pytest.skip("the CPU takes float64")
+    for op, name in [("soft_quantize", "weight"), ("refine_", "residual")]:
+        given = arguments(op, device)
+        given[name] = given[name].double()
+        with pytest.raises(ValueError, match=f"{name} must have dtype Float"):
+            call(op, given)

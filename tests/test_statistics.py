@@ -1,0 +1,140 @@
+"""The streamed statistics: the same bits however the data comes, and what they count."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adaround_ext.data import batches
+from adaround_ext.layers import matrix_layer
+from adaround_ext.statistics import GramStatistics
+
+# name: (layer, shape of the inputs, a cut of them). The cuts end within, at and beyond the fixed
+# batches of 8192 tokens or 32 samples; some of these then start at addresses that are not aligned.
+CASES: dict[str, tuple[nn.Module, tuple[int, ...], list[int]]] = {
+    "tokens": (nn.Linear(7, 5), (20000, 7), [101, 19000, 899]),
+    "sequences": (nn.Linear(24, 16), (40, 300, 24), [1, 38, 1]),
+    "wide": (nn.Linear(400, 3), (300, 400), [7] * 42 + [6]),  # more than two blocks of columns
+    "conv": (nn.Conv2d(3, 8, 3, padding=1), (75, 3, 9, 7), [5, 69, 1]),
+    "depthwise": (nn.Conv2d(4, 8, 3, groups=4, stride=2), (75, 4, 9, 7), [40, 35]),
+    "transposed": (nn.ConvTranspose1d(3, 4, 3, stride=2), (75, 3, 9), [25, 25, 25]),
+}
+pytestmark = pytest.mark.usefixtures("one_thread")
+asymmetric = pytest.mark.parametrize("targets", [False, True], ids=["symmetric", "asymmetric"])
+
+
+def make(name: str, device: torch.device) -> tuple[nn.Module, Tensor, Tensor]:
+    """(layer, inputs, targets) of a case."""
+    layer, shape, _ = CASES[name]
+    layer = copy.deepcopy(layer).to(device)
+    x = torch.randn(shape).to(device)
+    return layer, x, layer(x).detach() + 0.1
+
+
+def collect(
+    layers: nn.Module | list[nn.Module],
+    inputs: Tensor | list[Tensor],
+    targets: Tensor | list[Tensor] | tuple[Tensor, ...] | None = None,
+    positions: int | None = None,
+    seed: int = 0,
+) -> GramStatistics:
+    views = [matrix_layer(layer) for layer in (layers if isinstance(layers, list) else [layers])]
+    statistics = GramStatistics(views, positions, seed)
+    with torch.no_grad():
+        statistics.collect(batches(views, "the layer", inputs, targets))
+    return statistics
+
+
+def assert_same_bits(one: GramStatistics, other: GramStatistics) -> None:
+    assert one.count == other.count
+    for field in ("gram", "mismatch", "mismatch_energy"):
+        assert torch.equal(getattr(one, field), getattr(other, field)), field
+
+
+@asymmetric
+@pytest.mark.parametrize("name", CASES)
+def test_same_bits_however_the_data_is_cut(device: torch.device, name: str, targets: bool) -> None:
+    layer, x, y = make(name, device)
+    sizes = CASES[name][2]
+    assert sum(sizes) == len(x)
+    parts = list(y.split(sizes)) if targets else None
+    got = collect(layer, list(x.split(sizes)), parts)
+    assert_same_bits(got, collect(layer, x, y if targets else None))
+
+
+@asymmetric
+@pytest.mark.parametrize("name", CASES)
+def test_same_bits_for_one_thread_and_two(device: torch.device, name: str, targets: bool) -> None:
+    layer, x, y = make(name, device)
+    got = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        got.append(collect(layer, x, y if targets else None))
+    assert_same_bits(*got)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["sequences", "conv"])
+def test_other_dtypes_of_inputs_and_targets(
+    device: torch.device, name: str, dtype: torch.dtype
+) -> None:
+    layer, x, y = make(name, device)
+    x, y = x.to(dtype), y.to(dtype)
+    got = collect(layer, x, y)
+    assert got.gram.dtype == got.mismatch.dtype == got.mismatch_energy.dtype == torch.float64
+    assert_same_bits(got, collect(layer, x.float(), y.float()))
+
+
+@asymmetric
+@pytest.mark.parametrize("positions", [None, 5])
+def test_layers_that_share_inputs(
+    device: torch.device, positions: int | None, targets: bool
+) -> None:
+    """One pass; each layer's rows are as if it were alone, its positions included."""
+    layers: list[nn.Module] = [nn.Conv2d(3, rows, 3).to(device) for rows in (2, 4)]
+    x = torch.randn(70, 3, 8, 8).to(device)
+    wanted = tuple((layer(x) + 0.1).detach() for layer in layers)
+    both = collect(layers, x, wanted if targets else None, positions)
+    for layer, y, rows in zip(layers, wanted, (slice(0, 2), slice(2, 6)), strict=True):
+        alone = collect(layer, x, y if targets else None, positions)
+        assert_same_bits(both.rows(rows), alone)
+
+
+def test_sampled_positions(device: torch.device) -> None:
+    layer = nn.Conv2d(3, 4, 3, padding=1).to(device)
+    x = torch.randn(100, 3, 6, 6).cumsum(-1).to(device)
+    full = collect(layer, x)
+    drawn = [collect(layer, x, positions=9, seed=seed) for seed in range(16)]
+    assert (full.count, drawn[0].count) == (100 * 36, 100 * 9)
+    assert_same_bits(drawn[0], collect(layer, list(x.split(37)), positions=9))
+    assert not torch.equal(drawn[0].gram, drawn[1].gram)
+    error = [float((one.gram - full.gram).norm() / full.gram.norm()) for one in drawn]
+    assert max(error) < 0.2
+    mean = torch.stack([one.gram for one in drawn]).mean(0)
+    # Unbiased: 16 draws together err about 4 times less than one.
+    assert float((mean - full.gram).norm() / full.gram.norm()) < 0.5 * sum(error) / 16
+    assert_same_bits(full, collect(layer, x, positions=36))  # no more than there are
+
+
+def test_every_batch_draws_its_own_positions(device: torch.device) -> None:
+    """For several layers too, which share one draw in each batch."""
+    layers: list[nn.Module] = [nn.Conv1d(1, 1, 1, bias=False).to(device) for _ in range(2)]
+    x = torch.arange(64.0, device=device).expand(32, 1, 64)  # 32 samples are one batch
+    once, often = (float(collect(layers, [x] * n, positions=1).gram) for n in (1, 8))
+    assert abs(once - often) > 1e-3 * once
+
+
+@asymmetric
+def test_mismatch(device: torch.device, targets: bool) -> None:
+    layer, x, y = make("tokens", device)
+    got = collect(layer, x, y if targets else None)
+    assert got.has_targets == targets
+    wanted = x.double().mean(0) * 0.1 if targets else torch.zeros(7, dtype=torch.float64)
+    torch.testing.assert_close(got.mismatch, wanted.expand(5, -1), rtol=1e-4, atol=1e-6)
+    energy = torch.full((5,), 0.01 if targets else 0.0, dtype=torch.float64, device=device)
+    torch.testing.assert_close(got.mismatch_energy, energy, rtol=1e-5, atol=0)
+    exact = x.double().mT @ x.double() / len(x)
+    torch.testing.assert_close(got.gram[0], exact, rtol=1e-5, atol=1e-6)
