@@ -11,7 +11,6 @@ symbols and without optimisation; TORCH_CUDA_ARCH_LIST and MAX_JOBS as in PyTorc
 import glob
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -41,7 +40,7 @@ def check_tools() -> None:
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MIN_TORCH:
         sys.exit(f"adaround_ext: needs torch >= 2.10, found {torch.__version__}")
     compiler = os.environ.get("CXX", "c++")
-    if shutil.which((shlex.split(compiler) or [""])[0]) is None:  # CXX may be "ccache g++"
+    if shutil.which(compiler) is None:
         sys.exit(
             f"adaround_ext: C++ compiler {compiler!r} not found: install g++ or clang++, or set CXX"
         )
@@ -51,13 +50,17 @@ def find_cuda() -> tuple[str, str]:
     """(toolkit folder, version), or empty strings where CUDA is not built."""
     if not flag("USE_CUDA", "1"):
         return "", ""
-    nvcc = shutil.which("nvcc")
-    home = os.environ.get("CUDA_HOME") or (str(Path(nvcc).resolve().parents[1]) if nvcc else "")
-    if not (Path(home) / "bin" / "nvcc").exists() or not home:
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which(f"{home}/bin/nvcc" if home else "nvcc")
+    if nvcc is None:
         if flag("FORCE_CUDA"):
             sys.exit("adaround_ext: FORCE_CUDA is set but nvcc was not found: set CUDA_HOME")
         return "", ""
-    text = subprocess.check_output([f"{home}/bin/nvcc", "--version"], text=True)
+    if not home:  # nvcc itself knows, also behind links and wrapper scripts
+        trial = [nvcc, "--dryrun", "-x", "cu", os.devnull]
+        text = subprocess.run(trial, capture_output=True, text=True, check=True).stderr
+        home = os.path.realpath(re.search(r"TOP=(.+)", text).group(1))
+    text = subprocess.check_output([nvcc, "--version"], text=True)
     return home, re.search(r"release (\d+\.\d+)", text).group(1)
 
 
@@ -73,6 +76,7 @@ if cuda_home and not archs:
 optimise = ["-O0", "-g"] if flag("DEBUG") else ["-O3"]
 # Not -ffast-math: it would flush denormals in the whole process and break NaN checks.
 cxx = [
+    "-g0",  # Python's own flags have -g
     *optimise,
     "-std=c++17",
     "-fvisibility=hidden",
@@ -111,7 +115,7 @@ if cuda_home:
             "adaround_ext._C_cuda",
             sorted(glob.glob("csrc/cuda/*.cu")),
             include_dirs=[f"{cuda_home}/include"],
-            library_dirs=[f"{cuda_home}/lib64"],
+            library_dirs=[f"{cuda_home}/lib64", f"{cuda_home}/lib"],
             libraries=["cudart_static", "rt", "dl", "pthread"],
             # libtorch.so is what brings in libtorch_cuda where torch has CUDA.
             extra_link_args=["-Wl,--no-as-needed", "-ltorch"],

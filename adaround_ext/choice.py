@@ -74,6 +74,6 @@ def choose_objective(
     batch = config.batch_size * per_sample
     sampled = settings(config, "sampled").steps * 4.0 * batch * layer.cols * rows
     text = f"Gram form {gram:.2g} flop, sampled {sampled:.2g}"
-    if gram > _GRAM_MAY_COST * sampled:
+    if 0 < sampled < gram / _GRAM_MAY_COST:  # without steps only refinement can gain
         return "sampled", f"no activation function, but {text}"
     return "gram", f"no activation function; {text}"

@@ -163,7 +163,7 @@ def _check(argument: str, value: object, device: torch.device, name: str) -> Ten
     if value.device != device:
         raise ValueError(f"{argument} must be on the layer's device {device}, got {value.device}")
     value = value.detach()
-    # One cheap pass: a sum is finite unless a value is not (or it overflows, and nothing is counted).
+    # One cheap pass: a sum is finite unless a value is not, or it overflows: then none is counted.
     if not bool(torch.isfinite(value.sum())):
         bad = value.numel() - int(torch.isfinite(value).sum())
         if bad:

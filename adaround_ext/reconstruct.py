@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, overload
 
 import torch
@@ -38,6 +38,7 @@ def optimize_layer(
     config: AdaRoundConfig | None = None,
     **overrides: Any,
 ) -> list[LayerResult]: ...
+@torch.inference_mode(False)  # the sampled objective needs autograd
 @torch.no_grad()
 def optimize_layer(
     layer: nn.Module | Sequence[nn.Module],
@@ -66,6 +67,8 @@ def optimize_layer(
     and ValueError for one that does not fit: each names it, the rule and what came.
     """
     config = make_config(config, overrides)
+    if not isinstance(layer, (nn.Module, Iterable)):
+        raise TypeError(f"layer must be a module or a sequence of them, got {type(layer).__name__}")
     single = isinstance(layer, nn.Module)
     modules: list[nn.Module] = [layer] if isinstance(layer, nn.Module) else list(layer)
     layers = [matrix_layer(module) for module in modules]
@@ -91,10 +94,12 @@ def _check_layers(layers: list[MatrixLayer]) -> None:
                 f"weight of {_name([layer])} must be finite, got {bad} NaN or infinite values"
             )
         first = layers[0].weight
-        if (layer.geometry, weight.device) != (layers[0].geometry, first.device):
+        kind = (layer.geometry, weight.dtype, weight.device)
+        if kind != (layers[0].geometry, first.dtype, first.device):
             raise ValueError(
-                "layer must hold modules that take the same inputs in the same way on one device, "
-                f"got {layers[0].layer} on {first.device} and {layer.layer} on {weight.device}"
+                "layer must hold modules of one dtype on one device that take the same inputs in "
+                f"the same way, got {layers[0].layer}, {first.dtype} on {first.device}, and "
+                f"{layer.layer}, {weight.dtype} on {weight.device}"
             )
 
 

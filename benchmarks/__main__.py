@@ -1,0 +1,65 @@
+"""Command line: python -m benchmarks [ops|layer|memory|all] [--quick] [--output FILE] ..."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import bench_layer, bench_memory, bench_ops, common, workloads
+from benchmarks.common import Options
+
+_BENCHES = {"ops": bench_ops.run, "layer": bench_layer.run, "memory": bench_memory.run}
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("bench", nargs="?", default="all", choices=[*_BENCHES, "all"])
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and samples, no results")
+    parser.add_argument(
+        "--output", type=Path, help="JSON file; default benchmarks/results/<machine>/<bench>.json"
+    )
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--reference-steps",
+        type=int,
+        help="steps of the reference that are run, its time extrapolated to 10,000; default 10,000 "
+        "(50 with --quick and for convolutions)",
+    )
+    parser.add_argument(
+        "--shapes", nargs="+", default=[], choices=workloads.NAMES, help="layers of bench layer"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = _parse()
+    steps = common.QUICK_REFERENCE_STEPS if arguments.quick else common.REFERENCE_STEPS
+    options = Options(
+        torch.device(arguments.device),
+        arguments.quick,
+        arguments.reference_steps or steps,
+        tuple(arguments.shapes),
+    )
+    names = list(_BENCHES) if arguments.bench == "all" else [arguments.bench]
+    documents = {}
+    for name in names:
+        begin = time.perf_counter()
+        facts = common.machine_facts(options.device)
+        rows, targets = _BENCHES[name](options)
+        common.print_targets(targets)
+        documents[name] = common.document(name, options, facts, rows, targets)
+        documents[name]["seconds"] = time.perf_counter() - begin
+        common.note(f"{name}: {documents[name]['seconds']:.0f} s")
+        if not arguments.quick and arguments.output is None:
+            folder = common.FOLDER / "results" / common.machine_name(options.device)
+            common.write_json(folder / f"{name}.json", documents[name])
+    if arguments.output is not None:
+        values = documents if arguments.bench == "all" else documents[arguments.bench]
+        common.write_json(arguments.output, values)
+
+
+if __name__ == "__main__":
+    main()

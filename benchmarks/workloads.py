@@ -1,0 +1,126 @@
+"""What is measured: sizes for the ops, layers with their data for whole runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks import minilm
+
+# [rows, cols]: one that fits in a cache and two that do not.
+CPU_SHAPES = [(1536, 384), (4096, 1024), (2048, 8192)]
+CUDA_SHAPES = [(256 << shift, 4096) for shift in range(0, 9, 2)]  # 2^20 to 2^28 weights
+
+# The most that the held-out error may be of rounding to nearest's.
+_MINILM = {"query": 0.42, "attn.output": 0.38, "intermediate": 0.36, "output": 0.17}
+_CALIBRATION_IMAGES, _HELD_OUT_IMAGES, _SIZE = 128, 32, 56
+_REAL = "MiniLM-L6 encoder block 3 (trained), English text, 320 sequences of 32 tokens"
+_SYNTHETIC = (
+    "synthetic: random layer (He et al.); smooth random images through a random 7x7 convolution "
+    f"and ReLU, {_CALIBRATION_IMAGES} of {_SIZE}x{_SIZE}"
+)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A layer, what it receives, and the promises about it."""
+
+    name: str
+    layer: nn.Linear | nn.Conv2d
+    inputs: Tensor
+    held_out: Tensor
+    data: str
+    most_of_nearest: float | None = None
+    least_speedup: float | None = None
+
+    @property
+    def is_conv(self) -> bool:
+        return isinstance(self.layer, nn.Conv2d)
+
+    @property
+    def channel_dim(self) -> int:
+        return 1 if self.is_conv else -1
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as [rows, cols]."""
+        return self.layer.weight.detach().flatten(1)
+
+    def forward(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """The layer without its bias, with the weights [rows, cols]."""
+        layer = self.layer
+        if isinstance(layer, nn.Linear):
+            return F.linear(x, matrix)
+        weight = matrix.view_as(layer.weight)
+        padding = tuple(int(p) for p in layer.padding)
+        return F.conv2d(x, weight, None, layer.stride, padding, layer.dilation, layer.groups)
+
+    @torch.no_grad()
+    def relative_error(self, matrix_q: Tensor, inputs: Tensor) -> float:
+        """||(W_q - W) X||^2 / ||W X||^2, summed in float64."""
+        error = power = 0.0
+        for x in inputs.split(32):
+            error += self._power(x, matrix_q - self.matrix)
+            power += self._power(x, self.matrix)
+        return error / power
+
+    def _power(self, x: Tensor, matrix: Tensor) -> float:
+        return float(self.forward(x, matrix).square().sum(dtype=torch.float64))
+
+
+CONVOLUTIONS = ("resnet18.layer1", "mobilenet.depthwise", "resnet18.downsample")
+NAMES = (*_MINILM, *CONVOLUTIONS)
+
+
+def layer_workloads(names: tuple[str, ...], device: torch.device) -> Iterator[Workload]:
+    """Those of NAMES, all where ``names`` is empty; ImportError where MiniLM is not installed."""
+    wanted = names or NAMES
+    if any(name in _MINILM for name in wanted):
+        yield from _transformer([name for name in _MINILM if name in wanted], device)
+    for name in CONVOLUTIONS:
+        if name in wanted:
+            yield _convolution(name, device)
+
+
+def _transformer(names: list[str], device: torch.device) -> Iterator[Workload]:
+    model, tokenizer = minilm.load_encoder()
+    layers = minilm.block_layers(model)
+    calibration = minilm.layer_inputs(model, minilm.text_batches(tokenizer, "calibration"))
+    held_out = minilm.layer_inputs(model, minilm.text_batches(tokenizer, "held_out"))
+    for name in names:
+        x, y = calibration[name].to(device), held_out[name].to(device)
+        yield Workload(name, layers[name].to(device), x, y, _REAL, _MINILM[name])
+
+
+def _convolution(name: str, device: torch.device) -> Workload:
+    torch.manual_seed(0)
+    speedup = None
+    if name == "resnet18.layer1":
+        layer, speedup = nn.Conv2d(64, 64, 3, padding=1, bias=False), 500.0
+    elif name == "mobilenet.depthwise":
+        layer = nn.Conv2d(96, 96, 3, padding=1, groups=96, bias=False)
+    else:
+        layer = nn.Conv2d(64, 128, 1, stride=2, bias=False)
+    nn.init.kaiming_normal_(layer.weight)
+    images = _activations(layer.in_channels, _CALIBRATION_IMAGES + _HELD_OUT_IMAGES).to(device)
+    x, y = images.split([_CALIBRATION_IMAGES, _HELD_OUT_IMAGES])
+    return Workload(name, layer.to(device), x, y, _SYNTHETIC, least_speedup=speedup)
+
+
+@torch.no_grad()
+def _activations(channels: int, images: int) -> Tensor:
+    """[images, channels, 56, 56], correlated over space and channels, not negative."""
+    filters = nn.Conv2d(3, channels, 7, stride=2, padding=3)
+    nn.init.kaiming_normal_(filters.weight)
+    found = []
+    for count in [32] * (images // 32):
+        scene = 0.1 * torch.randn(count, 3, 2 * _SIZE, 2 * _SIZE)
+        for coarse in (4, 8, 16, 32):  # each octave weaker than the one before, as in photographs
+            noise = torch.randn(count, 3, coarse, coarse) * 4 / coarse
+            scene += F.interpolate(noise, scene.shape[2:], mode="bilinear")
+        found.append(filters(scene).relu())
+    return torch.cat(found)
