@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -44,6 +45,9 @@ def check_tools() -> None:
         sys.exit(
             f"adaround_ext: C++ compiler {compiler!r} not found: install g++ or clang++, or set CXX"
         )
+    headers = sysconfig.get_path("include")
+    if not Path(headers, "Python.h").exists():
+        sys.exit(f"adaround_ext: no Python.h in {headers}: install python3-dev or python3-devel")
 
 
 def find_cuda() -> tuple[str, str]:

@@ -172,9 +172,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
         ]
         for row in rows
     ]
-    title = (
-        "Held-out relative output error and seconds of a layer (~: extrapolated to 10,000 steps)"
-    )
+    title = "Held-out relative output error, and seconds a layer (~: extrapolated to 10,000 steps)"
     common.print_table(title, header, table)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -19,8 +20,7 @@ from adaround_ext.schedule import schedule_table
 
 QMIN, QMAX = -8, 7
 OURS, BFLOAT16, EAGER, COMPILED = "ours", "ours bfloat16", "eager", "compiled"
-WHOLE = "compiled whole step"
-FAMILIES = (OURS, BFLOAT16, EAGER, COMPILED, WHOLE)
+WHOLE = "compiled whole"
 _CONFIG = reference.ReferenceConfig(warmup=0.0)  # the regularizer is on in every step
 _BETA = 5.3  # no integer: inductor would make products of the power, which no loop can
 
@@ -181,7 +181,7 @@ def step_candidates(case: Case) -> dict[str, Candidate]:
         "eager, Adam": _eager_step(case, fused=False),
         "compiled backward, fused Adam": _compiled_backward_step(case),
         "compiled gradient, fused Adam": _compiled_gradient_step(case),
-        "compiled whole step": _compiled_whole_step(case),
+        "compiled whole step, Adam written out": _compiled_whole_step(case),
     }
 
 
@@ -207,7 +207,7 @@ def _kept(family: str, call: Callable[[], tuple[Tensor, ...]]) -> Candidate:
 
 def forward_candidates(case: Case) -> dict[str, Candidate]:
     return {
-        family: _kept(family, torch.no_grad()(lambda soft=soft: soft(case.v)))
+        family: _kept(family, torch.no_grad()(partial(soft, case.v)))
         for family, soft in _softs(case).items()
     }
 
@@ -219,9 +219,7 @@ def backward_candidates(case: Case) -> dict[str, Candidate]:
         grads = case.grad.to(weight_q.dtype), torch.full_like(reg, _CONFIG.reg_weight)
         return torch.autograd.grad((weight_q, reg), v, grads)
 
-    return {
-        family: _kept(family, lambda soft=soft: call(soft)) for family, soft in _softs(case).items()
-    }
+    return {family: _kept(family, partial(call, soft)) for family, soft in _softs(case).items()}
 
 
 def with_grad_candidates(case: Case) -> dict[str, Candidate]:
@@ -236,7 +234,7 @@ def with_grad_candidates(case: Case) -> dict[str, Candidate]:
         return weight_q.detach(), dweight_q, reg.detach(), dreg
 
     def pulled(v: Tensor, below: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-        (weight_q, reg), pull = torch.func.vjp(lambda v: _soft(v, _BETA, below, scale), v)
+        (weight_q, reg), pull = torch.func.vjp(lambda v: _soft(v, _BETA, below, scale), v)  # type: ignore[misc]
         ones, zeros = torch.ones_like(weight_q), torch.zeros_like(weight_q)
         one, zero = torch.ones_like(reg), torch.zeros_like(reg)
         return weight_q, pull((ones, zero))[0], reg, pull((zeros, one))[0]

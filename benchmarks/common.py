@@ -75,13 +75,13 @@ def synchronize(device: torch.device) -> None:
 def seconds_of(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
     """Mean seconds of ``calls`` calls in a row: by the wall clock, on CUDA by events."""
     if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         for _ in range(calls):
             call()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3 / calls
+        return float(start.elapsed_time(end)) / 1e3 / calls
     begin = time.perf_counter()
     for _ in range(calls):
         call()
@@ -102,7 +102,7 @@ def interleaved(
         seconds_of(call, device, 2)
         calls[name] = max(1, round(_SAMPLE_SECONDS / max(seconds_of(call, device), 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in candidates}
-    least, most, budget = (3, 5, 2.0) if options.quick else (7, 25, 25.0)
+    least, most, budget = (3, 5, 2.0) if options.quick else (7, 25, 10.0)
     begin = time.perf_counter()
     for done in range(most):
         if done >= least and time.perf_counter() - begin > budget:
@@ -241,8 +241,6 @@ def print_targets(targets: Sequence[Target]) -> None:
 def _cell(value: object) -> str:
     if value is None:
         return "-"
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float) and abs(value) < 1000
-        else (f"{value:.0f}" if isinstance(value, float) else str(value))
-    )
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return str(value)

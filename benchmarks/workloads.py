@@ -63,7 +63,7 @@ class Workload:
     def relative_error(self, matrix_q: Tensor, inputs: Tensor) -> float:
         """||(W_q - W) X||^2 / ||W X||^2, summed in float64."""
         error = power = 0.0
-        for x in inputs.split(32):
+        for x in torch.split(inputs, 32):
             error += self._power(x, matrix_q - self.matrix)
             power += self._power(x, self.matrix)
         return error / power
@@ -107,7 +107,7 @@ def _convolution(name: str, device: torch.device) -> Workload:
         layer = nn.Conv2d(64, 128, 1, stride=2, bias=False)
     nn.init.kaiming_normal_(layer.weight)
     images = _activations(layer.in_channels, _CALIBRATION_IMAGES + _HELD_OUT_IMAGES).to(device)
-    x, y = images.split([_CALIBRATION_IMAGES, _HELD_OUT_IMAGES])
+    x, y = torch.split(images, [_CALIBRATION_IMAGES, _HELD_OUT_IMAGES])
     return Workload(name, layer.to(device), x, y, _SYNTHETIC, least_speedup=speedup)
 
 

@@ -20,6 +20,25 @@ CONV = nn.Conv2d(2, 3, 3)
 NAN = torch.tensor([[1.0, float("nan"), float("inf"), 0, 0]])
 
 
+class WatchedStream:
+    """``count`` batches that know how many of them were in memory at once at ``most``."""
+
+    def __init__(self, count: int, *shape: int) -> None:
+        self.count, self.shape = count, shape
+        self.alive = self.most = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for _ in range(self.count):
+            memory = np.random.default_rng(0).standard_normal(self.shape, np.float32)
+            weakref.finalize(memory, self._release)  # the tensor's memory, and its views'
+            self.alive += 1
+            self.most = max(self.most, self.alive)
+            yield torch.from_numpy(memory)
+
+    def _release(self) -> None:
+        self.alive -= 1
+
+
 def stream(layer: nn.Module, inputs: Any, targets: Any = None) -> Iterator[Batch]:
     return batches([matrix_layer(layer)], "the layer", inputs, targets)
 
@@ -110,26 +129,9 @@ def test_batches_are_taken_one_at_a_time() -> None:
 @pytest.mark.parametrize("rows", [3, 8, 20])
 def test_stream_is_never_held_whole(rows: int) -> None:
     """Through batches and fixed_batches, what has been used up is released."""
-    alive: weakref.WeakSet[Any] = weakref.WeakSet()
-    most = 0
-
-    class Buffer(np.ndarray):
-        """Memory whose life a weak set can watch: the tensor on it keeps it, and nothing else."""
-
-        __hash__ = object.__hash__
-
-    def source() -> Iterator[Tensor]:
-        nonlocal most
-        for _ in range(40):
-            memory = np.zeros((rows, 5), dtype=np.float32).view(Buffer)
-            alive.add(memory)
-            most = max(most, len(alive))
-            yield torch.from_numpy(memory)
-
-    size = 8
-    samples = sum(len(x) for x, _ in fixed_batches(stream(LINEAR, source()), size))
-    assert samples == 40 * rows
-    assert most <= -(-size // rows) + 3
+    source = WatchedStream(40, rows, 5)
+    assert sum(len(x) for x, _ in fixed_batches(stream(LINEAR, source), 8)) == 40 * rows
+    assert source.most <= -(-8 // rows) + 3
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from test_data import WatchedStream
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from adaround_ext import AdaRoundConfig, LayerResult, optimize_layer
+from adaround_ext import AdaRoundConfig, LayerResult, choice, optimize_layer
 from adaround_ext.grid import QuantGrid, make_grid, nearest_codes
 from adaround_ext.layers import matrix_layer
 from adaround_ext.reference import dequantize
@@ -116,8 +117,6 @@ def test_refinement_never_hurts(device: torch.device, name: str) -> None:
 def test_result_is_consistent(
     device: torch.device, name: str, dtype: torch.dtype, settings: dict[str, Any]
 ) -> None:
-    if device.type == "cuda" and dtype == torch.float64:
-        settings = settings | {"scale": "min_max"}
     layer, x = make(name, device)
     layer.to(dtype)
     result = optimize_layer(layer, x.to(dtype), steps=30, **settings)
@@ -135,9 +134,8 @@ def test_result_is_consistent(
     wanted = make_grid(view.weight_matrix().float(), AdaRoundConfig(**settings))
     assert torch.equal(result.scale, wanted.scale)
     assert torch.equal(result.zero_point, wanted.zero_point)
-    if dtype != torch.float64 or device.type == "cpu":
-        before = row_losses(layer, nearest(layer, **settings), x.to(dtype))
-        assert_no_row_is_worse(row_losses(layer, result.weight_q, x.to(dtype)), before)
+    before = row_losses(layer, nearest(layer, **settings), x.to(dtype))
+    assert_no_row_is_worse(row_losses(layer, result.weight_q, x.to(dtype)), before)
     result.apply_(layer)
     assert torch.equal(layer.get_parameter("weight"), result.weight_q)
 
@@ -187,21 +185,27 @@ def test_same_codes_for_one_thread_and_two(device: torch.device, rows: int) -> N
         assert one.report.losses == two.report.losses
 
 
-def test_stream_is_never_held_whole() -> None:
-    """In the Gram form: of many batches, only the last few are alive at any time."""
-    alive: weakref.WeakSet[Any] = weakref.WeakSet()
-    most = 0
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Conv2d(3, 4, 3), (32, 3, 8, 8)), (nn.Linear(3, 4), (16, 512, 3))],
+    ids=["conv", "linear"],
+)
+def test_gram_objective_streams(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    source = WatchedStream(20, *shape)
+    report = optimize_layer(layer, source, steps=1).report
+    assert report.objective == "gram"
+    assert "stream" in report.reason
+    assert source.most <= 3
 
-    def source() -> Iterator[Tensor]:
-        nonlocal most
-        for _ in range(20):
-            memory = Watched(np.random.randn(32, 3, 8, 8).astype(np.float32))
-            alive.add(memory)
-            most = max(most, len(alive))
-            yield memory.tensor()
 
-    optimize_layer(nn.Conv2d(3, 4, 3), source(), steps=1)
-    assert most <= 3
+def test_auto_weighs_the_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = make("conv")
+    for may_cost, objective in ((1e30, "gram"), (1e-30, "sampled")):
+        monkeypatch.setattr(choice, "_GRAM_MAY_COST", may_cost)
+        report = optimize_layer(layer, x, steps=1).report
+        assert report.objective == objective
+        assert "flop" in report.reason
+        assert optimize_layer(layer, x, steps=1, objective="gram").report.reason == "as set"
 
 
 @both_objectives
