@@ -1,4 +1,4 @@
-"""Command line: python -m benchmarks [ops|layer|memory|all] [--quick] [--output FILE] ..."""
+"""Command line: python -m benchmarks [ops|layer|memory|tuning|all] [--quick] [--output FILE] ..."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import bench_layer, bench_memory, bench_ops, common, workloads
+from benchmarks import bench_layer, bench_memory, bench_ops, bench_tuning, common, workloads
 from benchmarks.common import Options
 
-_BENCHES = {"ops": bench_ops.run, "layer": bench_layer.run, "memory": bench_memory.run}
+_BENCHES = {
+    "ops": bench_ops.run,
+    "layer": bench_layer.run,
+    "memory": bench_memory.run,
+    "tuning": bench_tuning.run,
+}
 
 
 def _parse() -> argparse.Namespace:

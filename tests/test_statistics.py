@@ -128,13 +128,16 @@ def test_every_batch_draws_its_own_positions(device: torch.device) -> None:
 
 
 @asymmetric
-def test_mismatch(device: torch.device, targets: bool) -> None:
-    layer, x, y = make("tokens", device)
+@pytest.mark.parametrize("name", ["tokens", "wide"])
+def test_moments(device: torch.device, name: str, targets: bool) -> None:
+    """Targets that are 0.1 more than the outputs: e = 0.1 everywhere."""
+    layer, x, y = make(name, device)
     got = collect(layer, x, y if targets else None)
-    assert got.has_targets == targets
-    wanted = x.double().mean(0) * 0.1 if targets else torch.zeros(7, dtype=torch.float64)
-    torch.testing.assert_close(got.mismatch, wanted.expand(5, -1), rtol=1e-4, atol=1e-6)
-    energy = torch.full((5,), 0.01 if targets else 0.0, dtype=torch.float64, device=device)
-    torch.testing.assert_close(got.mismatch_energy, energy, rtol=1e-5, atol=0)
-    exact = x.double().mT @ x.double() / len(x)
-    torch.testing.assert_close(got.gram[0], exact, rtol=1e-5, atol=1e-6)
+    assert (got.has_targets, got.count) == (targets, len(x))
+    x = x.double()
+    torch.testing.assert_close(got.gram[0], x.mT @ x / len(x), rtol=1e-5, atol=1e-6)
+    missed = 0.1 if targets else 0.0
+    mismatch = (missed * x.mean(0)).expand_as(got.mismatch)
+    torch.testing.assert_close(got.mismatch, mismatch, rtol=1e-4, atol=1e-6)
+    energy = torch.full_like(got.mismatch_energy, missed**2)
+    torch.testing.assert_close(got.mismatch_energy, energy, rtol=1e-4, atol=0)
