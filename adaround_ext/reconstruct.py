@@ -15,6 +15,7 @@ from adaround_ext.choice import choose_objective
 from adaround_ext.config import AdaRoundConfig, make_config
 from adaround_ext.layers import MatrixLayer, matrix_layer
 from adaround_ext.objective import GramObjective, SampledObjective
+from adaround_ext.precision import full_precision
 from adaround_ext.result import LayerResult
 from adaround_ext.solve import Problem, solve
 from adaround_ext.statistics import GramStatistics
@@ -76,8 +77,9 @@ def optimize_layer(
     objective, reason = choose_objective(config, layers, inputs)
     problems = _gram_problems if objective == "gram" else _sampled_problems
     results: list[LayerResult] = []
-    for problem in problems(layers, inputs, targets, config, reason):
-        results += solve(problem, config)
+    with full_precision(layers[0].weight.device):
+        for problem in problems(layers, inputs, targets, config, reason):
+            results += solve(problem, config)
     for result in results:
         _logger.info("%s", result.report)
     return results[0] if single else results

@@ -39,7 +39,10 @@ struct QuantizeArguments {
     check_dtype({"v", &v_in}, {dtype});
     check_same_shape({"v", &v_in}, {"weight", &weight_in});
     check_same_device(
-        {{"weight", &weight_in}, {"v", &v_in}, {"scale", &scale_in}, {"zero_point", &zero_point_in}});
+        {{"weight", &weight_in},
+         {"v", &v_in},
+         {"scale", &scale_in},
+         {"zero_point", &zero_point_in}});
     weight = torch::stable::contiguous(weight_in);
     v = torch::stable::contiguous(v_in);
     scale = torch::stable::contiguous(scale_in);
@@ -65,7 +68,9 @@ struct BackwardArguments {
         grad_reg_in.numel() == 1, "grad_reg must hold one number, got shape ",
         shape_text(grad_reg_in));
     check_same_device(
-        {{"weight", &args.weight}, {"grad_weight_q", &grad_weight_q_in}, {"grad_reg", &grad_reg_in}});
+        {{"weight", &args.weight},
+         {"grad_weight_q", &grad_weight_q_in},
+         {"grad_reg", &grad_reg_in}});
     grad_weight_q = torch::stable::contiguous(grad_weight_q_in);
     grad_reg = torch::stable::contiguous(grad_reg_in);
   }
@@ -113,20 +118,31 @@ struct StepArguments {
     check_dtype({"step", &step}, {ScalarType::Long});
     ADAROUND_CHECK(step.numel() == 1, "step must hold one number, got shape ", shape_text(step));
     check_same_device(
-        {{"weight", &weight}, {"exp_avg", &exp_avg}, {"exp_avg_sq", &exp_avg_sq},
-         {"weight_q", &weight_q}, {"grad", &grad_in}, {"schedule", &schedule_in}, {"step", &step}});
+        {{"weight", &weight},
+         {"exp_avg", &exp_avg},
+         {"exp_avg_sq", &exp_avg_sq},
+         {"weight_q", &weight_q},
+         {"grad", &grad_in},
+         {"schedule", &schedule_in},
+         {"step", &step}});
     grad = torch::stable::contiguous(grad_in);
     schedule = torch::stable::contiguous(schedule_in);
     check_mutable(
-        {{"v", &v}, {"exp_avg", &exp_avg}, {"exp_avg_sq", &exp_avg_sq}, {"weight_q", &weight_q},
+        {{"v", &v},
+         {"exp_avg", &exp_avg},
+         {"exp_avg_sq", &exp_avg_sq},
+         {"weight_q", &weight_q},
          {"step", &step}},
-        {{"grad", &grad}, {"weight", &weight}, {"scale", &scale}, {"zero_point", &zero_point},
+        {{"grad", &grad},
+         {"weight", &weight},
+         {"scale", &scale},
+         {"zero_point", &zero_point},
          {"schedule", &schedule}});
   }
 };
 
-// refine_: codes and residual [rows, cols] are written; gram [groups, cols, cols], scale [rows or 1,
-// n_groups]; rows / groups consecutive rows share a Gram matrix.
+// refine_: codes and residual [rows, cols] are written; gram [groups, cols, cols], scale
+// [rows or 1, n_groups]; rows / groups consecutive rows share a Gram matrix.
 struct RefineArguments {
   Tensor gram;
   Tensor scale;

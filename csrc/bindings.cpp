@@ -28,7 +28,7 @@ py::dict build_info() {
 #else
   info["instruction_sets"] = py::make_tuple("baseline");
 #endif
-  info["cuda_toolkit"] = ADAROUND_CUDA_VERSION;        // "" where CUDA was not built
+  info["cuda_toolkit"] = ADAROUND_CUDA_VERSION;  // "" where CUDA was not built
   info["cuda_architectures"] = ADAROUND_CUDA_ARCHS;
   return info;
 }

@@ -16,11 +16,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Not STD_TORCH_CHECK: that one puts the builder's source path in front of the message.
-#define ADAROUND_CHECK(cond, ...)                                      \
-  do {                                                                 \
-    if (!(cond)) {                                                     \
+#define ADAROUND_CHECK(cond, ...)                                       \
+  do {                                                                  \
+    if (!(cond)) {                                                      \
       throw std::invalid_argument(::adaround_ext::concat(__VA_ARGS__)); \
-    }                                                                  \
+    }                                                                   \
   } while (0)
 
 template <typename... Args>
@@ -83,7 +83,8 @@ inline void check_same_device(std::initializer_list<NamedTensor> args) {
 
 // scale and zero_point [rows or 1, n_groups] for a weight or codes [rows, cols].
 inline void check_grid(
-    const NamedTensor& weight, const Tensor& scale, const Tensor& zero_point, ScalarType scale_dtype) {
+    const NamedTensor& weight, const Tensor& scale, const Tensor& zero_point,
+    ScalarType scale_dtype) {
   ADAROUND_CHECK(
       weight.tensor->dim() == 2, weight.name, " must be a matrix [rows, cols], got shape ",
       shape_text(*weight.tensor));
@@ -108,7 +109,8 @@ inline void check_range(int64_t qmin, int64_t qmax) {
 
 // The pointer at which the last element of a contiguous tensor ends.
 inline const char* end_pointer(const Tensor& t) {
-  return static_cast<const char*>(t.data_ptr()) + t.numel() * static_cast<int64_t>(t.element_size());
+  return static_cast<const char*>(t.data_ptr()) +
+         t.numel() * static_cast<int64_t>(t.element_size());
 }
 
 // A tensor written in place must be contiguous and share no memory with any other argument.

@@ -36,19 +36,11 @@ ADAROUND_INLINE T select_(bool condition, T yes, T no) {
   return condition ? yes : no;
 }
 
-ADAROUND_INLINE float floor_(float x) {
-  return floorf(x);
-}
-ADAROUND_INLINE double floor_(double x) {
-  return floor(x);
-}
+ADAROUND_INLINE float floor_(float x) { return floorf(x); }
+ADAROUND_INLINE double floor_(double x) { return floor(x); }
 
-ADAROUND_INLINE float sqrt_(float x) {
-  return sqrtf(x);
-}
-ADAROUND_INLINE double sqrt_(double x) {
-  return sqrt(x);
-}
+ADAROUND_INLINE float sqrt_(float x) { return sqrtf(x); }
+ADAROUND_INLINE double sqrt_(double x) { return sqrt(x); }
 
 // A quotient that need not be exact. On the device 2 ulp, 0 for denominators above 2^126, and no
 // branch: the exact one has a slow path for numerators of 0 and denormal ones, which is what
@@ -63,12 +55,8 @@ ADAROUND_INLINE T divide_(T numerator, T denominator) {
   return numerator / denominator;
 }
 
-ADAROUND_INLINE float abs_(float x) {
-  return fabsf(x);
-}
-ADAROUND_INLINE double abs_(double x) {
-  return fabs(x);
-}
+ADAROUND_INLINE float abs_(float x) { return fabsf(x); }
+ADAROUND_INLINE double abs_(double x) { return fabs(x); }
 
 // The bits of a float and back, for the polynomials.
 ADAROUND_INLINE int32_t to_bits(float x) {
@@ -85,9 +73,7 @@ ADAROUND_INLINE float from_bits(int32_t bits) {
 ADAROUND_INLINE int32_t shift_left_(int32_t x, int count) {
   return static_cast<int32_t>(static_cast<uint32_t>(x) << count);
 }
-ADAROUND_INLINE float to_float(int32_t x) {
-  return static_cast<float>(x);
-}
+ADAROUND_INLINE float to_float(int32_t x) { return static_cast<float>(x); }
 
 // 2^r for |r| <= 1/2. F is float or a vector of floats.
 template <typename F>
@@ -135,9 +121,7 @@ ADAROUND_INLINE float exp2_(float x) {
   return exp2_polynomial(x);
 #endif
 }
-ADAROUND_INLINE double exp2_(double x) {
-  return exp2(x);
-}
+ADAROUND_INLINE double exp2_(double x) { return exp2(x); }
 
 ADAROUND_INLINE float log2_(float x) {
 #if defined(__CUDA_ARCH__)
@@ -146,8 +130,6 @@ ADAROUND_INLINE float log2_(float x) {
   return log2_polynomial(x);
 #endif
 }
-ADAROUND_INLINE double log2_(double x) {
-  return log2(x);
-}
+ADAROUND_INLINE double log2_(double x) { return log2(x); }
 
 }  // namespace adaround_ext

@@ -33,8 +33,8 @@ template <typename T>
 struct StepParams {
   T beta;
   T reg_weight;
-  T step_size;          // learning rate / bias_correction1
-  T inv_bias_sqrt;      // 1 / sqrt(bias_correction2)
+  T step_size;      // learning rate / bias_correction1
+  T inv_bias_sqrt;  // 1 / sqrt(bias_correction2)
 };
 
 template <typename T>
@@ -105,9 +105,9 @@ ADAROUND_INLINE T hard_code(T weight, T v, const Grid<T>& grid) {
 
 // d loss / d V of one weight: the chain rule through the clamp and h, and the regularizer.
 //   (through_clamp(grad grad_factor) + reg_weight d f_reg / d h) h'(V)
-// below is floor_code, grad d reconstruction loss / d w_q. grad_factor is scale for the loss as the paper has it,
-// eq. (25), and 1 / scale for that gradient divided by scale^2, which makes reg_weight independent
-// of the scale.
+// below is floor_code, grad d reconstruction loss / d w_q. grad_factor is scale for the loss as the
+// paper has it, eq. (25), and 1 / scale for that gradient divided by scale^2, which makes
+// reg_weight independent of the scale.
 template <bool kWithReg, typename T>
 ADAROUND_INLINE T rounding_grad(
     T v, T grad, T below, const Grid<T>& grid, T grad_factor, const StepParams<T>& params) {
@@ -121,8 +121,7 @@ ADAROUND_INLINE T rounding_grad(
 
 // Adam (Kingma & Ba 2015, algorithm 1) for one variable; returns its new value.
 template <typename T>
-ADAROUND_INLINE T adam_step(
-    T v, T& exp_avg, T& exp_avg_sq, T grad_v, const StepParams<T>& params) {
+ADAROUND_INLINE T adam_step(T v, T& exp_avg, T& exp_avg_sq, T grad_v, const StepParams<T>& params) {
   exp_avg = exp_avg + T(1.0 - kAdamBeta1) * (grad_v - exp_avg);
   exp_avg_sq = exp_avg_sq + T(1.0 - kAdamBeta2) * (grad_v * grad_v - exp_avg_sq);
   const T denominator = sqrt_(exp_avg_sq) * params.inv_bias_sqrt + T(kAdamEps);
@@ -132,8 +131,8 @@ ADAROUND_INLINE T adam_step(
 // The best code for one coordinate of e G e^T when all others stay, refine_'s change; it may be
 // `code` itself. Changing it by k changes the objective by 2 d residual + d^2 gram_jj, d = k scale,
 // curvature = gram_jj scale: the best k is round(-residual / curvature), kept inside the grid. It
-// must lie this far past the midpoint: rounding errors of the residual may not make two equally good
-// codes alternate for ever.
+// must lie this far past the midpoint: rounding errors of the residual may not make two equally
+// good codes alternate for ever.
 template <typename T>
 ADAROUND_INLINE T refined_code(T code, T residual, T curvature, T qmin, T qmax) {
   const T half_step = T(0.5) + T(1e-4);

@@ -27,7 +27,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 every_layer = pytest.mark.parametrize("name", LAYERS)
 both_objectives = pytest.mark.parametrize("objective", ["gram", "sampled"])
-QUICK = {"steps": 120, "learning_rate": 0.1, "reg_weight": 1.0}
+QUICK: dict[str, Any] = {"steps": 120, "learning_rate": 0.1, "reg_weight": 1.0}
 
 
 def make(name: str, device: torch.device | str = "cpu") -> tuple[nn.Module, Tensor]:
@@ -284,15 +284,14 @@ def test_scale_free(device: torch.device, name: str, objective: str) -> None:
 def test_report(device: torch.device) -> None:
     layer, x = make("conv", device)
     report = (result := optimize_layer(layer, x, bits=3, **QUICK)).report
-    flipped = result.weight_q != nearest(layer, bits=3)
-    assert report.flipped == pytest.approx(float(flipped.double().mean()))
-    assert 0 <= report.clipped < 0.2
-    assert 0 <= report.undecided < 0.5
-    assert 0 <= report.fallback_rows <= 8
-    assert (report.bits, report.steps) == (3, QUICK["steps"])
-    assert (report.learning_rate, report.reg_weight) == (0.1, 1.0)
-    steps = [seconds for step, seconds in report.seconds.items() if step != "total"]
-    assert report.seconds["total"] == pytest.approx(sum(steps))
+    moved = result.weight_q != nearest(layer, bits=3)
+    assert report.flipped == pytest.approx(float(moved.double().mean()))
+    at = matrix_layer(layer).weight_matrix() / result.scale
+    clipped = float(((at < -4) | (at > 3)).double().mean())
+    assert report.clipped == pytest.approx(clipped) > 0
+    used = (report.bits, report.steps, report.learning_rate, report.reg_weight)
+    assert used == (3, *QUICK.values())
+    assert report.seconds["total"] == pytest.approx(sum(report.seconds.values()) / 2)
     layer.bias = None
     energy = row_losses(layer, 0 * layer.weight, x).sum()
     assert report.energy == pytest.approx(float(energy), rel=1e-4)

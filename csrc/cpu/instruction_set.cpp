@@ -77,7 +77,8 @@ std::string use_instruction_set_op(std::string name) {
   ADAROUND_CHECK(
       !used.empty(),
       "name must be \"auto\", \"baseline\" or an instruction set of this machine and build, "
-      "\"avx2\" or \"avx512\", got \"", name, "\"");
+      "\"avx2\" or \"avx512\", got \"",
+      name, "\"");
   return used;
 }
 

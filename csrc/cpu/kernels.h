@@ -62,9 +62,9 @@ struct HardSpan {
 template <typename T>
 struct RefineRow {
   T* codes;
-  T* residual;    // [cols]: error times gram (minus the constant of the asymmetric form)
-  const T* gram;  // [cols, cols], symmetric
-  const T* scale; // [n_groups]
+  T* residual;     // [cols]: error times gram (minus the constant of the asymmetric form)
+  const T* gram;   // [cols, cols], symmetric
+  const T* scale;  // [n_groups]
   int64_t cols;
   int64_t group_size;
   T qmin;

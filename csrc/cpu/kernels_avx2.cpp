@@ -1,6 +1,6 @@
 // The loops of kernels.h for AVX2. The target is set before the project's own headers, because
-// their templates are compiled for the target they were read under; the standard headers come first,
-// so that nothing of theirs is.
+// their templates are compiled for the target they were read under; the standard headers come
+// first, so that nothing of theirs is.
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 
@@ -19,6 +19,7 @@
 #define ADAROUND_ISA avx2
 #define ADAROUND_WIDTH 8
 #include "vec.h"
+
 #include "kernels_impl.h"
 
 namespace adaround_ext::cpu {

@@ -1,6 +1,6 @@
 // The loops of kernels.h for AVX512. The target is set before the project's own headers, because
-// their templates are compiled for the target they were read under; the standard headers come first,
-// so that nothing of theirs is.
+// their templates are compiled for the target they were read under; the standard headers come
+// first, so that nothing of theirs is.
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 
@@ -9,7 +9,8 @@
 #include <cstring>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,fma"))), apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,fma"))), apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,fma")
 #endif
@@ -19,6 +20,7 @@
 #define ADAROUND_ISA avx512
 #define ADAROUND_WIDTH 16
 #include "vec.h"
+
 #include "kernels_impl.h"
 
 namespace adaround_ext::cpu {

@@ -1,6 +1,6 @@
 // The loops of kernels.h. Included once per instruction set by a file that has set the compiler's
-// target, ADAROUND_ISA (the namespace) and Vec; so there is no include guard. Everything called here
-// is force-inlined: nothing compiled for one instruction set may be linked into another.
+// target, ADAROUND_ISA (the namespace) and Vec; so there is no include guard. Everything called
+// here is force-inlined: nothing compiled for one instruction set may be linked into another.
 
 namespace adaround_ext::cpu::ADAROUND_ISA {
 
@@ -142,9 +142,8 @@ void refine_row(const RefineRow<T>& s) {
 
 template <typename V, typename T>
 constexpr Kernels<T> table() {
-  return {
-      soft_quantize<false, V, T>, soft_quantize<true, V, T>, soft_quantize_backward<V, T>,
-      rounding_step_of<V, T>,     hard_quantize<V, T>,       refine_row<V, T>};
+  return {soft_quantize<false, V, T>, soft_quantize<true, V, T>, soft_quantize_backward<V, T>,
+          rounding_step_of<V, T>,     hard_quantize<V, T>,       refine_row<V, T>};
 }
 
 }  // namespace adaround_ext::cpu::ADAROUND_ISA

@@ -29,8 +29,8 @@ void run_refine(
       std::copy(row_ptr, row_ptr + cols, row_codes.begin());
       kernels<T>().refine_row(
           {row_codes.data(), residual_ptr + row * cols, gram + row / rows_per_gram * cols * cols,
-           scale + (shared_scale ? 0 : row * n_groups), cols, cols / n_groups,
-           static_cast<T>(qmin), static_cast<T>(qmax), max_sweeps});
+           scale + (shared_scale ? 0 : row * n_groups), cols, cols / n_groups, static_cast<T>(qmin),
+           static_cast<T>(qmax), max_sweeps});
       std::transform(row_codes.begin(), row_codes.end(), row_ptr, [](T code) {
         return static_cast<code_t>(code);
       });
@@ -47,11 +47,11 @@ void refine_cpu(
   }
   const bool is_signed = codes.scalar_type() == ScalarType::Char;
   if (residual.scalar_type() == ScalarType::Double) {
-    (is_signed ? run_refine<double, int8_t> : run_refine<double, uint8_t>)(
-        args, codes, residual, qmin, qmax, max_sweeps);
+    (is_signed ? run_refine<double, int8_t> : run_refine<double, uint8_t>)(args, codes, residual,
+                                                                           qmin, qmax, max_sweeps);
   } else {
-    (is_signed ? run_refine<float, int8_t> : run_refine<float, uint8_t>)(
-        args, codes, residual, qmin, qmax, max_sweeps);
+    (is_signed ? run_refine<float, int8_t> : run_refine<float, uint8_t>)(args, codes, residual,
+                                                                         qmin, qmax, max_sweeps);
   }
 }
 

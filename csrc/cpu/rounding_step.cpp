@@ -49,7 +49,8 @@ void rounding_step_cpu(
     int64_t qmin, int64_t qmax, const Tensor& schedule, const Tensor& step, bool as_error,
     bool normalize) {
   const StepArguments args(
-      v, exp_avg, exp_avg_sq, weight_q, grad, weight, scale, zero_point, qmin, qmax, schedule, step);
+      v, exp_avg, exp_avg_sq, weight_q, grad, weight, scale, zero_point, qmin, qmax, schedule,
+      step);
   int64_t* counter = step.mutable_data_ptr<int64_t>();
   const int64_t last = args.schedule.size(0) - 1;
   const int64_t row = std::min(std::max<int64_t>(*counter, 0), last);

@@ -57,8 +57,10 @@ SoftOutputs soft_quantize_any(
   const QuantizeArguments args(weight, v, scale, zero_point, qmin, qmax);
   check_beta(beta);
   SoftOutputs out{
-      torch::stable::empty_like(args.weight), with_grad ? torch::stable::empty_like(args.v) : Tensor(),
-      torch::stable::new_empty(args.v, {}), with_grad ? torch::stable::empty_like(args.v) : Tensor()};
+      torch::stable::empty_like(args.weight),
+      with_grad ? torch::stable::empty_like(args.v) : Tensor(),
+      torch::stable::new_empty(args.v, {}),
+      with_grad ? torch::stable::empty_like(args.v) : Tensor()};
   if (arithmetic_dtype(args.weight) == ScalarType::Double) {
     run_soft_quantize<double>(args, qmin, qmax, beta, out, with_grad);
   } else {

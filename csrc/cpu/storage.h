@@ -1,5 +1,5 @@
-// From storage types (float, bfloat16, float16) to the arithmetic type and back, and the walk over a
-// matrix in chunks. A chunk's bounds depend on the sizes alone, so results do not depend on threads.
+// From storage types (float, bfloat16, float16) to the arithmetic type and back, and the walk over
+// a matrix in chunks, whose bounds depend on the sizes alone: results do not depend on threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -98,7 +98,9 @@ class Output {
 template <typename T>
 class GridView {
  public:
-  GridView(const Tensor& matrix, const Tensor& scale, const Tensor& zero_point, int64_t qmin, int64_t qmax)
+  GridView(
+      const Tensor& matrix, const Tensor& scale, const Tensor& zero_point, int64_t qmin,
+      int64_t qmax)
       : cols_(matrix.size(1)),
         group_size_(cols_ / scale.size(1)),
         n_groups_(scale.size(1)),

@@ -48,9 +48,7 @@ ADAROUND_INLINE IntVec shift_left_(IntVec a, int32_t count) {
 }
 ADAROUND_INLINE IntVec operator>>(IntVec a, int32_t b) { return {a.x >> b}; }
 
-ADAROUND_INLINE Vec select_(IntVec mask, Vec yes, Vec no) {
-  return mask.x ? yes.x : no.x;
-}
+ADAROUND_INLINE Vec select_(IntVec mask, Vec yes, Vec no) { return mask.x ? yes.x : no.x; }
 
 ADAROUND_INLINE IntVec to_bits(Vec a) {
   IntVec bits;
@@ -62,12 +60,8 @@ ADAROUND_INLINE Vec from_bits(IntVec a) {
   memcpy(&x, &a, sizeof x);
   return x;
 }
-ADAROUND_INLINE Vec to_float(IntVec a) {
-  return __builtin_convertvector(a.x, Vec::Native);
-}
-ADAROUND_INLINE Vec abs_(Vec a) {
-  return from_bits({to_bits(a).x & 0x7fffffff});
-}
+ADAROUND_INLINE Vec to_float(IntVec a) { return __builtin_convertvector(a.x, Vec::Native); }
+ADAROUND_INLINE Vec abs_(Vec a) { return from_bits({to_bits(a).x & 0x7fffffff}); }
 
 #if ADAROUND_WIDTH == 16
 ADAROUND_INLINE Vec min_(Vec limit, Vec a) { return Vec::Native(_mm512_min_ps(limit.x, a.x)); }
@@ -78,7 +72,8 @@ ADAROUND_INLINE Vec floor_(Vec a) {
 }
 // Fewer instructions than exp2_polynomial, and no clamp: vscalefps saturates by itself.
 ADAROUND_INLINE Vec exp2_(Vec a) {
-  const Vec n = Vec::Native(_mm512_roundscale_ps(a.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  const Vec n =
+      Vec::Native(_mm512_roundscale_ps(a.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   return Vec::Native(_mm512_scalef_ps(exp2_fraction(a - n).x, n.x));
 }
 #elif ADAROUND_WIDTH == 8
@@ -155,9 +150,7 @@ template <typename V>
 ADAROUND_INLINE V load(const double* from, int64_t /*size*/) {
   return *from;
 }
-ADAROUND_INLINE void store(double* to, double a, int64_t /*size*/) {
-  *to = a;
-}
+ADAROUND_INLINE void store(double* to, double a, int64_t /*size*/) { *to = a; }
 template <>
 struct Sum<double> {
   double sum = 0.0;

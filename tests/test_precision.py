@@ -1,0 +1,36 @@
+"""What the caller allows elsewhere does not reach the results, and is as it was afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from adaround_ext import optimize_layer
+from adaround_ext.precision import full_precision
+
+
+def test_results_do_not_depend_on_the_callers_precision(device: torch.device) -> None:
+    layer = nn.Linear(96, 64).to(device)
+    inputs = torch.randn(400, 96, device=device) @ torch.randn(96, 96, device=device)
+    expected = optimize_layer(layer, inputs, steps=60)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            result = optimize_layer(layer, inputs, steps=60)
+            assert torch.is_autocast_enabled(device.type)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(result.codes, expected.codes)
+    assert result.report.losses == expected.report.losses
+
+
+def test_restored_after_an_exception(device: torch.device) -> None:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    with pytest.raises(KeyError), full_precision(device):
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cudnn.allow_tf32
+        raise KeyError
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
