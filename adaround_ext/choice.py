@@ -14,6 +14,7 @@ from adaround_ext.layers import MatrixLayer
 # A sampled run that does as much arithmetic as a Gram run ends with a higher error (its gradients
 # are noisy and there is no refinement), so Gram may cost this many times more: docs/tuning.md.
 _GRAM_MAY_COST = 10.0
+_ALWAYS_FINE = 1e12  # flop: seconds on two cores, so the more exact form is taken anyway
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ def choose_objective(
     """("gram" or "sampled", the reason).
 
     With an activation function only sampling is exact. Without one the Gram form is, and is taken
-    unless it costs more than 10 times the arithmetic of sampling: building it takes 2 N d^2 and a
-    step 2 d^2 rows, a sampled step 4 B d rows, for N positions in all, B a minibatch, d columns.
+    unless it costs more than 10 times the arithmetic of sampling, and more than 1e12 flop: building
+    it takes 2 N d^2 and a step 2 d^2 rows, a sampled step 4 B d rows, for N positions in all, B a
+    minibatch's, d columns.
     """
     if config.objective != "auto":
         return config.objective, "as set"
@@ -74,6 +76,7 @@ def choose_objective(
     batch = config.batch_size * per_sample
     sampled = settings(config, "sampled").steps * 4.0 * batch * layer.cols * rows
     text = f"Gram form {gram:.2g} flop, sampled {sampled:.2g}"
-    if 0 < sampled < gram / _GRAM_MAY_COST:  # without steps only refinement can gain
+    dear = gram > _ALWAYS_FINE and gram > _GRAM_MAY_COST * sampled
+    if dear and sampled > 0:  # without steps only refinement can gain
         return "sampled", f"no activation function, but {text}"
     return "gram", f"no activation function; {text}"

@@ -168,11 +168,8 @@ def test_same_seed_same_codes(device: torch.device, name: str, objective: str) -
     assert torch.equal(first.codes, other.codes) == (objective == "gram")
 
 
-# MKL's kernels for the last rows of a product differ where two threads cut it into 5 to 11 rows.
-few_rows = pytest.mark.xfail(reason="the product with the Gram matrix depends on the threads")
-
-
-@pytest.mark.parametrize("rows", [3, pytest.param(10, marks=few_rows), 16, 100])
+# MKL's own product of 5 to 11 rows depends on the threads.
+@pytest.mark.parametrize("rows", [3, 6, 10, 16, 100])
 def test_same_codes_for_one_thread_and_two(device: torch.device, rows: int) -> None:
     x = (torch.randn(1000, 512) @ torch.randn(512, 512)).to(device)
     got = []
@@ -199,6 +196,7 @@ def test_gram_objective_streams(layer: nn.Module, shape: tuple[int, ...]) -> Non
 
 
 def test_auto_weighs_the_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_ALWAYS_FINE", 0.0)
     layer, x = make("conv")
     for may_cost, objective in ((1e30, "gram"), (1e-30, "sampled")):
         monkeypatch.setattr(choice, "_GRAM_MAY_COST", may_cost)
@@ -216,7 +214,7 @@ def test_layers_that_share_inputs(
 ) -> None:
     layer, x = make(name, device)
     layers = [layer, *(make(name, device)[0] for _ in range(2))]
-    targets = [(item(x) + 0.1).detach() for item in layers] if asymmetric else None
+    targets = [item(x).detach() * 1.2**i for i, item in enumerate(layers)] if asymmetric else None
     settings: dict[str, Any] = {"bits": 3, "objective": objective, **QUICK}
     results = optimize_layer(layers, x, None if targets is None else tuple(targets), **settings)
     assert isinstance(results, list)
@@ -288,7 +286,7 @@ def test_report(device: torch.device) -> None:
     assert report.flipped == pytest.approx(float(moved.double().mean()))
     at = matrix_layer(layer).weight_matrix() / result.scale
     clipped = float(((at < -4) | (at > 3)).double().mean())
-    assert report.clipped == pytest.approx(clipped) > 0
+    assert 0 < report.clipped == pytest.approx(clipped)
     used = (report.bits, report.steps, report.learning_rate, report.reg_weight)
     assert used == (3, *QUICK.values())
     assert report.seconds["total"] == pytest.approx(sum(report.seconds.values()) / 2)

@@ -96,7 +96,9 @@ def test_layers_that_share_inputs(
     """One pass; each layer's rows are as if it were alone, its positions included."""
     layers: list[nn.Module] = [nn.Conv2d(3, rows, 3).to(device) for rows in (2, 4)]
     x = torch.randn(70, 3, 8, 8).to(device)
-    wanted = tuple((layer(x) + 0.1).detach() for layer in layers)
+    wanted = tuple(
+        (layer(x) * factor).detach() for layer, factor in zip(layers, (2, 3), strict=True)
+    )
     both = collect(layers, x, wanted if targets else None, positions)
     for layer, y, rows in zip(layers, wanted, (slice(0, 2), slice(2, 6)), strict=True):
         alone = collect(layer, x, y if targets else None, positions)
