@@ -68,9 +68,7 @@ T* output_pointer(const Tensor& t) {
 }
 
 // Blocks for `numel` weights, a chunk each. Fits a grid's x dimension for any matrix in memory.
-inline int64_t chunk_count(int64_t numel) {
-  return (numel + kChunk - 1) / kChunk;
-}
+inline int64_t chunk_count(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
 
 // Whether kWidth neighbours can be moved in one access. A view with an offset may not allow it.
 template <typename... T>
@@ -105,8 +103,8 @@ struct GridView {
   const int32_t* zero_point;
   float qmin;
   float qmax;
-  bool shared;             // by all rows
-  bool wide;               // kWidth neighbours, counted from 0, share a grid
+  bool shared;  // by all rows
+  bool wide;    // kWidth neighbours, counted from 0, share a grid
   FastDivide group_size;
   FastDivide n_groups;
 
@@ -150,9 +148,7 @@ struct Span {
   __device__ __forceinline__ int64_t index(int e) const {
     return first + (kWide ? 1 : kThreads) * e;
   }
-  __device__ __forceinline__ bool holds(int e) const {
-    return kWide || index(e) < numel;
-  }
+  __device__ __forceinline__ bool holds(int e) const { return kWide || index(e) < numel; }
 };
 
 // Calls f with the span of this thread in a chunk; the same kind for every thread of the block.
@@ -167,8 +163,8 @@ __device__ __forceinline__ void with_span(bool wide, int64_t chunk, int64_t nume
 
 // kWidth numbers of type T as one word.
 template <typename T>
-using Word = std::conditional_t<
-    sizeof(T) == 4, uint4, std::conditional_t<sizeof(T) == 2, uint2, uint32_t>>;
+using Word =
+    std::conditional_t<sizeof(T) == 4, uint4, std::conditional_t<sizeof(T) == 2, uint2, uint32_t>>;
 
 // Weights beyond the end are 1, a value every formula takes. Conversions come later: a load whose
 // result is used at once would hold up the next one.

@@ -77,14 +77,14 @@ __device__ __forceinline__ float curvature_of(
 }
 
 template <bool kShared, typename code_t>
-__device__ __forceinline__ uint32_t propose(
-    const RefinePointers<code_t>& s, const Row<code_t>& row, int j) {
+__device__ __forceinline__ uint32_t
+propose(const RefinePointers<code_t>& s, const Row<code_t>& row, int j) {
   if (j >= s.cols) {
     return kNone;
   }
   const float old_code = static_cast<float>(row.codes[j]);
-  const float code = refined_code(
-      old_code, row.residual[j], curvature_of<kShared>(s, row, j), s.qmin, s.qmax);
+  const float code =
+      refined_code(old_code, row.residual[j], curvature_of<kShared>(s, row, j), s.qmin, s.qmax);
   if (code == old_code) {
     return kNone;
   }
@@ -119,8 +119,8 @@ __device__ __forceinline__ void add_row(
       const int i = first + k * stride;
       if (i < size) {
         const float4 r = to[i];
-        to[i] = {r.x + delta * g[k].x, r.y + delta * g[k].y, r.z + delta * g[k].z,
-                 r.w + delta * g[k].w};
+        to[i] = {
+            r.x + delta * g[k].x, r.y + delta * g[k].y, r.z + delta * g[k].z, r.w + delta * g[k].w};
       }
     }
   }
@@ -217,14 +217,22 @@ void run_refine(
   const int64_t row_bytes = cols * static_cast<int64_t>(2 * sizeof(float) + sizeof(code_t));
   const bool fits = row_bytes <= limit;
   RefinePointers<code_t> s{
-      output_pointer<code_t>(codes), output_pointer<float>(residual),
-      input_pointer<float>(args.gram), input_pointer<float>(args.scale), rows,
-      rows / args.gram.size(0), args.scale.size(0) == 1 ? 0 : n_groups, static_cast<int>(cols),
-      static_cast<int>(cols / n_groups), static_cast<float>(qmin), static_cast<float>(qmax),
-      max_sweeps, false};
+      output_pointer<code_t>(codes),
+      output_pointer<float>(residual),
+      input_pointer<float>(args.gram),
+      input_pointer<float>(args.scale),
+      rows,
+      rows / args.gram.size(0),
+      args.scale.size(0) == 1 ? 0 : n_groups,
+      static_cast<int>(cols),
+      static_cast<int>(cols / n_groups),
+      static_cast<float>(qmin),
+      static_cast<float>(qmax),
+      max_sweeps,
+      false};
   s.wide = cols % 4 == 0 && aligned(s.gram) && (fits || aligned(s.residual));
-  (fits ? launch_refine<true, code_t> : launch_refine<false, code_t>)(
-      s, row_bytes, limit, current_stream(codes));
+  (fits ? launch_refine<true, code_t> : launch_refine<false, code_t>)(s, row_bytes, limit,
+                                                                      current_stream(codes));
 }
 
 void refine_cuda(

@@ -84,8 +84,7 @@ __global__ void __launch_bounds__(kThreads)
 template <bool kWithGrad, typename weight_t>
 void launch_soft_quantize(SoftPointers<weight_t> s, cudaStream_t stream) {
   s.wide = s.grids.wide && aligned(s.weight, s.v, s.weight_q, s.dweight_q_dv, s.dreg_dv);
-  soft_quantize_kernel<kWithGrad>
-      <<<static_cast<unsigned>(s.blocks), kThreads, 0, stream>>>(s);
+  soft_quantize_kernel<kWithGrad><<<static_cast<unsigned>(s.blocks), kThreads, 0, stream>>>(s);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
