@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaround_ext.layers import MatrixLayer
-from adaround_ext.statistics import GramStatistics
+from adaround_ext.statistics import LEAST_ROWS, GramStatistics
 
 _EVALUATION_BATCH = 64
-_LEAST_ROWS = 16
 
 
 class Objective(Protocol):
@@ -55,8 +54,7 @@ class GramObjective:
             (statistics.mismatch / self.divisor).float() if statistics.has_targets else None
         )
         self._mismatch_energy = statistics.mismatch_energy
-        # Few rows are filled up: of 5 to 11 the product's last bits depend on the threads (MKL).
-        rows = max(len(weight), _LEAST_ROWS) if len(gram) == 1 else len(weight)
+        rows = max(len(weight), LEAST_ROWS) if len(gram) == 1 else len(weight)
         self._padded = weight.new_empty(rows, weight.shape[1])
         energies = self._quadratic(weight)
         if self.mismatch is not None:

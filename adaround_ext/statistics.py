@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from adaround_ext.data import Batch, fixed_batches
 from adaround_ext.layers import MatrixLayer
@@ -16,6 +17,17 @@ from adaround_ext.layers import MatrixLayer
 _SAMPLES, _TOKENS = 32, 8192
 # X X^T is symmetric: only blocks on and below the diagonal are computed, this many columns each.
 _BLOCK = 192
+# Products of fewer rows are filled up: of 5 to 11 rows MKL's last bits depend on the threads.
+LEAST_ROWS = 16
+
+
+def with_enough_rows(matrices: Tensor) -> Tensor:
+    """[groups, rows, n] for a product: a lone matrix of few rows filled up with rows of zeros.
+
+    Of several groups each product has one thread.
+    """
+    missing = LEAST_ROWS - matrices.shape[1]
+    return F.pad(matrices, (0, 0, 0, missing)) if len(matrices) == 1 and missing > 0 else matrices
 
 
 class GramStatistics:
@@ -63,8 +75,8 @@ class GramStatistics:
                     if index == 0:
                         self._add_gram(patches)
                     end = row + layer.rows
-                    product = torch.bmm(e, patches.mT).reshape(layer.rows, -1)
-                    self.mismatch[row:end] += product
+                    product = torch.bmm(with_enough_rows(e), patches.mT)[:, : e.shape[1]]
+                    self.mismatch[row:end] += product.reshape(layer.rows, -1)
                     self.mismatch_energy[row:end] += e.square().sum(2, dtype=torch.float64).view(-1)
                 row += layer.rows
         if self.count:

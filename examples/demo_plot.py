@@ -133,7 +133,7 @@ def _label_rows(axes: Axes, places: list[float], rows: list[dict[str, Any]]) -> 
 def _leave_room(axes: Axes) -> None:
     """For the notes at the right of the last dots."""
     left, right = axes.get_xlim()
-    axes.set_xlim(left, right * (right / left) ** 0.24)
+    axes.set_xlim(left, right * (right / left) ** 0.28)
 
 
 def _write_titles(figure: Figure, facts: Mapping[str, Any]) -> None:

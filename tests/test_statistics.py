@@ -15,6 +15,7 @@ from adaround_ext.statistics import GramStatistics
 # name: (layer, shape of the inputs, a cut of them). The cuts end within, at and beyond the fixed
 # batches of 8192 tokens or 32 samples; some of these then start at addresses that are not aligned.
 CASES: dict[str, tuple[nn.Module, tuple[int, ...], list[int]]] = {
+    "few-rows": (nn.Linear(64, 10), (500, 64), [123, 377]),  # a product that MKL cuts by threads
     "tokens": (nn.Linear(7, 5), (20000, 7), [101, 19000, 899]),
     "sequences": (nn.Linear(24, 16), (40, 300, 24), [1, 38, 1]),
     "wide": (nn.Linear(400, 3), (300, 400), [7] * 42 + [6]),  # more than two blocks of columns
