@@ -8,7 +8,7 @@ from adaround_ext import ops
 from adaround_ext.grid import QuantGrid
 from adaround_ext.objective import GramObjective
 
-# Descent ends by itself, on real layers after 5 to 15 sweeps; this bounds what rounding errors of
+# Descent ends by itself, when a sweep changes nothing; this bounds what rounding errors of
 # the float32 residual could do.
 _MAX_SWEEPS = 100
 
