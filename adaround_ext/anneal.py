@@ -9,10 +9,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from adaround_ext import ops, reference
-from adaround_ext.choice import Settings
 from adaround_ext.config import AdaRoundConfig
 from adaround_ext.grid import QuantGrid
 from adaround_ext.objective import Objective
+from adaround_ext.presets import Settings
 from adaround_ext.schedule import schedule_table
 
 
@@ -41,6 +41,7 @@ def anneal(
     v = reference.initial_v(weight, grid.scale)
     soft, _ = ops.soft_quantize(weight, v, grid.scale, grid.zero_point, grid.qmin, grid.qmax, 2.0)
     start = soft - weight if objective.as_error else soft
+    start = start.to(objective.dtype)
     state = RoundingState(v, torch.zeros_like(v), torch.zeros_like(v), start)
     schedule = schedule_table(
         chosen.steps, chosen.learning_rate, chosen.reg_weight, config.beta, config.warmup

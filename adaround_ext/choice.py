@@ -1,8 +1,7 @@
-"""Which objective a layer gets, and the settings that follow from it."""
+"""Which objective a layer gets."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
 
 from torch import Tensor
@@ -10,38 +9,12 @@ from torch import Tensor
 from adaround_ext.config import AdaRoundConfig
 from adaround_ext.data import Data
 from adaround_ext.layers import MatrixLayer
+from adaround_ext.presets import settings
 
 # A sampled run that does as much arithmetic as a Gram run ends with a higher error (its gradients
 # are noisy and there is no refinement), so Gram may cost this many times more: docs/tuning.md.
 _GRAM_MAY_COST = 10.0
 _ALWAYS_FINE = 1e12  # flop: seconds on two cores, so the more exact form is taken anyway
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the objective's own defaults fill in: docs/tuning.md has the measurements."""
-
-    steps: int
-    learning_rate: float
-    reg_weight: float
-
-
-_DEFAULTS = {
-    ("gram", True): Settings(500, 5e-2, 1.0),
-    ("gram", False): Settings(500, 5e-2, 0.01),
-    ("sampled", True): Settings(2000, 1e-2, 1.0),
-    ("sampled", False): Settings(10_000, 1e-3, 0.01),
-}
-
-
-def settings(config: AdaRoundConfig, objective: str) -> Settings:
-    """``config``'s values where given, else the objective's defaults."""
-    default = _DEFAULTS[objective, config.scale_free]
-    return Settings(
-        default.steps if config.steps is None else config.steps,
-        default.learning_rate if config.learning_rate is None else config.learning_rate,
-        default.reg_weight if config.reg_weight is None else config.reg_weight,
-    )
 
 
 def choose_objective(

@@ -11,16 +11,25 @@ from torch import Tensor
 
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
 
+Start = Literal["nearest", "gptq", "adaround"]
+
 _CHOICES = {
+    "preset": ("fast", "balanced", "best"),
     "granularity": ("per_tensor", "per_channel", "per_group"),
     "objective": ("auto", "gram", "sampled"),
+    "bias": ("refit", "create", "keep"),
+    "products": ("auto", "float32", "bfloat16"),
 }
+_STARTS = ("nearest", "gptq", "adaround")
+_SCALES = ("gram", "mse", "min_max")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.nn.functional.relu,
     "relu6": torch.nn.functional.relu6,
     "gelu": torch.nn.functional.gelu,
     "silu": torch.nn.functional.silu,
 }
+# The tabu search counts its steps in float32.
+_MOST = {"steps": None, "search_steps": 1 << 23, "rounds": None}
 _SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -28,32 +37,57 @@ _SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class AdaRoundConfig:
     """Settings of one layer's reconstruction; names as in the paper and its implementations.
 
-    bits: 2 to 8. symmetric: codes in [-2^(b-1), 2^(b-1) - 1] with zero point 0, else [0, 2^b - 1].
-    granularity: a scale per_tensor, per_channel (row) or per_group of ``group_size`` columns.
-    scale: "min_max", "mse" (the scale of least squared weight error) or a tensor of shape
-    [rows or 1, n_groups]. scale_dtype: the dtype that scales are stored in; they are rounded to it
-    before anything is optimised.
-    objective: "gram" (exact for a loss without activation function), "sampled" (minibatches through
-    the layer and ``activation``), or "auto". activation: None, "relu", "relu6", "gelu", "silu" or a
-    callable that works elementwise. positions: for convolutions, the number of output positions per
-    sample that the Gram objective looks at; None is all.
-    steps, learning_rate, reg_weight (lambda): None takes the objective's measured default
-    (docs/tuning.md). beta: (from, to) of the regularizer's exponent along half a cosine. warmup:
-    the share of steps before the regularizer is on. scale_free: divide the loss by the layer's own
-    scale, so that one reg_weight serves all layers; False is the paper's loss.
-    refine: coordinate descent over the whole grid after the annealing (Gram objective only).
-    batch_size: samples a step of the sampled objective. progress: show a bar.
+    Of the settings marked *, None takes the preset's value (docs/tuning.md has the measurements).
+    preset: "fast", "balanced" or "best": how much time a lower error is worth.
+
+    The grid. bits: 2 to 8. symmetric: codes in [-2^(b-1), 2^(b-1) - 1] with zero point 0, else
+    [0, 2^b - 1]. granularity: a scale per_tensor, per_channel (row) or per_group of ``group_size``
+    columns. scale: "gram" (the scale, and zero point, of least output error; where the objective is
+    sampled, "mse"), "mse" (of least squared weight error), "min_max" or a tensor of shape
+    [rows or 1, n_groups]. scale_candidates*: how many scales "gram" tries for each row.
+    scale_dtype: the dtype that scales are stored in; they are rounded to it before they are used.
+    bias: "refit" puts the mean error of the outputs into biases that exist, "create" also makes one
+    where the layer has none, "keep" leaves biases alone.
+
+    The loss. objective: "gram" (exact for a loss without activation function), "sampled"
+    (minibatches through the layer and ``activation``), or "auto". activation: None, "relu",
+    "relu6", "gelu", "silu" or a callable that works elementwise. positions: for convolutions, the
+    number of output positions per sample that the Gram objective looks at; None is all. damping:
+    share of the median of G's diagonal that is added to the diagonal, against overfitting; None is
+    5 / sqrt(positions seen), at most 0.3.
+
+    The search. starts*: which solutions it starts from, of "nearest", "gptq" and "adaround"; the
+    best is taken row by row. refine: coordinate descent over the whole grid, until no single change
+    of a code helps. search_steps*: of the tabu search after it, a row. rounds*: how often scales
+    are then refitted and the search repeated. All of these are for the Gram objective.
+
+    The annealing of AdaRound. steps*, learning_rate, reg_weight (lambda): None takes the
+    objective's measured default. beta: (from, to) of the regularizer's exponent along half a
+    cosine. warmup: the share of steps before the regularizer is on. scale_free: divide the loss by
+    the layer's own scale, so that one reg_weight serves all layers; False is the paper's loss.
+    products: the arithmetic of its matrix products: "float32", "bfloat16", or "auto", which is
+    bfloat16 where the processor has it. batch_size: samples a step of the sampled objective.
+
+    seed: of everything that is drawn. progress: show a bar.
     """
 
+    preset: Literal["fast", "balanced", "best"] = "balanced"
     bits: int = 4
     symmetric: bool = True
     granularity: Granularity = "per_channel"
     group_size: int | None = None
-    scale: str | Tensor = "mse"
+    scale: str | Tensor = "gram"
+    scale_candidates: int | None = None
     scale_dtype: torch.dtype = torch.float32
+    bias: Literal["refit", "create", "keep"] = "refit"
     objective: Literal["auto", "gram", "sampled"] = "auto"
     activation: str | Callable[[Tensor], Tensor] | None = None
     positions: int | None = None
+    damping: float | None = None
+    starts: tuple[Start, ...] | None = None
+    refine: bool = True
+    search_steps: int | None = None
+    rounds: int | None = None
     steps: int | None = None
     batch_size: int = 32
     learning_rate: float | None = None
@@ -61,7 +95,7 @@ class AdaRoundConfig:
     beta: tuple[float, float] = (20.0, 2.0)
     warmup: float = 0.2
     scale_free: bool = True
-    refine: bool = True
+    products: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
     progress: bool = False
 
@@ -72,16 +106,19 @@ class AdaRoundConfig:
         _check_int("bits", self.bits, 2, 8)
         _check_int("batch_size", self.batch_size, 1)
         _check_int("seed", self.seed, 0)
-        for name in ("steps", "positions", "group_size"):
+        for name in ("positions", "group_size", "scale_candidates"):
             if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), 0 if name == "steps" else 1)
+                _check_int(name, getattr(self, name), 1)
+        for name in ("steps", "search_steps", "rounds"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 0, _MOST[name])
         for name in ("symmetric", "refine", "progress", "scale_free"):
             if not isinstance(getattr(self, name), bool):
                 _fail(name, "True or False", getattr(self, name))
         if (self.granularity == "per_group") != (self.group_size is not None):
             _fail("group_size", "set exactly when granularity is per_group", self.group_size)
-        if not isinstance(self.scale, Tensor) and self.scale not in ("min_max", "mse"):
-            _fail("scale", '"min_max", "mse" or a tensor', self.scale)
+        if not isinstance(self.scale, Tensor) and self.scale not in _SCALES:
+            _fail("scale", f"{', '.join(_SCALES)} or a tensor", self.scale)
         if self.scale_dtype not in _SCALE_DTYPES:
             _fail("scale_dtype", "float32, float16 or bfloat16", self.scale_dtype)
         if not (self.activation is None or callable(self.activation)) and (
@@ -90,6 +127,11 @@ class AdaRoundConfig:
             _fail("activation", f"None, {', '.join(ACTIVATIONS)} or a callable", self.activation)
         if self.activation is not None and self.objective == "gram":
             _fail("objective", "auto or sampled with an activation function", self.objective)
+        if self.bias == "create" and (self.activation is not None or self.objective == "sampled"):
+            _fail("bias", "refit or keep unless the objective is gram", self.bias)
+        self._check_starts()
+        if self.damping is not None:
+            _check_number("damping", self.damping, 0.0)
         if self.learning_rate is not None:
             _check_number("learning_rate", self.learning_rate, 0.0, exclusive=True)
         if self.reg_weight is not None:
@@ -100,6 +142,16 @@ class AdaRoundConfig:
         for value in self.beta:
             _check_number("beta", value, 1.0)
         object.__setattr__(self, "beta", tuple(float(value) for value in self.beta))
+
+    def _check_starts(self) -> None:
+        if self.starts is None:
+            return
+        if not isinstance(self.starts, (tuple, list)) or not self.starts:
+            _fail("starts", f"a tuple of {', '.join(_STARTS)}", self.starts)
+        for start in self.starts:
+            if start not in _STARTS:
+                _fail("starts", f"a tuple of {', '.join(_STARTS)}", self.starts)
+        object.__setattr__(self, "starts", tuple(self.starts))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, AdaRoundConfig):
@@ -157,6 +209,7 @@ def _plain(config: AdaRoundConfig) -> dict[str, Any]:
         values["scale"] = config.scale.double().tolist()
     values["scale_dtype"] = str(config.scale_dtype).removeprefix("torch.")
     values["beta"] = list(config.beta)
+    values["starts"] = None if config.starts is None else list(config.starts)
     return values
 
 

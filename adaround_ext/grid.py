@@ -51,7 +51,8 @@ def make_grid(weight: Tensor, config: AdaRoundConfig) -> QuantGrid:
 
     "min_max": s = max|w| / qmax, or (max - min) / (qmax - qmin) with z = round(qmin - min / s).
     "mse": of 55 shares of that range the one with the least sum (w_q - w)^2 under rounding to
-    nearest. Scales are rounded to ``scale_dtype`` first. A run of zeros gets scale 1. Raises
+    nearest. "gram" starts from the best of 21 (scales.py). Scales are rounded to ``scale_dtype``
+    first. A run of zeros gets scale 1. Raises
     ValueError where group_size does not divide the columns or a given scale does not fit.
     """
     rows, cols = weight.shape
@@ -147,7 +148,7 @@ def _zero_point(low: Tensor, scale: Tensor, qmin: int, qmax: int, symmetric: boo
     return (qmin - low / scale).round().clamp(qmin, qmax)
 
 
-def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """As the dtype that is exported has it; kept normal and finite there."""
     limits = torch.finfo(dtype)
     return scale.clamp(limits.smallest_normal, limits.max).to(dtype).float()
@@ -164,11 +165,13 @@ def _search(runs: Tensor, qmin: int, qmax: int, config: AdaRoundConfig) -> tuple
     zeros = full == 0
 
     def at(share: Tensor) -> tuple[Tensor, Tensor]:
-        scale = torch.where(zeros, torch.ones_like(full), _stored(full * share, config.scale_dtype))
+        scale = torch.where(
+            zeros, torch.ones_like(full), stored_scale(full * share, config.scale_dtype)
+        )
         return scale, _zero_point(low * share, scale, qmin, qmax, config.symmetric)
 
     best_share = torch.ones_like(full)
-    if config.scale == "mse":
+    if config.scale != "min_max":
         best = torch.full_like(full, torch.inf)
 
         def consider(share: Tensor) -> None:
@@ -180,9 +183,10 @@ def _search(runs: Tensor, qmin: int, qmax: int, config: AdaRoundConfig) -> tuple
             best = torch.where(better, error, best)
             best_share = torch.where(better, share, best_share)
 
-        for share in _COARSE:
+        only_start = config.scale == "gram"  # which looks around it by itself
+        for share in _COARSE[::2] if only_start else _COARSE:
             consider(torch.full_like(full, share))
         centre = best_share
-        for offset in _FINE:
+        for offset in () if only_start else _FINE:
             consider(centre + offset)
     return at(best_share)

@@ -11,10 +11,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from adaround_ext.gptq import cholesky
 from adaround_ext.layers import MatrixLayer
-from adaround_ext.statistics import LEAST_ROWS, GramStatistics
+from adaround_ext.products import fixed_bmm, one_thread
+from adaround_ext.quadratic import Quadratic
+from adaround_ext.statistics import GramStatistics
 
 _EVALUATION_BATCH = 64
 
@@ -22,7 +24,9 @@ _EVALUATION_BATCH = 64
 class Objective(Protocol):
     """What the loop needs."""
 
-    as_error: bool  # gradient takes w_q - w instead of w_q
+    as_error: bool  # gradient takes w_q - target instead of w_q
+    dtype: torch.dtype  # of the gradient and what it takes
+    centred: bool  # the bias takes up the mean error
     row_energies: Tensor  # float64 [rows]: mean square of the full-precision outputs
 
     def gradient(self, weight_q: Tensor) -> Tensor:
@@ -32,67 +36,114 @@ class Objective(Protocol):
         """The loss of each row on all calibration data, float64 [rows]."""
 
 
-class GramObjective:
+class GramObjective(Quadratic):
     """tr(D G D^T) - 2 <D, M> + E[e^2], D = w_q - w, M = E[e x^T]: exact without an activation.
 
-    The gradient is 2 (D G - M), one matrix product whatever the number of samples (the paper's
-    eq. (19) with E[x x^T] precomputed, appendix B for convolutions). With targets, e is what the
-    full-precision layer on these inputs misses of them (asymmetric reconstruction), else 0. Loss
-    and gradient of :meth:`gradient` are divided by the mean of G's diagonal, so that one
-    learning rate and reg_weight fit all layers; :meth:`row_losses` is in the data's units.
+    One matrix product a gradient, whatever the number of samples (the paper's eq. (19) with
+    E[x x^T] precomputed, appendix B for convolutions). With targets, e is what the full-precision
+    layer on these inputs misses of them (asymmetric reconstruction), else 0.
+
+    ``centred``: the bias will take up the mean error, so moments are taken about their means.
+
+    What the search minimises is tr(D* (G + d I) D*^T) for D* = w_q - ``target``: d is ``damping``
+    times the median of G's diagonal, which keeps it from fitting the noise of few samples, and
+    target = w + M (G + d I)^-1 is where the damped loss has its minimum. ``gram`` is G + d I,
+    divided by that median where ``normalize``, so that one learning rate and reg_weight fit all
+    layers; every group of a convolution has its own. :meth:`row_losses` is undamped and in the
+    data's units.
     """
 
     as_error = True
 
-    def __init__(self, weight: Tensor, statistics: GramStatistics, normalize: bool) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        statistics: GramStatistics,
+        *,
+        centred: bool = False,
+        damping: float = 0.0,
+        normalize: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.centred = centred
+        self.damping = damping
+        self.dtype = dtype
         self._weight = weight
-        gram = statistics.gram
-        mean = float(gram.diagonal(dim1=1, dim2=2).mean()) if normalize else 1.0
-        self.divisor = mean if mean > 0 else 1.0
-        self.gram = (gram / self.divisor).float()
-        self.mismatch = (
-            (statistics.mismatch / self.divisor).float() if statistics.has_targets else None
-        )
-        self._mismatch_energy = statistics.mismatch_energy
-        rows = max(len(weight), LEAST_ROWS) if len(gram) == 1 else len(weight)
-        self._padded = weight.new_empty(rows, weight.shape[1])
-        energies = self._quadratic(weight)
-        if self.mismatch is not None:
-            cross = (weight * self.mismatch).sum(1, dtype=torch.float64)
-            energies = energies + self.divisor * 2 * cross + self._mismatch_energy
-        self.row_energies = energies
+        self._statistics = statistics
+        moments = statistics.covariance if centred else statistics.gram()
+        typical = _typical(moments.diagonal(dim1=1, dim2=2))
+        divisor = typical if normalize else torch.ones_like(typical)
+        moments = moments / divisor[:, None, None]
+        self._undamped = moments.float()
+        if damping > 0:
+            moments.diagonal(dim1=1, dim2=2).add_((damping * typical / divisor)[:, None])
+        unit = divisor.repeat_interleave(len(weight) // len(divisor))
+        super().__init__(moments.float(), weight, unit)
+        self._twice_gram = (2 * self.gram).to(dtype)
+        self._buffer = torch.empty_like(weight, dtype=dtype)
+        self._mismatch: Tensor | None = None
+        if statistics.has_targets:
+            self._add_targets(moments)
+        self.row_energies = self._energies()
+
+    def _add_targets(self, moments: Tensor) -> None:
+        s = self._statistics
+        mismatch = (s.mismatch if self.centred else s.plain_mismatch()) / self.unit[:, None]
+        self._mismatch = mismatch.float()
+        self._constant = s.mismatch_energy - (s.mismatch_mean.square() if self.centred else 0.0)
+        grouped = mismatch.view(len(moments), -1, moments.shape[1])
+        factor = cholesky(moments)
+        with one_thread(factor.device):
+            moved = torch.cholesky_solve(grouped.mT.contiguous(), factor).mT
+        self.target = (self._weight.double() + moved.reshape(mismatch.shape)).float()
 
     def gradient(self, weight_q: Tensor) -> Tensor:
-        grad = self._product(weight_q, self._padded)
-        if self.mismatch is not None:
-            grad -= self.mismatch
-        return grad.mul_(2)
-
-    def residual(self, error: Tensor) -> Tensor:
-        """D G - M [rows, cols], half the gradient, for coordinate descent under ``gram``."""
-        return self.gradient(error) / 2
+        """2 D* (G + d I) in ``dtype``, for errors D* [rows, cols] from ``target``."""
+        grouped = self.grouped(weight_q)
+        product = fixed_bmm(grouped, self._twice_gram, self._buffer.view(grouped.shape))
+        return product.reshape(weight_q.shape)
 
     def row_losses(self, weight_q: Tensor) -> Tensor:
         error = weight_q - self._weight
-        losses = self._quadratic(error)
-        if self.mismatch is not None:
-            cross = (error * self.mismatch).sum(1, dtype=torch.float64)
-            losses = losses - self.divisor * 2 * cross + self._mismatch_energy
+        losses = self._quadratic(error, self._undamped)
+        if self._mismatch is not None:
+            cross = (error * self._mismatch).sum(1, dtype=torch.float64)
+            losses = losses - self.unit * 2 * cross + self._constant
         return losses
 
-    def _quadratic(self, rows: Tensor) -> Tensor:
-        """diag(rows G rows^T), float64 [rows], in the data's units."""
-        product = self._product(rows, torch.empty_like(self._padded))
-        return self.divisor * (product * rows).sum(1, dtype=torch.float64)
+    def bias_change(self, weight_q: Tensor) -> Tensor:
+        """E[e - D x], float64 [rows]: what a bias takes up. Zero unless ``centred``."""
+        if not self.centred:
+            return torch.zeros(len(weight_q), dtype=torch.float64, device=weight_q.device)
+        error = (weight_q - self._weight).double()
+        return self._statistics.mismatch_mean - self._times_mean(error)
 
-    def _product(self, rows: Tensor, out: Tensor) -> Tensor:
-        """rows G [rows, cols], group by group, in the memory of ``out`` [rows or more, cols]."""
-        groups, cols, _ = self.gram.shape
-        if len(out) > len(rows):
-            rows = F.pad(rows, (0, 0, 0, len(out) - len(rows)))
-        shape = (groups, -1, cols)
-        torch.bmm(rows.view(shape), self.gram, out=out.view(shape))
-        return out[: len(self._weight)]
+    def _energies(self) -> Tensor:
+        """E[(w x + e)^2], whatever the bias: the full-precision outputs without it."""
+        s = self._statistics
+        energies = self._quadratic(self._weight, self._undamped)
+        if self._mismatch is not None:
+            cross = (self._weight * self._mismatch).sum(1, dtype=torch.float64)
+            energies = energies + self.unit * 2 * cross + self._constant
+        if self.centred:
+            energies = energies + (self._times_mean(self._weight.double()) + s.mismatch_mean) ** 2
+        return energies
+
+    def _times_mean(self, rows: Tensor) -> Tensor:
+        """rows E[x], float64 [rows]."""
+        mean = self._statistics.mean
+        return (self.grouped(rows) * mean[:, None, :]).sum(2).view(-1)
+
+    def _quadratic(self, rows: Tensor, gram: Tensor) -> Tensor:
+        """diag(rows gram rows^T), float64 [rows], in the data's units."""
+        product = fixed_bmm(self.grouped(rows), gram).reshape(rows.shape)
+        return self.unit * (product * rows).sum(1, dtype=torch.float64)
+
+
+def _typical(diagonal: Tensor) -> Tensor:
+    """Medians [groups] of what is not 0: a few huge inputs must not set the measure. 1 for none."""
+    live = diagonal.masked_fill(diagonal <= 0, torch.nan)
+    return live.nanmedian(1).values.nan_to_num(1.0)
 
 
 class SampledObjective:
@@ -103,6 +154,9 @@ class SampledObjective:
     """
 
     as_error = False
+    dtype = torch.float32
+    centred = False
+    damping = 0.0
 
     def __init__(
         self,
@@ -123,10 +177,15 @@ class SampledObjective:
         self._targets = self._activation(targets)
         self._batch_size = batch_size
         self._generator = torch.Generator(inputs.device).manual_seed(seed)
-        mean = float(inputs.square().mean(dtype=torch.float64)) if normalize else 1.0
-        self._divisor = mean if mean > 0 else 1.0
+        mean = inputs.square().mean(dtype=torch.float64)
+        self._divisor = float(mean) if normalize and mean > 0 else 1.0
         zeros = torch.zeros_like(weight)
         self.row_energies = self._mean_square(zeros, relative_to_zero=True)
+        if not bool(mean.isfinite() & self.row_energies.isfinite().all()):
+            raise ValueError(
+                f"inputs and targets of {layer.layer} must be so small that float32 holds the "
+                "squares of outputs, got larger values"
+            )
 
     def gradient(self, weight_q: Tensor) -> Tensor:
         chosen = torch.randint(
@@ -146,6 +205,10 @@ class SampledObjective:
 
     def row_losses(self, weight_q: Tensor) -> Tensor:
         return self._mean_square(weight_q, relative_to_zero=False)
+
+    def bias_change(self, weight_q: Tensor) -> Tensor:
+        """None: where an activation follows, the mean error of the outputs says little."""
+        return torch.zeros(len(weight_q), dtype=torch.float64, device=weight_q.device)
 
     def _outputs(self, x: Tensor, matrix: Tensor) -> Tensor:
         weight = self._layer.weight_from_matrix(matrix)

@@ -250,3 +250,77 @@ def _(
             f"got {list(residual.shape)}"
         ),
     )
+
+
+def tabu_search_(
+    codes: Tensor,
+    residual: Tensor,
+    gram: Tensor,
+    scale: Tensor,
+    qmin: int,
+    qmax: int,
+    steps: int,
+    seed: int,
+) -> None:
+    """One-flip tabu search on tr(E G E^T) over the whole grid, rows independent, in place.
+
+    Arguments as for :func:`refine_`. Each of ``steps`` (0 to 2^23) makes the single change of a
+    code by one that costs least, s (G_jj s - 2 |residual_j|), even where that is uphill; the column
+    then rests for cols / 40 to cols / 20 steps, unless its change leads below the best codes so
+    far. The best codes met, and their residual, are written. Every row draws its rests from
+    ``seed`` (not negative). Source: Glover, "Tabu search", 1989, as for binary quadratic programs.
+    """
+    _ops.tabu_search_(codes, residual, gram, scale, qmin, qmax, steps, seed)
+
+
+@torch.library.register_fake("adaround_ext::tabu_search_")
+def _(
+    codes: Tensor,
+    residual: Tensor,
+    gram: Tensor,
+    scale: Tensor,
+    qmin: int,
+    qmax: int,
+    steps: int,
+    seed: int,
+) -> None:
+    torch._check(
+        residual.shape == codes.shape,
+        lambda: (
+            f"residual must have the shape of codes, {list(codes.shape)}, "
+            f"got {list(residual.shape)}"
+        ),
+    )
+
+
+def gptq(
+    weight: Tensor,
+    feedback: Tensor,
+    order: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+) -> Tensor:
+    """Codes [rows, cols] of GPTQ: columns are rounded in turn, later ones make up for earlier ones.
+
+    Column k of the processing ``order`` (int64 [groups, cols]) gets the code nearest to
+    w_k + sum_{i<k} (w_i - w_q,i) feedback[i, k]. ``feedback`` [groups, cols, cols] is read above
+    its diagonal; each serves rows / groups consecutive rows. With H = R R^T, R upper triangular in
+    processing order, feedback[i, k] = R[i, k] / R[k, k] is GPTQ (Frantar et al. 2023) by theorem 6
+    of QuIP (Chee et al. 2023). weight, feedback and scale are float32 (CPU also float64).
+    """
+    return _ops.gptq(weight, feedback, order, scale, zero_point, qmin, qmax)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("adaround_ext::gptq")
+def _(
+    weight: Tensor,
+    feedback: Tensor,
+    order: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+) -> Tensor:
+    return weight.new_empty(weight.shape, dtype=_code_dtype(qmin))

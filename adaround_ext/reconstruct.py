@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adaround_ext import data
 from adaround_ext.choice import choose_objective
@@ -16,11 +16,15 @@ from adaround_ext.config import AdaRoundConfig, make_config
 from adaround_ext.layers import MatrixLayer, matrix_layer
 from adaround_ext.objective import GramObjective, SampledObjective
 from adaround_ext.precision import full_precision
+from adaround_ext.problem import Problem
+from adaround_ext.products import annealing_dtype
 from adaround_ext.result import LayerResult
-from adaround_ext.solve import Problem, solve
+from adaround_ext.solve import solve
 from adaround_ext.statistics import GramStatistics
 
 _logger = logging.getLogger("adaround_ext")
+# Damping of the Gram matrix against overfitting: docs/tuning.md.
+_DAMPING, _MOST_DAMPING = 5.0, 0.3
 
 
 @overload
@@ -76,13 +80,15 @@ def optimize_layer(
     _check_layers(layers)
     objective, reason = choose_objective(config, layers, inputs)
     problems = _gram_problems if objective == "gram" else _sampled_problems
-    results: list[LayerResult] = []
+    results: dict[int, LayerResult] = {}  # by layer: problems may come in another order
     with full_precision(layers[0].weight.device):
         for problem in problems(layers, inputs, targets, config, reason):
-            results += solve(problem, config)
-    for result in results:
+            solved = solve(problem, config)
+            results.update(zip(map(id, problem.layers), solved, strict=True))
+    ordered = [results[id(layer)] for layer in layers]
+    for result in ordered:
         _logger.info("%s", result.report)
-    return results[0] if single else results
+    return ordered[0] if single else ordered
 
 
 def _check_layers(layers: list[MatrixLayer]) -> None:
@@ -116,21 +122,57 @@ def _gram_problems(
     config: AdaRoundConfig,
     reason: str,
 ) -> Iterator[Problem]:
-    """All layers as one problem, since rows are independent and the statistics are shared.
+    """A problem for all layers together, since rows are independent and the statistics are shared.
 
-    With groups each layer is its own: their rows would have to be interleaved group by group.
+    Layers whose bias takes up the mean error have another objective than those whose does not, and
+    with groups each layer is its own: their rows would have to be interleaved group by group.
     """
     started = time.perf_counter()
     statistics = GramStatistics(layers, config.positions, config.seed)
     statistics.collect(data.batches(layers, _name(layers), inputs, targets))
     seconds = time.perf_counter() - started
-    row = 0
-    for part in [layers] if layers[0].groups == 1 else [[layer] for layer in layers]:
-        weight = torch.cat([layer.weight_matrix().float() for layer in part])
-        own = statistics.rows(slice(row, row + len(weight)))
-        row += len(weight)
-        objective = GramObjective(weight, own, config.scale_free)
-        yield Problem(part, weight, objective, "gram", reason, statistics.count, seconds)
+    damping = config.damping
+    if damping is None:
+        damping = min(_MOST_DAMPING, _DAMPING / max(statistics.count, 1) ** 0.5)
+    rows = list(_row_slices(layers))
+    for part in _parts(layers, config):
+        weight = torch.cat([layers[i].weight_matrix().float() for i in part])
+        own = statistics.rows(torch.cat([rows[i] for i in part]))
+        objective = GramObjective(
+            weight,
+            own,
+            centred=_centred(layers[part[0]], config),
+            damping=damping,
+            normalize=config.scale_free,
+            dtype=annealing_dtype(config.products, weight.device),
+        )
+        yield Problem(
+            [layers[i] for i in part], weight, objective, "gram", reason, statistics.count, seconds,
+            statistics.notes(),
+        )  # fmt: skip
+
+
+def _centred(layer: MatrixLayer, config: AdaRoundConfig) -> bool:
+    """Whether the layer will have a bias that may change."""
+    return config.bias == "create" or (config.bias == "refit" and layer.bias is not None)
+
+
+def _parts(layers: list[MatrixLayer], config: AdaRoundConfig) -> list[list[int]]:
+    """Indices of the layers that are one problem."""
+    if layers[0].groups > 1:
+        return [[i] for i in range(len(layers))]
+    parts: dict[bool, list[int]] = {}
+    for i, layer in enumerate(layers):
+        parts.setdefault(_centred(layer, config), []).append(i)
+    return list(parts.values())
+
+
+def _row_slices(layers: list[MatrixLayer]) -> Iterator[Tensor]:
+    """The indices of each layer's rows among all."""
+    begin = 0
+    for layer in layers:
+        yield torch.arange(begin, begin + layer.rows, device=layer.weight.device)
+        begin += layer.rows
 
 
 def _sampled_problems(

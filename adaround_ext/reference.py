@@ -2,7 +2,9 @@
 
 Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML 2020. Shapes and
 names as in :mod:`adaround_ext.ops`. Everything here is differentiable by autograd in ``v`` and runs
-in the dtype of its arguments. :func:`optimize` is the paper's whole algorithm.
+in the dtype of its arguments. :func:`optimize` is the paper's whole algorithm. Of the solvers that
+search codes, :func:`refine_` is here, gptq and tabu_search_ in
+:mod:`adaround_ext.reference_solvers`.
 """
 
 from __future__ import annotations

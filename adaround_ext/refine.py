@@ -1,26 +1,38 @@
-"""Discrete search after the annealing."""
+"""Discrete search over the whole grid: AdaRound may only choose between floor and ceil."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from adaround_ext import ops
-from adaround_ext.grid import QuantGrid
-from adaround_ext.objective import GramObjective
+from adaround_ext.quadratic import Quadratic
+from adaround_ext.solution import Solution
 
 # Descent ends by itself, when a sweep changes nothing; this bounds what rounding errors of
 # the float32 residual could do.
 _MAX_SWEEPS = 100
 
 
-def refine(codes: Tensor, weight: Tensor, grid: QuantGrid, objective: GramObjective) -> Tensor:
-    """Coordinate descent over the whole grid: codes after which no single change lowers the loss.
+def descend(solution: Solution, quadratic: Quadratic) -> Solution:
+    """Coordinate descent until no single change of a code lowers the loss: ops.refine_."""
+    codes, residual, grid = solution.codes.clone(), solution.residual.clone(), solution.grid
+    ops.refine_(codes, residual, quadratic.gram, grid.scale, grid.qmin, grid.qmax, _MAX_SWEEPS)
+    return Solution.of(codes, grid, quadratic, residual)
 
-    AdaRound may only choose between floor and ceil; this may take any code. codes [rows, cols] are
-    not changed. The source of the descent is :func:`adaround_ext.ops.refine_`.
-    """
-    refined = codes.clone()
-    error = ops.dequantize(codes, grid.scale, grid.zero_point) - weight
-    residual = objective.residual(error)
-    ops.refine_(refined, residual, objective.gram, grid.scale, grid.qmin, grid.qmax, _MAX_SWEEPS)
-    return refined
+
+def search(solution: Solution, quadratic: Quadratic, steps: int, seed: int) -> Solution:
+    """Tabu search from a minimum, ops.tabu_search_, and the descent to the minimum it found."""
+    if steps == 0:
+        return solution
+    codes, residual, grid = solution.codes.clone(), solution.residual.clone(), solution.grid
+    ops.tabu_search_(codes, residual, quadratic.gram, grid.scale, grid.qmin, grid.qmax, steps, seed)
+    found = Solution.of(codes, grid, quadratic, residual)
+    return solution.better(descend(found, quadratic), None)
+
+
+def improvable(solution: Solution, quadratic: Quadratic) -> Tensor:
+    """Marks rows in which a change of one code would still lower the loss: none is a minimum."""
+    fresh = Solution.of(solution.codes, solution.grid, quadratic)
+    codes, grid = fresh.codes.clone(), fresh.grid
+    ops.refine_(codes, fresh.residual, quadratic.gram, grid.scale, grid.qmin, grid.qmax, 1)
+    return (codes != solution.codes).any(1)

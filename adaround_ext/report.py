@@ -12,22 +12,34 @@ class LayerReport:
     """The result of one layer in numbers.
 
     losses: the reconstruction loss on the calibration data, the squared output error summed over
-    output channels and averaged over samples and positions, for the weights as they are stored:
-    "nearest", "floor", "ceil", "stochastic" (one draw, up with the probability of the fraction),
-    "soft" (at the end of the annealing), "hard" (after it) and "final" (after refinement).
-    energy: the same of the full-precision outputs; ``relative`` divides by it.
+    output channels and averaged over samples and positions, for the weights as they are stored, all
+    with the same treatment of the bias: "nearest", "floor", "ceil" and "stochastic" (one draw, up
+    with the probability of the fraction) on the starting grid; each start after its search; "soft"
+    (at the end of the annealing) and "hard" (AdaRound's own decision); and "final". The preset
+    "fast" leaves out the simple rules and the starts, which would take as long as the rest.
+    energy: the same of the full-precision outputs without bias; ``relative`` divides by it.
+    starts: the share of rows in which each start was the best. damping: of the Gram matrix.
     flipped: share of the weights whose code is not that of rounding to nearest. clipped: share
     outside the grid's range. undecided: share with .05 < h(V) < .95 at the end of the annealing.
     fallback_rows: rows in which rounding to nearest was better and was kept.
-    reason: why this objective was chosen. seconds: statistics, annealing, refinement, total.
+    improvable_rows: rows in which a change of a single code would lower the (damped) loss: 0
+    certifies a minimum. None for the sampled objective.
+    reason: why this objective was chosen. notes: what is unusual about the calibration data.
+    seconds: of each part and in total, of all layers that were solved together.
     """
 
     objective: str
     reason: str
+    preset: str
     bits: int
+    starts: dict[str, float]
+    scale_candidates: int
+    search_steps: int
+    rounds: int
     steps: int
     learning_rate: float
     reg_weight: float
+    damping: float
     samples: int
     losses: dict[str, float]
     energy: float
@@ -35,6 +47,8 @@ class LayerReport:
     clipped: float
     undecided: float
     fallback_rows: int
+    improvable_rows: int | None
+    notes: tuple[str, ...]
     seconds: dict[str, float]
 
     @property
@@ -52,7 +66,8 @@ class LayerReport:
     def from_dict(cls, values: dict[str, Any]) -> LayerReport:
         """The inverse of :meth:`to_dict`."""
         names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in names})
+        known = {name: value for name, value in values.items() if name in names}
+        return cls(**known | {"notes": tuple(values["notes"])})  # JSON has lists only
 
     def to_json(self) -> str:
         """:meth:`to_dict` as JSON."""
@@ -61,7 +76,7 @@ class LayerReport:
     def __str__(self) -> str:
         relative = self.relative
         return (
-            f"{self.objective}, {self.bits} bits, {self.steps} steps: relative output error "
+            f"{self.objective}, {self.preset}, {self.bits} bits: relative output error "
             f"{relative['final']:.3g} (nearest {relative['nearest']:.3g}), "
             f"{self.flipped:.1%} of codes moved, {self.seconds['total']:.2f} s"
         )

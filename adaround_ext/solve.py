@@ -1,79 +1,101 @@
-"""One problem: rows that share an objective, from the grid to the results."""
+"""From a problem to the results: grid, solver, report."""
 
 from __future__ import annotations
-
-import time
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from adaround_ext import ops, reference
 from adaround_ext.anneal import anneal
-from adaround_ext.choice import settings
 from adaround_ext.config import AdaRoundConfig
+from adaround_ext.gram_solver import UNDECIDED, GramSolver
 from adaround_ext.grid import QuantGrid, baseline_codes, make_grid, nearest_codes, position
-from adaround_ext.layers import MatrixLayer
-from adaround_ext.objective import GramObjective, SampledObjective
-from adaround_ext.refine import refine
+from adaround_ext.objective import GramObjective
+from adaround_ext.presets import Settings, settings
+from adaround_ext.problem import Outcome, Problem, Stopwatch
 from adaround_ext.report import LayerReport
 from adaround_ext.result import LayerResult
 
-_UNDECIDED = (0.05, 0.95)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Layers whose rows, stacked to weight [rows, cols], are solved under one objective."""
-
-    layers: list[MatrixLayer]
-    weight: Tensor
-    objective: GramObjective | SampledObjective
-    kind: str
-    reason: str
-    samples: int
-    collecting_seconds: float
-
-    @property
-    def name(self) -> str:
-        return ", ".join(str(layer.layer) for layer in self.layers)
-
-
-class _Stopwatch:
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self.seconds = seconds
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] = now - self._last
-        self._last = now
-
 
 def solve(problem: Problem, config: AdaRoundConfig) -> list[LayerResult]:
-    """Grid, annealing, hard decision, refinement, report: a result a layer."""
-    weight, objective = problem.weight, problem.objective
-    watch = _Stopwatch({"statistics": problem.collecting_seconds})
-    sizes = [layer.rows for layer in problem.layers]
-    grids = [make_grid(part, config) for part in weight.split(sizes)]
-    grid = QuantGrid.join(grids, sizes)
-    watch.lap("grid")
+    """Grid, search, report: a result a layer."""
     chosen = settings(config, problem.kind)
-    v = anneal(weight, grid, objective, chosen, config, problem.name)
-    watch.lap("annealing")
-    codes, losses = _decide(problem, grid, v, config)
-    watch.lap("refinement")
-    soft, _ = ops.soft_quantize(weight, v, grid.scale, grid.zero_point, grid.qmin, grid.qmax, 2.0)
-    losses["soft"] = objective.row_losses(soft)
-    for name, rule in baseline_codes(weight, grid, config.seed).items():
-        losses[name] = _stored_losses(problem, grid, rule)
+    watch = Stopwatch({"statistics": problem.collecting_seconds})
+    objective = problem.objective
+    target = objective.target if isinstance(objective, GramObjective) else problem.weight
+    grids = [make_grid(part, config) for part in target.split(problem.sizes)]
+    base = QuantGrid.join(grids, problem.sizes)
+    watch.lap("grid")
+    if isinstance(objective, GramObjective):
+        owners = _owners(grids, problem.sizes)
+        outcome = GramSolver(problem, objective, base, owners, config, chosen).solve(watch)
+    else:
+        outcome = _solve_sampled(problem, base, config, chosen)
+        watch.lap("annealing")
+    return _results(problem, base, grids, outcome, config, chosen, watch)
+
+
+def _owners(grids: list[QuantGrid], sizes: list[int]) -> Tensor | None:
+    """Which rows share their scales, as :func:`adaround_ext.solution.per_owner` has it."""
+    if all(len(grid.scale) == rows for grid, rows in zip(grids, sizes, strict=True)):
+        return None
+    device = grids[0].scale.device
+    return torch.arange(len(sizes), device=device).repeat_interleave(
+        torch.tensor(sizes, device=device)
+    )
+
+
+def _solve_sampled(
+    problem: Problem, grid: QuantGrid, config: AdaRoundConfig, chosen: Settings
+) -> Outcome:
+    """The paper's way: anneal, decide, and keep nearest in the rows where it is better."""
+    weight = problem.weight
+    v = anneal(weight, grid, problem.objective, chosen, config, problem.name)
+    qrange = grid.scale, grid.zero_point, grid.qmin, grid.qmax
+    soft, _ = ops.soft_quantize(weight, v, *qrange, 2.0)
     h = reference.rectified_sigmoid(v)
+    nearest, hard = nearest_codes(weight, grid), ops.hard_quantize(weight, v, *qrange)
+    losses = {
+        "nearest": problem.stored_losses(nearest, grid),
+        "soft": problem.objective.row_losses(soft),
+        "hard": problem.stored_losses(hard, grid),
+    }
+    losses["adaround"] = losses["hard"]
+    losses["final"] = torch.minimum(losses["hard"], losses["nearest"])
+    better = losses["hard"] < losses["nearest"]
+    return Outcome(
+        torch.where(better[:, None], hard, nearest),
+        grid,
+        losses,
+        losses["hard"] > losses["nearest"],
+        (h > UNDECIDED[0]) & (h < UNDECIDED[1]),
+        starts={"adaround": torch.ones_like(better)},
+    )
+
+
+def _results(
+    problem: Problem,
+    base: QuantGrid,
+    grids: list[QuantGrid],
+    outcome: Outcome,
+    config: AdaRoundConfig,
+    chosen: Settings,
+    watch: Stopwatch,
+) -> list[LayerResult]:
+    weight, grid, objective = problem.weight, outcome.grid, problem.objective
+    losses = dict(outcome.losses)
+    rules = {} if config.preset == "fast" else baseline_codes(weight, base, config.seed)
+    for name, rule in rules.items():
+        losses[name] = problem.stored_losses(rule, base)
     at = position(weight, grid)
     marks = {
-        "flipped": codes != nearest_codes(weight, grid),
+        "flipped": outcome.codes != nearest_codes(weight, grid),
         "clipped": (at < grid.qmin) | (at > grid.qmax),
-        "undecided": (h > _UNDECIDED[0]) & (h < _UNDECIDED[1]),
+        "undecided": outcome.undecided,
     }
+    dtype = problem.layers[0].weight.dtype
+    stored = ops.dequantize(outcome.codes, grid.scale, grid.zero_point).to(dtype)
+    bias = problem.new_bias(stored.float()).to(dtype) if objective.centred else None
     watch.lap("evaluation")
     watch.seconds["total"] = sum(watch.seconds.values())
 
@@ -82,58 +104,43 @@ def solve(problem: Problem, config: AdaRoundConfig) -> list[LayerResult]:
     for layer, own in zip(problem.layers, grids, strict=True):
         rows = slice(begin, begin + layer.rows)
         begin = rows.stop
-        own_codes = codes[rows].contiguous()
-        weight_q = ops.dequantize(own_codes, own.scale, own.zero_point)
+        kept = slice(rows.start, rows.start + len(own.scale))  # one row where all share it
         report = LayerReport(
             objective=problem.kind,
             reason=problem.reason,
+            preset=config.preset,
             bits=config.bits,
+            starts={name: _share(won[rows]) for name, won in outcome.starts.items()},
+            scale_candidates=chosen.scale_candidates,
+            search_steps=chosen.search_steps,
+            rounds=chosen.rounds,
             steps=chosen.steps,
             learning_rate=chosen.learning_rate,
             reg_weight=chosen.reg_weight,
+            damping=objective.damping,
             samples=problem.samples,
             losses={name: float(values[rows].sum()) for name, values in losses.items()},
             energy=float(objective.row_energies[rows].sum()),
-            fallback_rows=int((losses["hard"] > losses["nearest"])[rows].sum()),
-            seconds=watch.seconds,
-            **{name: float(mark[rows].double().mean()) for name, mark in marks.items()},
+            fallback_rows=int(outcome.fallback[rows].sum()),
+            improvable_rows=(
+                None if outcome.improvable is None else int(outcome.improvable[rows].sum())
+            ),
+            notes=problem.notes,
+            seconds=dict(watch.seconds),
+            **{name: _share(mark[rows]) for name, mark in marks.items()},
         )
-        dtype = layer.weight.dtype
-        weight_q = layer.weight_from_matrix(weight_q).to(dtype).contiguous()
         results.append(
-            LayerResult(weight_q, own_codes, own.scale, own.zero_point, bias=None, report=report)
+            LayerResult(
+                layer.weight_from_matrix(stored[rows]).contiguous(),
+                outcome.codes[rows].contiguous(),
+                grid.scale[kept].clone(),
+                grid.zero_point[kept].clone(),
+                bias=None if bias is None else bias[rows].clone(),
+                report=report,
+            )
         )
     return results
 
 
-def _decide(
-    problem: Problem, grid: QuantGrid, v: Tensor, config: AdaRoundConfig
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The codes, and the row losses of nearest, hard and final: in no row worse than nearest."""
-    weight, objective = problem.weight, problem.objective
-    nearest = nearest_codes(weight, grid)
-    hard = ops.hard_quantize(weight, v, grid.scale, grid.zero_point, grid.qmin, grid.qmax)
-    losses = {
-        "nearest": _stored_losses(problem, grid, nearest),
-        "hard": _stored_losses(problem, grid, hard),
-    }
-    codes, final = nearest, losses["nearest"]
-    codes, final = _better_rows(hard, losses["hard"], codes, final)
-    if config.refine and isinstance(objective, GramObjective):
-        refined = refine(codes, weight, grid, objective)
-        codes, final = _better_rows(refined, _stored_losses(problem, grid, refined), codes, final)
-    return codes, losses | {"final": final}
-
-
-def _better_rows(
-    codes: Tensor, losses: Tensor, old_codes: Tensor, old_losses: Tensor
-) -> tuple[Tensor, Tensor]:
-    better = losses < old_losses
-    return torch.where(better[:, None], codes, old_codes), torch.where(better, losses, old_losses)
-
-
-def _stored_losses(problem: Problem, grid: QuantGrid, codes: Tensor) -> Tensor:
-    """Row losses of the weights as they will be stored, in the layer's dtype."""
-    dtype = problem.layers[0].weight.dtype
-    stored = ops.dequantize(codes, grid.scale, grid.zero_point).to(dtype).float()
-    return problem.objective.row_losses(stored)
+def _share(mask: Tensor) -> float:
+    return int(mask.count_nonzero()) / max(mask.numel(), 1)

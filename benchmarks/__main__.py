@@ -1,4 +1,4 @@
-"""Command line: python -m benchmarks [ops|layer|memory|tuning|all] [--quick] [--output FILE] ..."""
+"""Command line: python -m benchmarks [BENCH] [--quick] [--output FILE] ..."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import bench_layer, bench_memory, bench_ops, bench_tuning, common, workloads
+from benchmarks import (
+    bench_layer,
+    bench_memory,
+    bench_ops,
+    bench_quality,
+    bench_tuning,
+    common,
+    quality_layers,
+    quality_methods,
+    workloads,
+)
 from benchmarks.common import Options
 
 _BENCHES = {
@@ -16,6 +26,7 @@ _BENCHES = {
     "layer": bench_layer.run,
     "memory": bench_memory.run,
     "tuning": bench_tuning.run,
+    "quality": bench_quality.run,
 }
 
 
@@ -36,6 +47,26 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--shapes", nargs="+", default=[], choices=workloads.NAMES, help="layers of bench layer"
     )
+    quality = parser.add_argument_group("bench quality")
+    quality.add_argument("--bits", nargs="+", type=int, default=[], choices=range(2, 9))
+    quality.add_argument("--parts", nargs="+", default=[], choices=bench_quality.PARTS)
+    quality.add_argument(
+        "--blocks", nargs="+", type=int, default=[], choices=range(quality_layers.BLOCKS)
+    )
+    quality.add_argument("--methods", nargs="+", default=[], choices=quality_methods.METHODS)
+    quality.add_argument(
+        "--reference-rows",
+        type=int,
+        default=48,
+        help="rows of a layer for which the reference is run; default 48",
+    )
+    quality.add_argument(
+        "--peers",
+        type=Path,
+        metavar="FOLDER",
+        help="also run other packages, each installed by pip into an environment in this folder",
+    )
+    quality.add_argument("--plot", type=Path, help="picture of error over time, SVG or PNG")
     return parser.parse_args()
 
 
@@ -47,15 +78,21 @@ def main() -> None:
         arguments.quick,
         arguments.reference_steps or steps,
         tuple(arguments.shapes),
+        tuple(arguments.bits),
+        tuple(arguments.parts),
+        tuple(arguments.blocks),
+        tuple(arguments.methods),
+        arguments.reference_rows,
+        arguments.peers,
     )
     names = list(_BENCHES) if arguments.bench == "all" else [arguments.bench]
     documents = {}
     for name in names:
         begin = time.perf_counter()
         facts = common.machine_facts(options.device)
-        rows, targets = _BENCHES[name](options)
+        results, targets = _BENCHES[name](options)
         common.print_targets(targets)
-        documents[name] = common.document(name, options, facts, rows, targets)
+        documents[name] = common.document(name, options, facts, results, targets)
         documents[name]["seconds"] = time.perf_counter() - begin
         common.note(f"{name}: {documents[name]['seconds']:.0f} s")
         if not arguments.quick and arguments.output is None:
@@ -64,6 +101,10 @@ def main() -> None:
     if arguments.output is not None:
         values = documents if arguments.bench == "all" else documents[arguments.bench]
         common.write_json(arguments.output, values)
+    if arguments.plot is not None and "quality" in documents:
+        from benchmarks import quality_plot  # matplotlib is needed for nothing else
+
+        quality_plot.draw(documents["quality"], arguments.plot)
 
 
 if __name__ == "__main__":

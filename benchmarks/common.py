@@ -29,12 +29,21 @@ _SAMPLE_SECONDS = 0.02  # a timed sample is at least this long, in as many calls
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for."""
+    """What the command line asks for; empty where it leaves the choice to the benchmark.
+
+    shapes: of bench layer. bits and the following: of bench quality.
+    """
 
     device: torch.device
     quick: bool = False
     reference_steps: int = REFERENCE_STEPS
     shapes: tuple[str, ...] = ()
+    bits: tuple[int, ...] = ()
+    parts: tuple[str, ...] = ()
+    blocks: tuple[int, ...] = ()
+    methods: tuple[str, ...] = ()
+    reference_rows: int = 48
+    peers: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -200,7 +209,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def document(
-    bench: str, options: Options, facts: dict[str, Any], rows: list[Any], targets: list[Target]
+    bench: str, options: Options, facts: dict[str, Any], results: object, targets: list[Target]
 ) -> dict[str, Any]:
     """One benchmark's results as plain values."""
     return {
@@ -208,7 +217,7 @@ def document(
         "quick": options.quick,
         "machine": facts,
         "targets": [asdict(target) | {"holds": target.holds} for target in targets],
-        "results": rows,
+        "results": results,
     }
 
 

@@ -92,17 +92,47 @@ def text_batches(
     if length < 3 or sequences < 1 or batch_size < 1:
         rule = "length must be at least 3, sequences and batch_size at least 1"
         raise ValueError(f"{rule}, got {length}, {sequences} and {batch_size}")
+    windows = _windows(tokenizer, split, length)
+    if sequences > len(windows):
+        limit = f"{len(windows)} for split {split!r} and length {length}"
+        raise ValueError(f"sequences must be at most {limit}, got {sequences}")
+    return _batches(tokenizer, windows[_chosen(sequences, len(windows))], batch_size)
+
+
+def unused_text_batches(
+    tokenizer: PreTrainedTokenizerBase,
+    split: Split = "calibration",
+    *,
+    sequences: int = 320,
+    length: int = 32,
+    batch_size: int = 32,
+) -> list[dict[str, Tensor]]:
+    """All other windows of the split: those that ``text_batches`` leaves out."""
+    windows = _windows(tokenizer, split, length)
+    left = torch.ones(len(windows), dtype=torch.bool)
+    left[_chosen(sequences, len(windows))] = False
+    return _batches(tokenizer, windows[left], batch_size)
+
+
+def _windows(tokenizer: PreTrainedTokenizerBase, split: Split, length: int) -> Tensor:
+    """All of a split's text, as tokens [windows, length - 2]."""
     # verbose=False: no warning about paragraphs longer than the model's limit, they are cut below.
     encoded = tokenizer(paragraphs(split), add_special_tokens=False, verbose=False)
     tokens = torch.tensor([token for ids in encoded["input_ids"] for token in ids])
     available = len(tokens) // (length - 2)
-    if sequences > available:
-        limit = f"{available} for split {split!r} and length {length}"
-        raise ValueError(f"sequences must be at most {limit}, got {sequences}")
-    windows = tokens[: available * (length - 2)].view(available, length - 2)
-    ids = torch.empty(sequences, length, dtype=torch.int64)
+    return tokens[: available * (length - 2)].view(available, length - 2)
+
+
+def _chosen(sequences: int, available: int) -> Tensor:
+    return torch.arange(sequences) * available // sequences
+
+
+def _batches(
+    tokenizer: PreTrainedTokenizerBase, windows: Tensor, batch_size: int
+) -> list[dict[str, Tensor]]:
+    ids = torch.empty(len(windows), windows.shape[1] + 2, dtype=torch.int64)
     ids[:, 0], ids[:, -1] = tokenizer.cls_token_id, tokenizer.sep_token_id
-    ids[:, 1:-1] = windows[torch.arange(sequences) * available // sequences]
+    ids[:, 1:-1] = windows
     return [{"input_ids": batch} for batch in torch.split(ids, batch_size)]
 
 

@@ -101,6 +101,18 @@ inline void check_grid(
   check_same_shape({"zero_point", &zero_point}, {"scale", &scale});
 }
 
+// A matrix over columns for every rows / groups consecutive rows of a matrix [rows, cols].
+inline void check_gram(const NamedTensor& gram, const Tensor& matrix) {
+  const int64_t rows = matrix.size(0);
+  const int64_t cols = matrix.size(1);
+  const Tensor& t = *gram.tensor;
+  ADAROUND_CHECK(
+      t.dim() == 3 && t.size(0) >= 1 && rows % t.size(0) == 0 && t.size(1) == cols &&
+          t.size(2) == cols,
+      gram.name, " must have shape [groups, ", cols, ", ", cols, "] with groups dividing ", rows,
+      " rows, got ", shape_text(t));
+}
+
 inline void check_range(int64_t qmin, int64_t qmax) {
   ADAROUND_CHECK(
       qmin < qmax && qmin >= -128 && qmax <= (qmin < 0 ? 127 : 255),

@@ -39,6 +39,10 @@ ADAROUND_INLINE T select_(bool condition, T yes, T no) {
 ADAROUND_INLINE float floor_(float x) { return floorf(x); }
 ADAROUND_INLINE double floor_(double x) { return floor(x); }
 
+// To the nearest integer, ties to even, as torch.round has it.
+ADAROUND_INLINE float round_(float x) { return rintf(x); }
+ADAROUND_INLINE double round_(double x) { return rint(x); }
+
 ADAROUND_INLINE float sqrt_(float x) { return sqrtf(x); }
 ADAROUND_INLINE double sqrt_(double x) { return sqrt(x); }
 

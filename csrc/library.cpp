@@ -23,5 +23,11 @@ STABLE_TORCH_LIBRARY(adaround_ext, m) {
   m.def(
       "refine_(Tensor(a!) codes, Tensor(b!) residual, Tensor gram, Tensor scale, int qmin, int qmax, "
       "int max_sweeps) -> ()");
+  m.def(
+      "tabu_search_(Tensor(a!) codes, Tensor(b!) residual, Tensor gram, Tensor scale, int qmin, "
+      "int qmax, int steps, int seed) -> ()");
+  m.def(
+      "gptq(Tensor weight, Tensor feedback, Tensor order, Tensor scale, Tensor zero_point, int qmin, "
+      "int qmax) -> Tensor");
   m.def("_use_instruction_set(str name) -> str");
 }

@@ -220,13 +220,17 @@ def test_nothing_of_the_callers_changes(device: torch.device, objective: str, gr
     layer.bias.requires_grad_(False)
     x, y = torch.randn(8, 6, device=device, requires_grad=True), torch.randn(8, 4, device=device)
     scale = torch.full((4, 1), 0.1, device=device)
-    for settings in ({}, {"scale": scale}, {"activation": "relu", "objective": "sampled"}):
+    all_starts = {"starts": ("nearest", "gptq", "adaround")}
+    sampled = {"activation": "relu", "objective": "sampled"}
+    for settings in ({}, all_starts, {"scale": scale}, sampled):
         before = Snapshot([layer], [x, y, scale])
         with torch.set_grad_enabled(grad):
             result = optimize_layer(layer, x, y, steps=3, **{"objective": objective, **settings})
         before.check()
         result.scale.zero_()
         result.weight_q.zero_()
+        if result.bias is not None:
+            result.bias.zero_()
         before.check()
 
 
@@ -281,7 +285,7 @@ def test_silent_unless_asked(
     with caplog.at_level(logging.INFO, "adaround_ext"):
         optimize_layer(layers, x, steps=3)
     assert [record.name for record in caplog.records] == ["adaround_ext"] * 2
-    optimize_layer(layers, x, steps=3, progress=True)
+    optimize_layer(layers, x, steps=3, starts=("adaround",), progress=True)
     out, err = capfd.readouterr()
     assert out == ""
     assert "Linear" in err

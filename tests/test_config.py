@@ -15,6 +15,8 @@ from adaround_ext.config import ACTIVATIONS, make_config
 
 FIELDS = {field.name for field in dataclasses.fields(AdaRoundConfig)}
 WRONG_VALUES = [
+    ("preset", "slow"),
+    ("preset", None),
     ("bits", 1),
     ("bits", 9),
     ("symmetric", 1),
@@ -23,12 +25,23 @@ WRONG_VALUES = [
     ("group_size", 8),  # granularity is not per_group
     ("scale", "max"),
     ("scale", 0.5),
+    ("scale_candidates", 0),
     ("scale_dtype", torch.float64),
     ("scale_dtype", "float32"),
+    ("bias", True),
+    ("bias", "drop"),
     ("objective", "hessian"),
     ("activation", "tanh"),
     ("activation", ["relu"]),
     ("positions", 0),
+    ("damping", -0.01),
+    ("damping", float("inf")),
+    ("starts", ()),
+    ("starts", "gptq"),
+    ("starts", ("gptq", "floor")),
+    ("search_steps", -1),
+    ("search_steps", 2**23 + 1),
+    ("rounds", -1),
     ("steps", -1),
     ("batch_size", 0),
     ("learning_rate", 0.0),
@@ -41,6 +54,7 @@ WRONG_VALUES = [
     ("warmup", 1.5),
     ("warmup", -0.1),
     ("scale_free", None),
+    ("products", "float16"),
     ("refine", "yes"),
     ("seed", -1),
     ("progress", 2),
@@ -50,6 +64,10 @@ WRONG_TYPES = [
     ("bits", True),
     ("group_size", 8.0),
     ("positions", "all"),
+    ("scale_candidates", 3.0),
+    ("damping", "much"),
+    ("search_steps", 10.0),
+    ("rounds", True),
     ("steps", 1e3),
     ("batch_size", None),
     ("learning_rate", "fast"),
@@ -61,15 +79,22 @@ WRONG_TYPES = [
 ]
 # Another value than the default of every field, as far as they go together.
 CHANGED: dict[str, Any] = {
+    "preset": "best",
     "bits": 3,
     "symmetric": False,
     "granularity": "per_group",
     "group_size": 16,
     "scale": "min_max",
+    "scale_candidates": 5,
     "scale_dtype": torch.bfloat16,
+    "bias": "keep",
     "objective": "sampled",
     "activation": "gelu",
     "positions": 5,
+    "damping": 0.02,
+    "starts": ("nearest", "adaround"),
+    "search_steps": 70,
+    "rounds": 2,
     "steps": 7,
     "batch_size": 9,
     "learning_rate": 0.003,
@@ -77,6 +102,7 @@ CHANGED: dict[str, Any] = {
     "beta": (10.0, 3.0),
     "warmup": 0.5,
     "scale_free": False,
+    "products": "bfloat16",
     "refine": False,
     "seed": 11,
     "progress": True,
@@ -121,8 +147,15 @@ def test_gram_objective_refuses_an_activation() -> None:
         AdaRoundConfig(objective="gram", activation="relu")
 
 
+@pytest.mark.parametrize("settings", [{"objective": "sampled"}, {"activation": "relu"}], ids=str)
+def test_a_bias_is_created_under_the_gram_objective_only(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^bias must be refit or keep .*got 'create'"):
+        AdaRoundConfig(bias="create", **settings)
+
+
 def test_edges_of_the_ranges_are_allowed() -> None:
     AdaRoundConfig(bits=2, steps=0, warmup=0.0, reg_weight=0.0, beta=(1.0, 1.0), seed=0)
+    AdaRoundConfig(search_steps=2**23, rounds=0, damping=0.0, scale_candidates=1, bias="create")
     AdaRoundConfig(bits=8, warmup=1.0, positions=1, batch_size=1, learning_rate=1e-300)
 
 
@@ -133,6 +166,10 @@ def test_frozen() -> None:
 
 def test_beta_may_be_a_list_of_integers() -> None:
     assert AdaRoundConfig(beta=[10, 2]).beta == (10.0, 2.0)  # type: ignore[arg-type]
+
+
+def test_starts_may_be_a_list() -> None:
+    assert AdaRoundConfig(starts=["gptq"]).starts == ("gptq",)  # type: ignore[arg-type]
 
 
 def test_activation_function() -> None:

@@ -43,6 +43,10 @@ def arguments(op: str, device: torch.device) -> Arguments:
         "as_error": False,
         "normalize": False,
         "max_sweeps": 3,
+        "steps": 3,
+        "seed": 0,
+        "feedback": torch.randn(2, COLS, COLS, device=device),
+        "order": torch.arange(COLS, device=device).repeat(2, 1),
         "dtype": torch.float32,
     }
     return {a.name: given[a.name] for a in getattr(ops._ops, op).default._schema.arguments}
@@ -60,8 +64,13 @@ OPS = [
     "hard_quantize",
     "dequantize",
     "refine_",
+    "tabu_search_",
+    "gptq",
 ]
 QUANTIZERS = OPS[:5]
+SEARCHES = ["refine_", "tabu_search_"]
+ON_GRIDS = [*QUANTIZERS, "gptq"]
+WITH_RANGES = [*QUANTIZERS, *SEARCHES, "gptq"]
 
 Change = Callable[[Arguments], Any]
 # (ops, argument, its bad value from the good arguments, message)
@@ -73,7 +82,7 @@ CASES: list[tuple[list[str], str, Change, str]] = [
         "weight must have dtype Float or BFloat16 or Half",
     ),
     (
-        QUANTIZERS,
+        ON_GRIDS,
         "weight",
         lambda a: a["weight"][0],
         "weight must be a matrix [rows, cols], got shape [6]",
@@ -85,51 +94,51 @@ CASES: list[tuple[list[str], str, Change, str]] = [
         lambda a: a["v"][:2].clone(),
         "v must have the shape of weight, [4, 6], got [2, 6]",
     ),
-    (QUANTIZERS, "scale", lambda a: a["scale"].double(), "scale must have dtype Float, got Double"),
+    (ON_GRIDS, "scale", lambda a: a["scale"].double(), "scale must have dtype Float, got Double"),
     (
-        QUANTIZERS,
+        ON_GRIDS,
         "scale",
         lambda a: a["scale"][:3],
         "scale must have shape [4 or 1, n_groups], got [3, 2]",
     ),
     (
-        QUANTIZERS,
+        ON_GRIDS,
         "scale",
         lambda a: a["scale"][:, 0],
         "scale must have shape [4 or 1, n_groups], got [4]",
     ),
     (
-        QUANTIZERS,
+        ON_GRIDS,
         "scale",
         lambda a: a["scale"][:, :0],
         "scale must have shape [4 or 1, n_groups], got [4, 0]",
     ),
     (
-        QUANTIZERS,
+        ON_GRIDS,
         "scale",
         lambda a: a["scale"].repeat(1, 2),
         "scale must have a number of groups that divides the 6 columns of weight, got 4",
     ),
     (
-        QUANTIZERS,
+        ON_GRIDS,
         "zero_point",
         lambda a: a["zero_point"].long(),
         "zero_point must have dtype Int, got Long",
     ),
     (
-        QUANTIZERS,
+        ON_GRIDS,
         "zero_point",
         lambda a: a["zero_point"][:1],
         "zero_point must have the shape of scale, [4, 2], got [1, 2]",
     ),
     (
-        [*QUANTIZERS, "refine_"],
+        WITH_RANGES,
         "qmax",
         lambda a: -8,
         "qmin and qmax must be a range within [-128, 127] or [0, 255], got [-8, -8]",
     ),
-    ([*QUANTIZERS, "refine_"], "qmin", lambda a: -129, "qmin and qmax must be a range within"),
-    ([*QUANTIZERS, "refine_"], "qmax", lambda a: 128, "got [-8, 128]"),
+    (WITH_RANGES, "qmin", lambda a: -129, "qmin and qmax must be a range within"),
+    (WITH_RANGES, "qmax", lambda a: 128, "got [-8, 128]"),
     (OPS[:3], "beta", lambda a: 0.99, "beta must be at least 1, got 0.99"),
     (OPS[:3], "beta", lambda a: float("nan"), "beta must be at least 1, got nan"),
     (
@@ -185,7 +194,7 @@ STEP_CASES: list[tuple[str, Change, str]] = [
     ("weight_q", lambda a: a["weight"], "must not share memory with weight"),
     ("scale", lambda a: a["exp_avg_sq"].flatten()[-8:].view(4, 2), "exp_avg_sq is written in pla"),
 ]
-REFINE_CASES: list[tuple[str, Change, str]] = [
+SEARCH_CASES: list[tuple[str, Change, str]] = [
     ("codes", lambda a: a["codes"][0], "codes must be a matrix [rows, cols], got shape [6]"),
     ("codes", lambda a: a["codes"].to(torch.uint8), "codes must have dtype Char, got Byte"),
     ("qmin", lambda a: 0, "codes must have dtype Byte, got Char"),
@@ -198,10 +207,29 @@ REFINE_CASES: list[tuple[str, Change, str]] = [
     ("scale", lambda a: a["scale"].half(), "scale must have dtype Float, got Half"),
     ("scale", lambda a: a["scale"][:3], "scale must have shape [4 or 1, n_groups] with n_groups"),
     ("scale", lambda a: a["scale"].repeat(1, 2), "n_groups dividing 6 columns, got [4, 4]"),
-    ("max_sweeps", lambda a: -1, "max_sweeps must not be negative, got -1"),
     ("codes", lambda a: transposed(a["codes"]), "codes is written in place and must be contiguous"),
     ("residual", lambda a: transposed(a["residual"]), "residual is written in place and must be"),
     ("residual", lambda a: a["gram"][0, :4], "residual is written in place and must not share"),
+]
+TABU_CASES: list[tuple[str, Change, str]] = [
+    ("steps", lambda a: -1, "steps must be from 0 to 8388608, got -1"),
+    ("steps", lambda a: 2**23 + 1, "steps must be from 0 to 8388608, got 8388609"),
+    ("seed", lambda a: -1, "seed must not be negative, got -1"),
+]
+GPTQ_CASES: list[tuple[str, Change, str]] = [
+    ("weight", lambda a: a["weight"].half(), "weight must have dtype Float"),
+    ("feedback", lambda a: a["feedback"].double(), "feedback must have dtype Float, got Double"),
+    ("feedback", lambda a: a["feedback"][0], "feedback must have shape [groups, 6, 6] with groups"),
+    (
+        "feedback",
+        lambda a: a["feedback"][..., :5],
+        "[groups, 6, 6] with groups dividing 4 rows, go",
+    ),
+    ("feedback", lambda a: a["feedback"][:0], "groups dividing 4 rows, got [0, 6, 6]"),
+    ("order", lambda a: a["order"].int(), "order must have dtype Long, got Int"),
+    ("order", lambda a: a["order"][0], "order must have shape [2, 6], got [6]"),
+    ("order", lambda a: a["order"][:1], "order must have shape [2, 6], got [1, 6]"),
+    ("order", lambda a: a["order"][:, :5], "order must have shape [2, 6], got [2, 5]"),
 ]
 DEQUANTIZE_CASES: list[tuple[str, Change, str]] = [
     ("codes", lambda a: a["codes"].int(), "codes must have dtype Char or Byte, got Int"),
@@ -214,7 +242,10 @@ DEQUANTIZE_CASES: list[tuple[str, Change, str]] = [
 ALL_CASES = [
     *((op, *case[1:]) for case in CASES for op in case[0]),
     *(("rounding_step_", *case) for case in STEP_CASES),
-    *(("refine_", *case) for case in REFINE_CASES),
+    *((op, *case) for case in SEARCH_CASES for op in SEARCHES),
+    ("refine_", "max_sweeps", lambda a: -1, "max_sweeps must not be negative, got -1"),
+    *(("tabu_search_", *case) for case in TABU_CASES),
+    *(("gptq", *case) for case in GPTQ_CASES),
     *(("dequantize", *case) for case in DEQUANTIZE_CASES),
 ]
 
@@ -258,7 +289,8 @@ def test_other_device(device: torch.device, op: str) -> None:
 def test_float64_is_refused_on_cuda(device: torch.device) -> None:
     if device.type == "cpu":
         pytest.skip("the CPU takes float64")
-    for op, name in [("soft_quantize", "weight"), ("refine_", "residual")]:
+    names = {"soft_quantize": "weight", "refine_": "residual", "tabu_search_": "residual"}
+    for op, name in (names | {"gptq": "weight"}).items():
         given = arguments(op, device)
         given[name] = given[name].double()
         with pytest.raises(ValueError, match=f"{name} must have dtype Float"):

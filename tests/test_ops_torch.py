@@ -49,7 +49,19 @@ def opcheck_arguments(name: str, sample: Sample) -> tuple[Any, ...]:
         return codes, sample.scale, sample.zero_point, torch.bfloat16
     cols = weight.shape[1]
     gram = torch.eye(cols, device=weight.device).expand(2, cols, cols)
-    return codes, torch.randn_like(sample.v), gram, sample.scale, sample.qmin, sample.qmax, 3
+    if name == "gptq":
+        order = torch.arange(cols, device=weight.device).expand(2, cols)
+        return weight, gram, order, *sample.args[2:]
+    settings = {"refine_": (3,), "tabu_search_": (3, 0)}[name]
+    return (
+        codes,
+        torch.randn_like(sample.v),
+        gram,
+        sample.scale,
+        sample.qmin,
+        sample.qmax,
+        *settings,
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,6 +74,8 @@ def opcheck_arguments(name: str, sample: Sample) -> tuple[Any, ...]:
         "hard_quantize",
         "dequantize",
         "refine_",
+        "tabu_search_",
+        "gptq",
     ],
 )
 def test_opcheck(device: torch.device, name: str) -> None:
@@ -161,5 +175,10 @@ def test_fake_kernels_give_shapes_and_dtypes(device: torch.device) -> None:
     assert (reg.shape, reg.dtype) == ((), torch.float32)
     assert ops.hard_quantize(*meta, 0, 7).dtype == torch.uint8
     assert ops.hard_quantize(*meta, -4, 3).dtype == torch.int8
+    gram, order = meta[0].new_empty(1, 33, 33), meta[0].new_empty(1, 33, dtype=torch.int64)
+    codes = ops.gptq(meta[0], gram, order, *meta[2:], 0, 7)
+    assert (codes.shape, codes.dtype) == ((4, 33), torch.uint8)
+    with pytest.raises(RuntimeError, match="residual must have the shape of codes"):
+        ops.tabu_search_(codes, meta[1][:2], gram, meta[2], 0, 7, 3, 0)
     with pytest.raises(RuntimeError, match="v must have the shape of weight"):
         ops.soft_quantize(meta[0], meta[1][:2], *meta[2:], 0, 7, 2.0)

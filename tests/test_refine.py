@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -16,98 +16,12 @@ from helpers import (
     transposed,
     unaligned,
 )
+from problems import MANY, PROBLEMS, Problem, each_dtype, each_problem, make_problem
 from torch import Tensor
 
 from adaround_ext import ops, reference
 
 each_instruction_set = pytest.mark.usefixtures("instruction_set")
-
-MANY = 1000  # sweeps: more than any row needs
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Codes at nearest rounding of random weights, and the Gram matrices of correlated inputs."""
-
-    weight: Tensor
-    codes: Tensor
-    gram: Tensor
-    scale: Tensor
-    zero_point: Tensor
-    qmin: int
-    qmax: int
-
-    def errors(self, codes: Tensor) -> Tensor:
-        """w_q - w in float64, [groups, rows / groups, cols]."""
-        back = reference.dequantize(
-            codes, self.scale.double(), self.zero_point.to(self.scale.device), torch.float64
-        )
-        return (back - self.weight.double()).view(self.gram.shape[0], -1, self.gram.shape[1])
-
-    def exact_residual(self, codes: Tensor) -> Tensor:
-        return torch.bmm(self.errors(codes), self.gram.double()).view(codes.shape)
-
-    def objective(self, codes: Tensor) -> Tensor:
-        """e G e^T of each row."""
-        return (self.errors(codes).view(codes.shape) * self.exact_residual(codes)).sum(1)
-
-    def solve(
-        self,
-        refine: Callable[..., None] = ops.refine_,
-        dtype: torch.dtype = torch.float32,
-        max_sweeps: int = MANY,
-    ) -> tuple[Tensor, Tensor]:
-        codes = self.codes.clone()
-        residual = self.exact_residual(codes).to(dtype)
-        gram, scale = self.gram.to(dtype), self.scale.to(dtype)
-        refine(codes, residual, gram, scale, self.qmin, self.qmax, max_sweeps)
-        return codes, residual
-
-
-def make_problem(
-    device: torch.device,
-    rows: int = 8,
-    cols: int = 24,
-    *,
-    bits: int = 4,
-    symmetric: bool = True,
-    scale_rows: int | None = None,
-    n_groups: int = 1,
-    groups: int = 1,
-) -> Problem:
-    qmin, qmax = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
-    torch.manual_seed(0)  # the same problem whenever it is built
-    scale = 0.05 + 0.1 * torch.rand(rows if scale_rows is None else scale_rows, n_groups)
-    zero_point = torch.full(scale.shape, 0 if symmetric else 2 ** (bits - 1), dtype=torch.int32)
-    s = reference.expand_grid(scale, rows, cols)
-    weight = s * (2 ** (bits - 1)) * 0.5 * torch.randn(rows, cols)  # some beyond the grid
-    z = reference.expand_grid(zero_point, rows, cols)
-    codes = ((weight / s).round() + z).clamp(qmin, qmax)
-    # Inputs with a common part: correlated, yet well conditioned thanks to many samples.
-    inputs = torch.randn(groups, cols, 4 * cols + 8) + torch.randn(groups, 1, 4 * cols + 8)
-    gram = torch.bmm(inputs, inputs.mT) / inputs.shape[2]
-    tensors = (weight, codes.to(torch.int8 if symmetric else torch.uint8), gram, scale, zero_point)
-    return Problem(*(t.to(device) for t in tensors), qmin, qmax)
-
-
-PROBLEMS = {
-    "channel": {},
-    "tensor": {"scale_rows": 1},
-    "uint8": {"symmetric": False},
-    "group-scale": {"n_groups": 4, "symmetric": False},
-    "shared-group-scale": {"n_groups": 3, "scale_rows": 1},
-    "gram-groups": {"groups": 4},
-    "gram-groups-of-one-row": {"groups": 8, "n_groups": 2, "symmetric": False},
-    "2-bit": {"bits": 2},
-    "3-bit": {"bits": 3, "symmetric": False},
-    "8-bit": {"bits": 8},
-    "8-bit-uint8": {"bits": 8, "symmetric": False},
-    "odd": {"rows": 5, "cols": 33},
-    "one-column": {"cols": 1},
-    "one-weight": {"rows": 1, "cols": 1},
-}
-each_problem = pytest.mark.parametrize("settings", PROBLEMS.values(), ids=PROBLEMS.keys())
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 
 
 @pytest.mark.usefixtures("one_thread")  # float64 has one set of loops

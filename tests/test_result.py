@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -20,11 +21,15 @@ TENSORS = ("weight_q", "codes", "scale", "zero_point")
 
 
 def make(
-    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, bits: int = 4
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    bits: int = 4,
+    **settings: Any,
 ) -> LayerResult:
     layer = nn.Conv2d(4, 6, 3, device=device, dtype=dtype)
     x = torch.randn(8, 4, 6, 6, dtype=dtype).to(device)
-    return optimize_layer(layer, x, steps=5, bits=bits, symmetric=bits != 3)
+    settings = {"preset": "fast", "bits": bits, "symmetric": bits != 3} | settings
+    return optimize_layer(layer, x, **settings)
 
 
 def assert_equal(one: LayerResult, other: LayerResult) -> None:
@@ -44,6 +49,8 @@ def test_round_trip(tmp_path: Path, device: torch.device, dtype: torch.dtype, bi
     result = make(device, dtype, bits)
     assert result.weight_q.dtype == dtype
     assert result.codes.dtype == (torch.uint8 if bits == 3 else torch.int8)
+    assert result.bias is not None
+    assert result.bias.dtype == dtype
     result.save(tmp_path / "layer")
     back = LayerResult.load(tmp_path / "layer", device)
     assert back.weight_q.device == device
@@ -62,6 +69,21 @@ def test_round_trip_of_views_and_a_bias(tmp_path: Path) -> None:
     back = LayerResult.load(tmp_path / "layer")
     assert_equal(back, result)
     assert back.bias is not None
+
+
+def test_round_trip_without_a_bias(tmp_path: Path) -> None:
+    result = make(bias="keep")
+    assert result.bias is None
+    result.save(tmp_path / "layer")
+    assert_equal(LayerResult.load(tmp_path / "layer"), result)
+
+
+def test_round_trip_of_notes(tmp_path: Path) -> None:
+    layer = nn.Linear(8, 3)
+    result = optimize_layer(layer, torch.randn(2, 8), preset="fast")
+    assert result.report.notes
+    result.save(tmp_path / "layer")
+    assert LayerResult.load(tmp_path / "layer").report == result.report
 
 
 def test_save_replaces_a_file(tmp_path: Path) -> None:
@@ -162,7 +184,7 @@ def test_apply(device: torch.device) -> None:
 def test_apply_keeps_a_bias_that_is_not_new() -> None:
     layer = nn.Conv2d(4, 6, 3)
     before = layer.bias.detach().clone()
-    make().apply_(layer)
+    make(bias="keep").apply_(layer)
     assert torch.equal(layer.bias, before)
 
 
@@ -186,15 +208,17 @@ def test_apply_where_it_does_not_fit(layer: nn.Module, bias: Tensor | None, mess
 
 
 def test_report_as_json() -> None:
-    report = make().report
+    settings = {"preset": "best", "starts": ("nearest", "gptq", "adaround")}
+    report = make(**settings, steps=5, search_steps=5).report
     plain = json.loads(report.to_json())
     assert LayerReport.from_dict(plain) == report
     assert set(plain) == {field.name for field in dataclasses.fields(report)} | {"relative"}
     rules = {"nearest", "floor", "ceil", "stochastic", "soft", "hard", "final"}
+    rules |= {"gptq", "adaround"}
     assert set(plain["losses"]) == set(plain["relative"]) == rules
     for name, loss in report.losses.items():
         assert report.relative[name] == pytest.approx(loss / report.energy)
-    assert f"{report.bits} bits, {report.steps} steps" in str(report)
+    assert f"gram, best, {report.bits} bits" in str(report)
 
 
 def test_report_of_a_layer_that_gives_nothing() -> None:

@@ -23,6 +23,7 @@ CASES: dict[str, tuple[nn.Module, tuple[int, ...], list[int]]] = {
     "depthwise": (nn.Conv2d(4, 8, 3, groups=4, stride=2), (75, 4, 9, 7), [40, 35]),
     "transposed": (nn.ConvTranspose1d(3, 4, 3, stride=2), (75, 3, 9), [25, 25, 25]),
 }
+MOMENTS = ("covariance", "mean", "mismatch", "mismatch_mean", "mismatch_energy")
 pytestmark = pytest.mark.usefixtures("one_thread")
 asymmetric = pytest.mark.parametrize("targets", [False, True], ids=["symmetric", "asymmetric"])
 
@@ -51,7 +52,7 @@ def collect(
 
 def assert_same_bits(one: GramStatistics, other: GramStatistics) -> None:
     assert one.count == other.count
-    for field in ("gram", "mismatch", "mismatch_energy"):
+    for field in MOMENTS:
         assert torch.equal(getattr(one, field), getattr(other, field)), field
 
 
@@ -85,18 +86,23 @@ def test_other_dtypes_of_inputs_and_targets(
     layer, x, y = make(name, device)
     x, y = x.to(dtype), y.to(dtype)
     got = collect(layer, x, y)
-    assert got.gram.dtype == got.mismatch.dtype == got.mismatch_energy.dtype == torch.float64
+    assert {getattr(got, field).dtype for field in MOMENTS} == {torch.float64}
     assert_same_bits(got, collect(layer, x.float(), y.float()))
 
 
+@pytest.mark.parametrize("name", ["plain", "grouped"])
 @asymmetric
 @pytest.mark.parametrize("positions", [None, 5])
 def test_layers_that_share_inputs(
-    device: torch.device, positions: int | None, targets: bool
+    device: torch.device, positions: int | None, targets: bool, name: str
 ) -> None:
-    """One pass; each layer's rows are as if it were alone, its positions included."""
-    layers: list[nn.Module] = [nn.Conv2d(3, rows, 3).to(device) for rows in (2, 4)]
-    x = torch.randn(70, 3, 8, 8).to(device)
+    """One pass; each layer's rows are as if it were alone, its positions and groups included."""
+    channels, groups = (4, 2) if name == "grouped" else (3, 1)
+    layers: list[nn.Module] = [
+        nn.Conv2d(channels, rows, 3, groups=groups).to(device) for rows in (2, 4)
+    ]
+    x = torch.randn(70, channels, 8, 8).to(device)
+    x[32:] += 1  # the first batch does not have the mean of all
     wanted = tuple(
         (layer(x) * factor).detach() for layer, factor in zip(layers, (2, 3), strict=True)
     )
@@ -113,12 +119,12 @@ def test_sampled_positions(device: torch.device) -> None:
     drawn = [collect(layer, x, positions=9, seed=seed) for seed in range(16)]
     assert (full.count, drawn[0].count) == (100 * 36, 100 * 9)
     assert_same_bits(drawn[0], collect(layer, list(x.split(37)), positions=9))
-    assert not torch.equal(drawn[0].gram, drawn[1].gram)
-    error = [float((one.gram - full.gram).norm() / full.gram.norm()) for one in drawn]
+    assert not torch.equal(drawn[0].gram(), drawn[1].gram())
+    error = [float((one.gram() - full.gram()).norm() / full.gram().norm()) for one in drawn]
     assert max(error) < 0.2
-    mean = torch.stack([one.gram for one in drawn]).mean(0)
+    mean = torch.stack([one.gram() for one in drawn]).mean(0)
     # Unbiased: 16 draws together err about 4 times less than one.
-    assert float((mean - full.gram).norm() / full.gram.norm()) < 0.5 * sum(error) / 16
+    assert float((mean - full.gram()).norm() / full.gram().norm()) < 0.5 * sum(error) / 16
     assert_same_bits(full, collect(layer, x, positions=36))  # no more than there are
 
 
@@ -126,7 +132,7 @@ def test_every_batch_draws_its_own_positions(device: torch.device) -> None:
     """For several layers too, which share one draw in each batch."""
     layers: list[nn.Module] = [nn.Conv1d(1, 1, 1, bias=False).to(device) for _ in range(2)]
     x = torch.arange(64.0, device=device).expand(32, 1, 64)  # 32 samples are one batch
-    once, often = (float(collect(layers, [x] * n, positions=1).gram) for n in (1, 8))
+    once, often = (float(collect(layers, [x] * n, positions=1).gram()) for n in (1, 8))
     assert abs(once - often) > 1e-3 * once
 
 
@@ -138,9 +144,52 @@ def test_moments(device: torch.device, name: str, targets: bool) -> None:
     got = collect(layer, x, y if targets else None)
     assert (got.has_targets, got.count) == (targets, len(x))
     x = x.double()
-    torch.testing.assert_close(got.gram[0], x.mT @ x / len(x), rtol=1e-5, atol=1e-6)
+    mean = x.mean(0)
+    torch.testing.assert_close(got.gram()[0], x.mT @ x / len(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.mean[0], mean, rtol=1e-6, atol=1e-7)
+    centred = (x - mean).mT @ (x - mean) / len(x)
+    torch.testing.assert_close(got.covariance[0], centred, rtol=1e-5, atol=1e-6)
     missed = 0.1 if targets else 0.0
-    mismatch = (missed * x.mean(0)).expand_as(got.mismatch)
-    torch.testing.assert_close(got.mismatch, mismatch, rtol=1e-4, atol=1e-6)
-    energy = torch.full_like(got.mismatch_energy, missed**2)
-    torch.testing.assert_close(got.mismatch_energy, energy, rtol=1e-4, atol=0)
+    plain = (missed * mean).expand_as(got.mismatch)
+    torch.testing.assert_close(got.plain_mismatch(), plain, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(got.mismatch, torch.zeros_like(plain), rtol=0, atol=1e-6)
+    for moment, power in ((got.mismatch_mean, 1), (got.mismatch_energy, 2)):
+        wanted = torch.full_like(moment, missed**power)
+        torch.testing.assert_close(moment, wanted, rtol=1e-4, atol=0)
+
+
+def test_mismatch_that_follows_the_inputs(device: torch.device) -> None:
+    """e = a x_0 + b: E[e (x - mean)^T] is a times a row of the covariance, group by group."""
+    layer = nn.Conv1d(4, 6, 1, groups=2).to(device)
+    x = torch.randn(80, 4, 9).to(device) + torch.arange(4.0, device=device)[:, None]
+    x[40:] *= 2
+    gains = torch.arange(1.0, 7.0, device=device)
+    first = x[:, [0, 2]].repeat_interleave(3, 1)  # of the group of each row
+    got = collect(layer, x, (layer(x) + gains[:, None] * first + 0.5).detach())
+    rows = gains.double()[:, None] * got.covariance[:, 0].repeat_interleave(3, 0)
+    torch.testing.assert_close(got.mismatch, rows, rtol=1e-4, atol=1e-4)
+    rows = gains.double() * got.mean[:, 0].repeat_interleave(3, 0) + 0.5
+    torch.testing.assert_close(got.mismatch_mean, rows, rtol=1e-4, atol=1e-4)
+
+
+def test_a_large_offset_leaves_the_covariance(device: torch.device) -> None:
+    """E[x x^T] - mean mean^T in float32 would have nothing left of it."""
+    x = torch.randn(500, 7, dtype=torch.float64).to(device) + 1000
+    got = collect(nn.Linear(7, 5).to(device), list(x.float().split(100)))
+    x = x.float().double()
+    centred = (x - x.mean(0)).mT @ (x - x.mean(0)) / len(x)
+    torch.testing.assert_close(got.covariance[0], centred, rtol=1e-4, atol=1e-5)
+
+
+def test_notes(device: torch.device) -> None:
+    layer, x = nn.Linear(8, 3).to(device), torch.randn(50, 8).to(device)
+    assert collect(layer, x).notes() == ()
+    (few,) = collect(layer, x[:5]).notes()
+    assert "5 positions for 8 columns" in few
+    x[:, 2] = 0
+    x[:, 5] = 3  # constant is not dead
+    (dead,) = collect(layer, x).notes()
+    assert "1 of 8 inputs" in dead
+    x[:, 3] *= 1e6
+    _, loud = collect(layer, x).notes()
+    assert loud.startswith("1 inputs")

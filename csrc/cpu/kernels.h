@@ -72,6 +72,37 @@ struct RefineRow {
   int64_t max_sweeps;
 };
 
+// kGptqRows rows of the GPTQ recursion, their columns in the order of processing.
+constexpr int64_t kGptqRows = 4;
+
+template <typename T>
+struct GptqTile {
+  const T* weight;  // [kGptqRows, cols], as are all but the factor
+  T* shift;         // 0 at first: what the columns before ask of a column
+  T* codes;
+  const Grid<T>* grid;
+  const T* feedback;  // [cols, cols], upper triangular
+  int64_t cols;
+};
+
+// One row of tabu_search_, and memory for it.
+template <typename T>
+struct TabuRow {
+  T* codes;
+  T* residual;    // [cols], as in RefineRow
+  T* best_codes;  // [cols], as are all below
+  T* best_residual;
+  T* free_from;  // the step from which a column may be changed again
+  const T* scale;
+  const T* curvature;  // gram[j][j] scale[j]
+  const T* gram;       // [cols, cols], symmetric
+  int64_t cols;
+  T qmin;
+  T qmax;
+  int64_t steps;
+  uint64_t seed;
+};
+
 template <typename T>
 struct Kernels {
   double (*soft_quantize)(const SoftSpan<T>&);            // returns the sum of the regularizer
@@ -80,6 +111,8 @@ struct Kernels {
   void (*rounding_step)(const StepSpan<T>&);
   void (*hard_quantize)(const HardSpan<T>&);
   void (*refine_row)(const RefineRow<T>&);
+  void (*gptq_tile)(const GptqTile<T>&);
+  void (*tabu_row)(const TabuRow<T>&);
 };
 
 // The loops in use for T. double has the baseline's only: it serves gradient checks.

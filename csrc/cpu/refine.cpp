@@ -11,7 +11,7 @@ namespace {
 
 template <typename T, typename code_t>
 void run_refine(
-    const RefineArguments& args, const Tensor& codes, const Tensor& residual, int64_t qmin,
+    const SearchArguments& args, const Tensor& codes, const Tensor& residual, int64_t qmin,
     int64_t qmax, int64_t max_sweeps) {
   const int64_t rows = codes.size(0);
   const int64_t cols = codes.size(1);
@@ -41,7 +41,8 @@ void run_refine(
 void refine_cpu(
     const Tensor& codes, const Tensor& residual, const Tensor& gram, const Tensor& scale,
     int64_t qmin, int64_t qmax, int64_t max_sweeps) {
-  const RefineArguments args(codes, residual, gram, scale, qmin, qmax, max_sweeps);
+  const SearchArguments args(codes, residual, gram, scale, qmin, qmax);
+  check_max_sweeps(max_sweeps);
   if (codes.numel() == 0) {
     return;
   }

@@ -9,6 +9,7 @@ using ::adaround_ext::abs_;
 using ::adaround_ext::floor_;
 using ::adaround_ext::max_;
 using ::adaround_ext::min_;
+using ::adaround_ext::select_;
 using ::adaround_ext::sqrt_;
 
 struct Vec {
@@ -40,6 +41,8 @@ ADAROUND_INLINE Vec operator/(Vec a, Vec b) { return a.x / b.x; }
 ADAROUND_INLINE Vec operator-(Vec a) { return -a.x; }
 ADAROUND_INLINE IntVec operator==(Vec a, Vec b) { return {a.x == b.x}; }
 ADAROUND_INLINE IntVec operator>=(Vec a, Vec b) { return {a.x >= b.x}; }
+ADAROUND_INLINE IntVec operator>(Vec a, Vec b) { return {a.x > b.x}; }
+ADAROUND_INLINE IntVec operator<(Vec a, Vec b) { return {a.x < b.x}; }
 ADAROUND_INLINE IntVec operator-(IntVec a, IntVec b) { return {a.x - b.x}; }
 ADAROUND_INLINE IntVec operator-(IntVec a, int32_t b) { return {a.x - b}; }
 ADAROUND_INLINE IntVec shift_left_(IntVec a, int32_t count) {
@@ -122,6 +125,17 @@ ADAROUND_INLINE void store(float* to, Vec a, int64_t size) {
   }
 }
 
+// 0, 1, 2, ... a lane.
+template <typename V>
+ADAROUND_INLINE V lane_numbers() {
+  V a(0.0f);
+  for (int i = 0; i < kSize<V>; ++i) {
+    a.x[i] = static_cast<float>(i);
+  }
+  return a;
+}
+ADAROUND_INLINE float lane(Vec a, int64_t i) { return a.x[i]; }
+
 // A sum in double, a partial sum a lane, in an order that only the sizes decide.
 template <typename V>
 struct Sum {
@@ -151,6 +165,11 @@ ADAROUND_INLINE V load(const double* from, int64_t /*size*/) {
   return *from;
 }
 ADAROUND_INLINE void store(double* to, double a, int64_t /*size*/) { *to = a; }
+template <>
+ADAROUND_INLINE double lane_numbers<double>() {
+  return 0.0;
+}
+ADAROUND_INLINE double lane(double a, int64_t /*i*/) { return a; }
 template <>
 struct Sum<double> {
   double sum = 0.0;

@@ -7,7 +7,7 @@
 #include <climits>
 
 #include "../arguments.h"
-#include "cuda_utils.cuh"
+#include "working_memory.cuh"
 
 namespace adaround_ext::cuda {
 namespace {
@@ -193,9 +193,7 @@ template <bool kShared, typename code_t>
 void launch_refine(
     const RefinePointers<code_t>& s, int64_t row_bytes, int64_t limit, cudaStream_t stream) {
   const auto kernel = refine_kernel<kShared, code_t>;
-  // The most there is, whatever the size of this row: another host thread may be launching too.
-  STD_CUDA_CHECK(cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limit)));
+  allow_shared(kernel, limit);
   // A float4 of the row a thread.
   const int threads = std::min(std::max((s.cols + 127) / 128 * 32, 64), kMaxThreads);
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(s.rows, INT_MAX));
@@ -205,15 +203,12 @@ void launch_refine(
 
 template <typename code_t>
 void run_refine(
-    const RefineArguments& args, const Tensor& codes, const Tensor& residual, int64_t qmin,
+    const SearchArguments& args, const Tensor& codes, const Tensor& residual, int64_t qmin,
     int64_t qmax, int64_t max_sweeps) {
   const int64_t rows = codes.size(0);
   const int64_t cols = codes.size(1);
   const int64_t n_groups = args.scale.size(1);
-  int block_bytes = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(
-      &block_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, codes.get_device_index()));
-  const int64_t limit = block_bytes - static_cast<int64_t>(sizeof(Keys));
+  const int64_t limit = shared_limit(codes, sizeof(Keys));
   const int64_t row_bytes = cols * static_cast<int64_t>(2 * sizeof(float) + sizeof(code_t));
   const bool fits = row_bytes <= limit;
   RefinePointers<code_t> s{
@@ -238,7 +233,8 @@ void run_refine(
 void refine_cuda(
     const Tensor& codes, const Tensor& residual, const Tensor& gram, const Tensor& scale,
     int64_t qmin, int64_t qmax, int64_t max_sweeps) {
-  const RefineArguments args(codes, residual, gram, scale, qmin, qmax, max_sweeps);
+  const SearchArguments args(codes, residual, gram, scale, qmin, qmax);
+  check_max_sweeps(max_sweeps);
   if (codes.numel() == 0) {
     return;
   }

@@ -1,0 +1,160 @@
+"""The solver of the Gram objective: scales, starts, search, and the comparison with nearest."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from adaround_ext import ops, reference
+from adaround_ext.anneal import anneal
+from adaround_ext.config import AdaRoundConfig, Start
+from adaround_ext.gptq import GptqFactor
+from adaround_ext.grid import QuantGrid, nearest_codes
+from adaround_ext.objective import GramObjective
+from adaround_ext.presets import Settings
+from adaround_ext.problem import Outcome, Problem, Stopwatch, nowhere
+from adaround_ext.refine import descend, improvable, search
+from adaround_ext.scales import refit_scales, search_group_scales, search_scales
+from adaround_ext.solution import Solution
+
+UNDECIDED = (0.05, 0.95)  # h(V) between these at the end of the annealing
+
+
+class GramSolver:
+    """One problem under its Gram objective; :meth:`solve` is the whole way."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        objective: GramObjective,
+        base: QuantGrid,
+        owners: Tensor | None,
+        config: AdaRoundConfig,
+        chosen: Settings,
+    ) -> None:
+        """base: the grid to start from, a row of scales a row or one for all; ``owners`` of the
+        scales, see :func:`adaround_ext.solution.per_owner`."""
+        self.problem, self.objective = problem, objective
+        rows = len(problem.weight)
+        scale, zero_point = base.scale.expand(rows, -1), base.zero_point.expand(rows, -1)
+        self.base = QuantGrid(scale, zero_point, base.qmin, base.qmax)
+        self.owners, self.config, self.chosen = owners, config, chosen
+        self.losses: dict[str, Tensor] = {}
+        self.undecided = nowhere(problem.weight)
+
+    def solve(self, watch: Stopwatch) -> Outcome:
+        searches_scales = isinstance(self.config.scale, str) and self.config.scale == "gram"
+        factor = None
+        if searches_scales or "gptq" in self.chosen.starts:
+            factor = GptqFactor.make(self.objective.gram)
+        grid, found = self.base, None
+        if searches_scales:
+            assert factor is not None
+            found = search_scales(
+                self.objective, grid, factor, self.owners, self.chosen.scale_candidates, self.config
+            )
+            if grid.scale.shape[1] > 1:
+                found = search_group_scales(
+                    found, self.objective, self.chosen.scale_candidates, self.config
+                )
+            grid = found.grid
+        watch.lap("scales")
+        best: Solution | None = None
+        winner = torch.zeros(len(self.problem.weight), dtype=torch.int64, device=grid.scale.device)
+        for index, name in enumerate(self.chosen.starts):
+            solution = self._searched(self._start(name, grid, factor, found))
+            if best is None:
+                best = solution
+            else:
+                winner[solution.losses < best.losses] = index
+                best = best.better(solution, self.owners)
+            if self.config.preset != "fast":
+                self.losses[name] = self.problem.stored_losses(solution.codes, grid)
+            watch.lap("annealing" if name == "adaround" else "search")
+        assert best is not None
+        best = self._rounds(best)
+        watch.lap("search")
+        final, fallback = self._never_worse_than_nearest(best)
+        self.losses["final"] = final.losses
+        return Outcome(
+            final.codes,
+            final.grid,
+            self.losses,
+            fallback,
+            self.undecided,
+            improvable(final, self.objective),
+            {name: winner == index for index, name in enumerate(self.chosen.starts)},
+        )
+
+    def _start(
+        self, name: Start, grid: QuantGrid, factor: GptqFactor | None, found: Solution | None
+    ) -> Solution:
+        """At a minimum already, where ``config.refine``."""
+        if name == "gptq" and found is not None:
+            return found  # the search for scales was by GPTQ
+        if name == "gptq":
+            assert factor is not None
+            codes = factor.codes(self.objective.target, grid)
+        elif name == "nearest":
+            codes = nearest_codes(self.objective.target, grid)
+        else:
+            codes = self._annealed(grid)
+        solution = Solution.of(codes, grid, self.objective)
+        return descend(solution, self.objective) if self.config.refine else solution
+
+    def _annealed(self, grid: QuantGrid) -> Tensor:
+        """AdaRound's own codes, around the objective's target."""
+        target, objective = self.objective.target, self.objective
+        name = self.problem.name
+        v = anneal(target, grid, objective, self.chosen, self.config, name)
+        qrange = grid.scale, grid.zero_point, grid.qmin, grid.qmax
+        soft, _ = ops.soft_quantize(target, v, *qrange, 2.0)
+        codes = ops.hard_quantize(target, v, *qrange)
+        h = reference.rectified_sigmoid(v)
+        self.undecided = (h > UNDECIDED[0]) & (h < UNDECIDED[1])
+        self.losses["soft"] = objective.row_losses(soft)
+        self.losses["hard"] = self.problem.stored_losses(codes, grid)
+        return codes
+
+    def _searched(self, solution: Solution) -> Solution:
+        if not self.config.refine:
+            return solution
+        return search(solution, self.objective, self.chosen.search_steps, self.config.seed)
+
+    def _rounds(self, best: Solution) -> Solution:
+        """Scales refitted to the codes and codes searched on the new scales, while that helps."""
+        if isinstance(self.config.scale, Tensor) or self.config.scale != "gram":
+            return best
+        for _ in range(self.chosen.rounds):
+            refitted = refit_scales(best, self.objective, self.owners, self.config)
+            after = best.better(self._searched(refitted), self.owners)
+            if not bool((after.losses < best.losses).any()):
+                break
+            best = after
+        return best
+
+    def _stored(self, solution: Solution) -> Solution:
+        """The solution with the losses that are promised: undamped, as the layer stores it."""
+        losses = self.problem.stored_losses(solution.codes, solution.grid)
+        return dataclasses.replace(solution, losses=losses)
+
+    def _never_worse_than_nearest(self, best: Solution) -> tuple[Solution, Tensor]:
+        """The better of ``best`` and rounding to nearest, and the rows in which that was nearest.
+
+        On its own grid row by row; on the starting grid where rows own their scales, else by owner.
+        """
+        best = self._stored(best)
+        final = best.better(self._nearest(best.grid), self.owners)
+        nearest = self._nearest(self.base)
+        final = final.better(nearest, self.owners)
+        self.losses["nearest"] = nearest.losses
+        fallback = (final.codes != best.codes).any(1)
+        for name in ("scale", "zero_point"):
+            fallback |= (getattr(final.grid, name) != getattr(best.grid, name)).any(1)
+        return final, fallback
+
+    def _nearest(self, grid: QuantGrid) -> Solution:
+        codes = nearest_codes(self.problem.weight, grid)
+        return self._stored(Solution.of(codes, grid, self.objective))

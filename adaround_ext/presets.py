@@ -1,0 +1,67 @@
+"""What the presets fill in where a setting is None: docs/tuning.md has the measurements."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from adaround_ext.config import AdaRoundConfig, Start
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting that depends on preset and objective, with its value."""
+
+    starts: tuple[Start, ...]
+    scale_candidates: int
+    search_steps: int
+    rounds: int
+    steps: int
+    learning_rate: float
+    reg_weight: float
+
+
+@dataclass(frozen=True)
+class _Preset:
+    starts: tuple[Start, ...]
+    scale_candidates: int
+    search_steps: int
+    rounds: int
+    gram_steps: int
+    sampled_steps: int
+
+
+_PRESETS = {
+    "fast": _Preset(("gptq",), 2, 0, 0, 200, 500),
+    "balanced": _Preset(("gptq", "adaround"), 9, 2000, 1, 300, 2000),
+    "best": _Preset(("gptq", "adaround"), 33, 10_000, 3, 1000, 5000),
+}
+# (learning rate, reg_weight) by objective and scale_free.
+_LOSS = {
+    ("gram", True): (5e-2, 1.0),
+    ("gram", False): (5e-2, 0.01),
+    ("sampled", True): (1e-2, 1.0),
+    ("sampled", False): (1e-3, 0.01),
+}
+_PAPER_STEPS = 10_000  # the paper's loss with the paper's learning rate needs its steps too
+
+
+def settings(config: AdaRoundConfig, objective: str) -> Settings:
+    """``config``'s values where given, else those of its preset and objective."""
+    preset = _PRESETS[config.preset]
+    steps = preset.gram_steps
+    if objective == "sampled":
+        steps = preset.sampled_steps if config.scale_free else _PAPER_STEPS
+    learning_rate, reg_weight = _LOSS[objective, config.scale_free]
+    return Settings(
+        preset.starts if config.starts is None else config.starts,
+        _given(config.scale_candidates, preset.scale_candidates),
+        _given(config.search_steps, preset.search_steps),
+        _given(config.rounds, preset.rounds),
+        _given(config.steps, steps),
+        learning_rate if config.learning_rate is None else config.learning_rate,
+        reg_weight if config.reg_weight is None else config.reg_weight,
+    )
+
+
+def _given(value: int | None, default: int) -> int:
+    return default if value is None else value

@@ -1,0 +1,73 @@
+"""A solution of one Gram problem, and how the better of two is taken row by row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adaround_ext import ops
+from adaround_ext.grid import QuantGrid
+from adaround_ext.quadratic import Quadratic
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Codes on their grid, with what the search needs to go on from them.
+
+    codes [rows, cols]; grid with a row of scales a row of codes; residual float32 [rows, cols],
+    D* (G + d I); losses float64 [rows], the damped loss of each row.
+    """
+
+    codes: Tensor
+    grid: QuantGrid
+    residual: Tensor
+    losses: Tensor
+
+    @staticmethod
+    def of(
+        codes: Tensor, grid: QuantGrid, quadratic: Quadratic, residual: Tensor | None = None
+    ) -> Solution:
+        """``residual`` where it is known already, which saves a matrix product."""
+        error = ops.dequantize(codes, grid.scale, grid.zero_point) - quadratic.target
+        if residual is None:
+            residual = quadratic.residual(error)
+        losses = quadratic.unit * (residual * error).sum(1, dtype=torch.float64)
+        return Solution(codes, grid, residual, losses)
+
+    def better(self, other: Solution, owners: Tensor | None) -> Solution:
+        """In each row the one with the lower loss, this one where they are equal.
+
+        Rows that share a scale (``owners``, see :func:`per_owner`) go together, unless both are on
+        the same grid.
+        """
+        same_grid = other.grid is self.grid
+        gains = self.losses - other.losses
+        take = (gains if same_grid else per_owner(gains, owners)) > 0
+
+        def chosen(theirs: Tensor, own: Tensor) -> Tensor:
+            return torch.where(take[:, None], theirs, own)
+
+        grid = self.grid
+        if not same_grid:
+            scale = chosen(other.grid.scale, grid.scale)
+            zero_point = chosen(other.grid.zero_point, grid.zero_point)
+            grid = QuantGrid(scale, zero_point, grid.qmin, grid.qmax)
+        return Solution(
+            chosen(other.codes, self.codes),
+            grid,
+            chosen(other.residual, self.residual),
+            torch.where(take, other.losses, self.losses),
+        )
+
+
+def per_owner(values: Tensor, owners: Tensor | None) -> Tensor:
+    """values [rows, ...] summed over rows of one owner, for each row.
+
+    owners int64 [rows] numbers the owners of scales; None where each row owns its own.
+    """
+    if owners is None:
+        return values
+    totals = torch.zeros_like(values[: int(owners[-1]) + 1])
+    return totals.index_add_(0, owners, values)[owners]
