@@ -15,6 +15,8 @@ from adaround_ext.objective import Objective
 from adaround_ext.presets import Settings
 from adaround_ext.schedule import schedule_table
 
+_UNDECIDED = (0.05, 0.95)
+
 
 @dataclass
 class RoundingState:
@@ -26,6 +28,17 @@ class RoundingState:
     weight_q: Tensor
 
 
+@dataclass(frozen=True)
+class Annealed:
+    """What the loop ends with, all [rows, cols]: V, the soft weights, the codes of the hard
+    decision, and which weights were still undecided, .05 < h(V) < .95."""
+
+    v: Tensor
+    weight_q: Tensor
+    codes: Tensor
+    undecided: Tensor
+
+
 def anneal(
     weight: Tensor,
     grid: QuantGrid,
@@ -33,10 +46,10 @@ def anneal(
     chosen: Settings,
     config: AdaRoundConfig,
     name: str = "layer",
-) -> Tensor:
-    """V after gradient descent on eq. (25): the paper's loop, one fused op a step.
+) -> Annealed:
+    """Gradient descent on eq. (25): the paper's loop, one fused op a step.
 
-    weight float32 [rows, cols]; returns float32 [rows, cols].
+    weight float32 [rows, cols]: what is rounded.
     """
     v = reference.initial_v(weight, grid.scale)
     soft, _ = ops.soft_quantize(weight, v, grid.scale, grid.zero_point, grid.qmin, grid.qmax, 2.0)
@@ -54,4 +67,8 @@ def anneal(
             grid.zero_point, grid.qmin, grid.qmax, schedule, step, objective.as_error,
             config.scale_free,
         )  # fmt: skip
-    return state.v
+    qrange = grid.scale, grid.zero_point, grid.qmin, grid.qmax
+    soft, _ = ops.soft_quantize(weight, state.v, *qrange, 2.0)
+    h = reference.rectified_sigmoid(state.v)
+    undecided = (h > _UNDECIDED[0]) & (h < _UNDECIDED[1])
+    return Annealed(state.v, soft, ops.hard_quantize(weight, state.v, *qrange), undecided)

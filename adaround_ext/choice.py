@@ -33,6 +33,8 @@ def choose_objective(
         return "sampled", "the activation function is part of the loss"
     if not isinstance(inputs, Tensor):
         return "gram", "no activation function, data streamed"
+    if config.bias == "create":
+        return "gram", "no activation function, and only this objective makes a bias"
     layer = layers[0]
     x = layer.samples(inputs)
     if len(x) == 0:

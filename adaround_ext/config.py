@@ -38,16 +38,18 @@ class AdaRoundConfig:
     """Settings of one layer's reconstruction; names as in the paper and its implementations.
 
     Of the settings marked *, None takes the preset's value (docs/tuning.md has the measurements).
+    Settings of a part that does not run for a layer have no effect; the report says which ran.
     preset: "fast", "balanced" or "best": how much time a lower error is worth.
 
     The grid. bits: 2 to 8. symmetric: codes in [-2^(b-1), 2^(b-1) - 1] with zero point 0, else
     [0, 2^b - 1]. granularity: a scale per_tensor, per_channel (row) or per_group of ``group_size``
     columns. scale: "gram" (the scale, and zero point, of least output error; where the objective is
-    sampled, "mse"), "mse" (of least squared weight error), "min_max" or a tensor of shape
-    [rows or 1, n_groups]. scale_candidates*: how many scales "gram" tries for each row.
-    scale_dtype: the dtype that scales are stored in; they are rounded to it before they are used.
+    sampled, "mse"), "mse" (of least squared weight error), "min_max" or a tensor: [1, 1] for
+    per_tensor, else [rows or 1, n_groups] or, without groups, [rows]. scale_candidates*: how many
+    scales "gram" tries for each row. scale_dtype: the dtype that scales are stored in; they are
+    rounded to it before they are used.
     bias: "refit" puts the mean error of the outputs into biases that exist, "create" also makes one
-    where the layer has none, "keep" leaves biases alone.
+    where the layer has none, "keep" leaves biases alone, as the sampled objective always does.
 
     The loss. objective: "gram" (exact for a loss without activation function), "sampled"
     (minibatches through the layer and ``activation``), or "auto". activation: None, "relu",
@@ -58,7 +60,8 @@ class AdaRoundConfig:
 
     The search. starts*: which solutions it starts from, of "nearest", "gptq" and "adaround"; the
     best is taken row by row. refine: coordinate descent over the whole grid, until no single change
-    of a code helps. search_steps*: of the tabu search after it, a row. rounds*: how often scales
+    of a code helps; without it there is no tabu search either. search_steps*: of the tabu search, a
+    row. rounds*: how often scales
     are then refitted and the search repeated. All of these are for the Gram objective.
 
     The annealing of AdaRound. steps*, learning_rate, reg_weight (lambda): None takes the
@@ -105,7 +108,7 @@ class AdaRoundConfig:
                 _fail(name, f"one of {', '.join(choices)}", getattr(self, name))
         _check_int("bits", self.bits, 2, 8)
         _check_int("batch_size", self.batch_size, 1)
-        _check_int("seed", self.seed, 0)
+        _check_int("seed", self.seed, 0, 2**63 - 1)
         for name in ("positions", "group_size", "scale_candidates"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 1)
@@ -151,7 +154,14 @@ class AdaRoundConfig:
         for start in self.starts:
             if start not in _STARTS:
                 _fail("starts", f"a tuple of {', '.join(_STARTS)}", self.starts)
+        if len(set(self.starts)) < len(self.starts):
+            _fail("starts", "each start once", self.starts)
         object.__setattr__(self, "starts", tuple(self.starts))
+
+    @property
+    def searches_scales(self) -> bool:
+        """Whether the Gram solver looks for scales itself."""
+        return isinstance(self.scale, str) and self.scale == "gram"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, AdaRoundConfig):

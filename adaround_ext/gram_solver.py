@@ -7,19 +7,16 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from adaround_ext import ops, reference
 from adaround_ext.anneal import anneal
 from adaround_ext.config import AdaRoundConfig, Start
 from adaround_ext.gptq import GptqFactor
 from adaround_ext.grid import QuantGrid, nearest_codes
 from adaround_ext.objective import GramObjective
 from adaround_ext.presets import Settings
-from adaround_ext.problem import Outcome, Problem, Stopwatch, nowhere
+from adaround_ext.problem import Outcome, Problem, Stopwatch
 from adaround_ext.refine import descend, improvable, search
 from adaround_ext.scales import refit_scales, search_group_scales, search_scales
 from adaround_ext.solution import Solution
-
-UNDECIDED = (0.05, 0.95)  # h(V) between these at the end of the annealing
 
 
 class GramSolver:
@@ -30,7 +27,7 @@ class GramSolver:
         problem: Problem,
         objective: GramObjective,
         base: QuantGrid,
-        owners: Tensor | None,
+        owners: list[int] | None,
         config: AdaRoundConfig,
         chosen: Settings,
     ) -> None:
@@ -42,15 +39,14 @@ class GramSolver:
         self.base = QuantGrid(scale, zero_point, base.qmin, base.qmax)
         self.owners, self.config, self.chosen = owners, config, chosen
         self.losses: dict[str, Tensor] = {}
-        self.undecided = nowhere(problem.weight)
+        self.undecided: Tensor | None = None
 
     def solve(self, watch: Stopwatch) -> Outcome:
-        searches_scales = isinstance(self.config.scale, str) and self.config.scale == "gram"
         factor = None
-        if searches_scales or "gptq" in self.chosen.starts:
+        if self.config.searches_scales or "gptq" in self.chosen.starts:
             factor = GptqFactor.make(self.objective.gram)
         grid, found = self.base, None
-        if searches_scales:
+        if self.config.searches_scales:
             assert factor is not None
             found = search_scales(
                 self.objective, grid, factor, self.owners, self.chosen.scale_candidates, self.config
@@ -64,7 +60,9 @@ class GramSolver:
         best: Solution | None = None
         winner = torch.zeros(len(self.problem.weight), dtype=torch.int64, device=grid.scale.device)
         for index, name in enumerate(self.chosen.starts):
-            solution = self._searched(self._start(name, grid, factor, found))
+            solution = self._start(name, grid, factor, found)
+            watch.lap("annealing" if name == "adaround" else "search")
+            solution = self._searched(solution)
             if best is None:
                 best = solution
             else:
@@ -72,7 +70,7 @@ class GramSolver:
                 best = best.better(solution, self.owners)
             if self.config.preset != "fast":
                 self.losses[name] = self.problem.stored_losses(solution.codes, grid)
-            watch.lap("annealing" if name == "adaround" else "search")
+            watch.lap("search")
         assert best is not None
         best = self._rounds(best)
         watch.lap("search")
@@ -83,9 +81,9 @@ class GramSolver:
             final.grid,
             self.losses,
             fallback,
+            {name: winner == index for index, name in enumerate(self.chosen.starts)},
             self.undecided,
             improvable(final, self.objective),
-            {name: winner == index for index, name in enumerate(self.chosen.starts)},
         )
 
     def _start(
@@ -106,27 +104,19 @@ class GramSolver:
 
     def _annealed(self, grid: QuantGrid) -> Tensor:
         """AdaRound's own codes, around the objective's target."""
-        target, objective = self.objective.target, self.objective
-        name = self.problem.name
-        v = anneal(target, grid, objective, self.chosen, self.config, name)
-        qrange = grid.scale, grid.zero_point, grid.qmin, grid.qmax
-        soft, _ = ops.soft_quantize(target, v, *qrange, 2.0)
-        codes = ops.hard_quantize(target, v, *qrange)
-        h = reference.rectified_sigmoid(v)
-        self.undecided = (h > UNDECIDED[0]) & (h < UNDECIDED[1])
-        self.losses["soft"] = objective.row_losses(soft)
-        self.losses["hard"] = self.problem.stored_losses(codes, grid)
-        return codes
+        annealed = anneal(
+            self.objective.target, grid, self.objective, self.chosen, self.config, self.problem.name
+        )
+        self.undecided = annealed.undecided
+        self.losses["soft"] = self.objective.row_losses(annealed.weight_q)
+        self.losses["hard"] = self.problem.stored_losses(annealed.codes, grid)
+        return annealed.codes
 
     def _searched(self, solution: Solution) -> Solution:
-        if not self.config.refine:
-            return solution
         return search(solution, self.objective, self.chosen.search_steps, self.config.seed)
 
     def _rounds(self, best: Solution) -> Solution:
         """Scales refitted to the codes and codes searched on the new scales, while that helps."""
-        if isinstance(self.config.scale, Tensor) or self.config.scale != "gram":
-            return best
         for _ in range(self.chosen.rounds):
             refitted = refit_scales(best, self.objective, self.owners, self.config)
             after = best.better(self._searched(refitted), self.owners)
@@ -157,4 +147,5 @@ class GramSolver:
 
     def _nearest(self, grid: QuantGrid) -> Solution:
         codes = nearest_codes(self.problem.weight, grid)
-        return self._stored(Solution.of(codes, grid, self.objective))
+        losses = self.problem.stored_losses(codes, grid)
+        return Solution(codes, grid, torch.zeros_like(self.problem.weight), losses)  # not searched

@@ -7,6 +7,7 @@ are independent: the activation function, where there is one, is elementwise.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -26,8 +27,6 @@ class Objective(Protocol):
 
     as_error: bool  # gradient takes w_q - target instead of w_q
     dtype: torch.dtype  # of the gradient and what it takes
-    centred: bool  # the bias takes up the mean error
-    row_energies: Tensor  # float64 [rows]: mean square of the full-precision outputs
 
     def gradient(self, weight_q: Tensor) -> Tensor:
         """d loss / d weight_q [rows, cols] for the soft weights or errors [rows, cols]."""
@@ -79,8 +78,6 @@ class GramObjective(Quadratic):
             moments.diagonal(dim1=1, dim2=2).add_((damping * typical / divisor)[:, None])
         unit = divisor.repeat_interleave(len(weight) // len(divisor))
         super().__init__(moments.float(), weight, unit)
-        self._twice_gram = (2 * self.gram).to(dtype)
-        self._buffer = torch.empty_like(weight, dtype=dtype)
         self._mismatch: Tensor | None = None
         if statistics.has_targets:
             self._add_targets(moments)
@@ -97,6 +94,14 @@ class GramObjective(Quadratic):
             moved = torch.cholesky_solve(grouped.mT.contiguous(), factor).mT
         self.target = (self._weight.double() + moved.reshape(mismatch.shape)).float()
 
+    @cached_property
+    def _twice_gram(self) -> Tensor:
+        return (2 * self.gram).to(self.dtype)
+
+    @cached_property
+    def _buffer(self) -> Tensor:
+        return torch.empty_like(self._weight, dtype=self.dtype)
+
     def gradient(self, weight_q: Tensor) -> Tensor:
         """2 D* (G + d I) in ``dtype``, for errors D* [rows, cols] from ``target``."""
         grouped = self.grouped(weight_q)
@@ -112,9 +117,7 @@ class GramObjective(Quadratic):
         return losses
 
     def bias_change(self, weight_q: Tensor) -> Tensor:
-        """E[e - D x], float64 [rows]: what a bias takes up. Zero unless ``centred``."""
-        if not self.centred:
-            return torch.zeros(len(weight_q), dtype=torch.float64, device=weight_q.device)
+        """E[e - D x], float64 [rows]: what a bias takes up."""
         error = (weight_q - self._weight).double()
         return self._statistics.mismatch_mean - self._times_mean(error)
 
@@ -205,10 +208,6 @@ class SampledObjective:
 
     def row_losses(self, weight_q: Tensor) -> Tensor:
         return self._mean_square(weight_q, relative_to_zero=False)
-
-    def bias_change(self, weight_q: Tensor) -> Tensor:
-        """None: where an activation follows, the mean error of the outputs says little."""
-        return torch.zeros(len(weight_q), dtype=torch.float64, device=weight_q.device)
 
     def _outputs(self, x: Tensor, matrix: Tensor) -> Tensor:
         weight = self._layer.weight_from_matrix(matrix)

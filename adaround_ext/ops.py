@@ -266,9 +266,9 @@ def tabu_search_(
 
     Arguments as for :func:`refine_`. Each of ``steps`` (0 to 2^23) makes the single change of a
     code by one that costs least, s (G_jj s - 2 |residual_j|), even where that is uphill; the column
-    then rests for cols / 40 to cols / 20 steps, unless its change leads below the best codes so
-    far. The best codes met, and their residual, are written. Every row draws its rests from
-    ``seed`` (not negative). Source: Glover, "Tabu search", 1989, as for binary quadratic programs.
+    then rests for cols / 40 (at least 3) to twice as many steps, unless its change leads below the
+    best codes so far. The best codes met, and their residual, are written. Every row draws its
+    rests from ``seed`` (not negative). Source: Glover, "Tabu search", 1989.
     """
     _ops.tabu_search_(codes, residual, gram, scale, qmin, qmax, steps, seed)
 

@@ -9,7 +9,7 @@ from adaround_ext.config import AdaRoundConfig, Start
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting that depends on preset and objective, with its value."""
+    """Every setting that depends on preset and objective; 0 where it is not used."""
 
     starts: tuple[Start, ...]
     scale_candidates: int
@@ -48,18 +48,23 @@ _PAPER_STEPS = 10_000  # the paper's loss with the paper's learning rate needs i
 def settings(config: AdaRoundConfig, objective: str) -> Settings:
     """``config``'s values where given, else those of its preset and objective."""
     preset = _PRESETS[config.preset]
-    steps = preset.gram_steps
+    learning_rate, reg_weight = _LOSS[objective, config.scale_free]
+    learning_rate = learning_rate if config.learning_rate is None else config.learning_rate
+    reg_weight = reg_weight if config.reg_weight is None else config.reg_weight
     if objective == "sampled":
         steps = preset.sampled_steps if config.scale_free else _PAPER_STEPS
-    learning_rate, reg_weight = _LOSS[objective, config.scale_free]
+        steps = _given(config.steps, steps)
+        return Settings(("adaround",), 0, 0, 0, steps, learning_rate, reg_weight)
+    starts = preset.starts if config.starts is None else config.starts
+    searches, refines = config.searches_scales, config.refine
     return Settings(
-        preset.starts if config.starts is None else config.starts,
-        _given(config.scale_candidates, preset.scale_candidates),
-        _given(config.search_steps, preset.search_steps),
-        _given(config.rounds, preset.rounds),
-        _given(config.steps, steps),
-        learning_rate if config.learning_rate is None else config.learning_rate,
-        reg_weight if config.reg_weight is None else config.reg_weight,
+        starts,
+        _given(config.scale_candidates, preset.scale_candidates) if searches else 0,
+        _given(config.search_steps, preset.search_steps) if refines else 0,
+        _given(config.rounds, preset.rounds) if searches else 0,
+        _given(config.steps, preset.gram_steps) if "adaround" in starts else 0,
+        learning_rate,
+        reg_weight,
     )
 
 

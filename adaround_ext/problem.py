@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from adaround_ext import ops
 from adaround_ext.grid import QuantGrid
 from adaround_ext.layers import MatrixLayer
 from adaround_ext.objective import GramObjective, SampledObjective
+from adaround_ext.solution import comparable
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Problem:
 
     def new_bias(self, weight_q: Tensor) -> Tensor:
         """The biases that take up the mean error of weight_q, float64 [rows]."""
+        assert isinstance(self.objective, GramObjective)
         change = self.objective.bias_change(weight_q)
         for part, layer in zip(change.split(self.sizes), self.layers, strict=True):
             if layer.bias is not None:
@@ -51,7 +53,7 @@ class Problem:
         if self.objective.centred:
             bias = self.new_bias(stored)
             losses = losses + (bias.to(dtype).double() - bias).square()
-        return losses
+        return comparable(losses)
 
 
 @dataclass
@@ -62,24 +64,22 @@ class Outcome:
     grid: QuantGrid
     losses: dict[str, Tensor]  # float64 [rows] each
     fallback: Tensor  # rows in which rounding to nearest was kept
-    undecided: Tensor  # [rows, cols], at the end of the annealing
+    starts: dict[str, Tensor]  # rows that each start won
+    undecided: Tensor | None = None  # [rows, cols], at the end of the annealing
     improvable: Tensor | None = None  # rows in which a change of one code would help
-    starts: dict[str, Tensor] = field(default_factory=dict)  # rows that each start won
 
 
 class Stopwatch:
     """Seconds of the parts of a solution, in the order they came."""
 
-    def __init__(self, seconds: dict[str, float]) -> None:
+    def __init__(self, seconds: dict[str, float], device: torch.device) -> None:
         self.seconds = seconds
+        self._device = device
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
+        if self._device.type == "cuda":  # else what is queued would count as the next part's
+            torch.cuda.synchronize(self._device)
         now = time.perf_counter()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
         self._last = now
-
-
-def nowhere(matrix: Tensor) -> Tensor:
-    """A mask of ``matrix``'s shape that marks nothing."""
-    return torch.zeros_like(matrix, dtype=torch.bool)

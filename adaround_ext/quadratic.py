@@ -21,8 +21,7 @@ class Quadratic:
     def __init__(self, gram: Tensor, target: Tensor, unit: Tensor | None = None) -> None:
         self.gram = gram
         self.target = target
-        ones = target.new_ones(len(target), dtype=torch.float64)
-        self.unit = ones if unit is None else unit
+        self.unit = target.new_ones(len(target), dtype=torch.float64) if unit is None else unit
 
     def residual(self, error: Tensor) -> Tensor:
         """error gram, float32 [rows, cols]: half the gradient."""

@@ -68,7 +68,8 @@ def optimize_layer(
     config and overrides: see :class:`AdaRoundConfig`.
 
     Returns a :class:`LayerResult`, or a list of them for a sequence. The result is in no row worse
-    than rounding to nearest on this data. Raises TypeError for an unsupported module or argument
+    than rounding to nearest on this data (where rows share a scale: on its grid in no row, on the
+    starting grid as a whole). Raises TypeError for an unsupported module or argument
     and ValueError for one that does not fit: each names it, the rule and what came.
     """
     config = make_config(config, overrides)
@@ -130,7 +131,6 @@ def _gram_problems(
     started = time.perf_counter()
     statistics = GramStatistics(layers, config.positions, config.seed)
     statistics.collect(data.batches(layers, _name(layers), inputs, targets))
-    seconds = time.perf_counter() - started
     damping = config.damping
     if damping is None:
         damping = min(_MOST_DAMPING, _DAMPING / max(statistics.count, 1) ** 0.5)
@@ -146,10 +146,13 @@ def _gram_problems(
             normalize=config.scale_free,
             dtype=annealing_dtype(config.products, weight.device),
         )
+        notes = statistics.notes()
+        seconds = time.perf_counter() - started
         yield Problem(
             [layers[i] for i in part], weight, objective, "gram", reason, statistics.count, seconds,
-            statistics.notes(),
+            notes,
         )  # fmt: skip
+        started = time.perf_counter()
 
 
 def _centred(layer: MatrixLayer, config: AdaRoundConfig) -> bool:

@@ -26,7 +26,8 @@ def search(solution: Solution, quadratic: Quadratic, steps: int, seed: int) -> S
         return solution
     codes, residual, grid = solution.codes.clone(), solution.residual.clone(), solution.grid
     ops.tabu_search_(codes, residual, quadratic.gram, grid.scale, grid.qmin, grid.qmax, steps, seed)
-    found = Solution.of(codes, grid, quadratic, residual)
+    # The residual afresh: thousands of changes in float32 have left their roundings in it.
+    found = Solution.of(codes, grid, quadratic)
     return solution.better(descend(found, quadratic), None)
 
 

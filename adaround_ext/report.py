@@ -12,12 +12,14 @@ class LayerReport:
     """The result of one layer in numbers.
 
     losses: the reconstruction loss on the calibration data, the squared output error summed over
-    output channels and averaged over samples and positions, for the weights as they are stored, all
-    with the same treatment of the bias: "nearest", "floor", "ceil" and "stochastic" (one draw, up
-    with the probability of the fraction) on the starting grid; each start after its search; "soft"
-    (at the end of the annealing) and "hard" (AdaRound's own decision); and "final". The preset
-    "fast" leaves out the simple rules and the starts, which would take as long as the rest.
-    energy: the same of the full-precision outputs without bias; ``relative`` divides by it.
+    output channels and averaged over samples and positions, for the weights as they are stored
+    (but "soft"), all with the same treatment of the bias: "nearest", "floor", "ceil" and
+    "stochastic" (one draw, up with the probability of the fraction) on the starting grid; each
+    start after its search; "soft" (at the end of the annealing) and "hard" (AdaRound's own
+    decision); and "final". For the Gram objective the preset "fast" leaves out the simple rules and
+    the starts, which would take as long as the rest.
+    energy: the same of the full-precision outputs without bias (sampled: of the outputs that the
+    loss sees); ``relative`` divides by it.
     starts: the share of rows in which each start was the best. damping: of the Gram matrix.
     flipped: share of the weights whose code is not that of rounding to nearest. clipped: share
     outside the grid's range. undecided: share with .05 < h(V) < .95 at the end of the annealing.

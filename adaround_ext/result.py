@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from adaround_ext.report import LayerReport
 
-_FORMAT = "adaround_ext.layer.1"
+_FORMAT = "adaround_ext.layer.2"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

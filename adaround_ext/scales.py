@@ -24,7 +24,7 @@ def search_scales(
     quadratic: Quadratic,
     grid: QuantGrid,
     factor: GptqFactor,
-    owners: Tensor | None,
+    owners: list[int] | None,
     candidates: int,
     config: AdaRoundConfig,
 ) -> Solution:
@@ -97,7 +97,7 @@ def search_group_scales(
 
 
 def refit_scales(
-    solution: Solution, quadratic: Quadratic, owners: Tensor | None, config: AdaRoundConfig
+    solution: Solution, quadratic: Quadratic, owners: list[int] | None, config: AdaRoundConfig
 ) -> Solution:
     """The scales of least loss for these codes, then, where ``config.refine``, better codes.
 
@@ -120,7 +120,8 @@ def refit_scales(
     # A group whose codes are all zero has no say, and its scale no effect.
     empty = ~(matrix.diagonal(dim1=1, dim2=2) > 0)
     matrix.diagonal(dim1=1, dim2=2)[empty] = 1.0
-    factors = torch.linalg.solve_ex(matrix, right).result
+    with one_thread(matrix.device):
+        factors = torch.linalg.solve_ex(matrix, right).result
     usable = (factors > 0) & factors.isfinite() & ~empty
     scale = stored_scale(grid.scale.double() * factors, config.scale_dtype)
     scale = torch.where(usable, scale, grid.scale)

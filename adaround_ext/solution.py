@@ -34,9 +34,9 @@ class Solution:
         if residual is None:
             residual = quadratic.residual(error)
         losses = quadratic.unit * (residual * error).sum(1, dtype=torch.float64)
-        return Solution(codes, grid, residual, losses)
+        return Solution(codes, grid, residual, comparable(losses))
 
-    def better(self, other: Solution, owners: Tensor | None) -> Solution:
+    def better(self, other: Solution, owners: list[int] | None) -> Solution:
         """In each row the one with the lower loss, this one where they are equal.
 
         Rows that share a scale (``owners``, see :func:`per_owner`) go together, unless both are on
@@ -62,12 +62,17 @@ class Solution:
         )
 
 
-def per_owner(values: Tensor, owners: Tensor | None) -> Tensor:
+def per_owner(values: Tensor, owners: list[int] | None) -> Tensor:
     """values [rows, ...] summed over rows of one owner, for each row.
 
-    owners int64 [rows] numbers the owners of scales; None where each row owns its own.
+    owners: how many consecutive rows share each scale; None where each row owns its own.
     """
     if owners is None:
         return values
-    totals = torch.zeros_like(values[: int(owners[-1]) + 1])
-    return totals.index_add_(0, owners, values)[owners]
+    parts = values.split(owners)
+    return torch.cat([part.sum(0, keepdim=True).expand_as(part) for part in parts])
+
+
+def comparable(losses: Tensor) -> Tensor:
+    """NaN, which beyond the range of a dtype may come of infinity, is worse than any number."""
+    return losses.nan_to_num(nan=torch.inf, posinf=torch.inf)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
-from adaround_ext import ops, reference
+from adaround_ext import ops
 from adaround_ext.anneal import anneal
 from adaround_ext.config import AdaRoundConfig
-from adaround_ext.gram_solver import UNDECIDED, GramSolver
+from adaround_ext.gram_solver import GramSolver
 from adaround_ext.grid import QuantGrid, baseline_codes, make_grid, nearest_codes, position
 from adaround_ext.objective import GramObjective
 from adaround_ext.presets import Settings, settings
@@ -20,10 +22,13 @@ from adaround_ext.result import LayerResult
 def solve(problem: Problem, config: AdaRoundConfig) -> list[LayerResult]:
     """Grid, search, report: a result a layer."""
     chosen = settings(config, problem.kind)
-    watch = Stopwatch({"statistics": problem.collecting_seconds})
+    watch = Stopwatch({"statistics": problem.collecting_seconds}, problem.weight.device)
     objective = problem.objective
     target = objective.target if isinstance(objective, GramObjective) else problem.weight
-    grids = [make_grid(part, config) for part in target.split(problem.sizes)]
+    grid_config = config
+    if config.searches_scales and not isinstance(objective, GramObjective):
+        grid_config = dataclasses.replace(config, scale="mse")
+    grids = [make_grid(part, grid_config) for part in target.split(problem.sizes)]
     base = QuantGrid.join(grids, problem.sizes)
     watch.lap("grid")
     if isinstance(objective, GramObjective):
@@ -35,14 +40,10 @@ def solve(problem: Problem, config: AdaRoundConfig) -> list[LayerResult]:
     return _results(problem, base, grids, outcome, config, chosen, watch)
 
 
-def _owners(grids: list[QuantGrid], sizes: list[int]) -> Tensor | None:
+def _owners(grids: list[QuantGrid], sizes: list[int]) -> list[int] | None:
     """Which rows share their scales, as :func:`adaround_ext.solution.per_owner` has it."""
-    if all(len(grid.scale) == rows for grid, rows in zip(grids, sizes, strict=True)):
-        return None
-    device = grids[0].scale.device
-    return torch.arange(len(sizes), device=device).repeat_interleave(
-        torch.tensor(sizes, device=device)
-    )
+    own = all(len(grid.scale) == rows for grid, rows in zip(grids, sizes, strict=True))
+    return None if own else sizes
 
 
 def _solve_sampled(
@@ -50,14 +51,11 @@ def _solve_sampled(
 ) -> Outcome:
     """The paper's way: anneal, decide, and keep nearest in the rows where it is better."""
     weight = problem.weight
-    v = anneal(weight, grid, problem.objective, chosen, config, problem.name)
-    qrange = grid.scale, grid.zero_point, grid.qmin, grid.qmax
-    soft, _ = ops.soft_quantize(weight, v, *qrange, 2.0)
-    h = reference.rectified_sigmoid(v)
-    nearest, hard = nearest_codes(weight, grid), ops.hard_quantize(weight, v, *qrange)
+    annealed = anneal(weight, grid, problem.objective, chosen, config, problem.name)
+    nearest, hard = nearest_codes(weight, grid), annealed.codes
     losses = {
         "nearest": problem.stored_losses(nearest, grid),
-        "soft": problem.objective.row_losses(soft),
+        "soft": problem.objective.row_losses(annealed.weight_q),
         "hard": problem.stored_losses(hard, grid),
     }
     losses["adaround"] = losses["hard"]
@@ -68,8 +66,8 @@ def _solve_sampled(
         grid,
         losses,
         losses["hard"] > losses["nearest"],
-        (h > UNDECIDED[0]) & (h < UNDECIDED[1]),
-        starts={"adaround": torch.ones_like(better)},
+        {"adaround": torch.ones_like(better)},
+        annealed.undecided,
     )
 
 
@@ -91,8 +89,9 @@ def _results(
     marks = {
         "flipped": outcome.codes != nearest_codes(weight, grid),
         "clipped": (at < grid.qmin) | (at > grid.qmax),
-        "undecided": outcome.undecided,
     }
+    if outcome.undecided is not None:
+        marks["undecided"] = outcome.undecided
     dtype = problem.layers[0].weight.dtype
     stored = ops.dequantize(outcome.codes, grid.scale, grid.zero_point).to(dtype)
     bias = problem.new_bias(stored.float()).to(dtype) if objective.centred else None
@@ -127,7 +126,7 @@ def _results(
             ),
             notes=problem.notes,
             seconds=dict(watch.seconds),
-            **{name: _share(mark[rows]) for name, mark in marks.items()},
+            **({"undecided": 0.0} | {name: _share(mark[rows]) for name, mark in marks.items()}),
         )
         results.append(
             LayerResult(

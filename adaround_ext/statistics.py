@@ -148,13 +148,13 @@ class GramStatistics:
         """What is unusual about these moments and matters to whoever reads the result."""
         found = []
         cols = self.mean.shape[1]
-        if self.count < cols:
+        if self.count <= cols:
             found.append(f"{self.count} positions for {cols} columns: the Gram matrix is singular")
-        second = self.gram().diagonal(dim1=1, dim2=2)
+        second = self.covariance.diagonal(dim1=1, dim2=2) + self.mean.square()
         dead = int((second == 0).sum())
         if dead:
             found.append(f"{dead} of {second.numel()} inputs are always 0: their weights are free")
-        typical = second.median()
+        typical = second[second > 0].median() if dead < second.numel() else second.new_zeros(())
         loud = int((second > _OUTLIER * typical).sum())
         if typical > 0 and loud:
             found.append(

@@ -1,32 +1,52 @@
-"""Where the defaults of choice.py come from: held-out error over their neighbours."""
+"""Where the defaults of presets.py come from: held-out error of their neighbours."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaround_ext import optimize_layer
-from adaround_ext.grid import QuantGrid, nearest_codes, quant_range
+from adaround_ext import LayerResult, optimize_layer
+from adaround_ext.anneal import anneal
+from adaround_ext.config import AdaRoundConfig
+from adaround_ext.data import batches
+from adaround_ext.grid import nearest_codes
+from adaround_ext.layers import matrix_layer
+from adaround_ext.objective import GramObjective
 from adaround_ext.ops import dequantize
+from adaround_ext.presets import settings
+from adaround_ext.statistics import GramStatistics
 from benchmarks.common import Options, Target, geometric_mean, note, print_table
 from benchmarks.workloads import Workload, layer_workloads
 
 _SMALL = ("query", "attn.output")
 _ALL = (*_SMALL, "intermediate", "output")
+_ANNEALED = {"starts": ("adaround",)}
 _GRAM_SWEEP: list[dict[str, Any]] = [
     {},
-    *({"reg_weight": value} for value in (0.1, 0.3, 3.0, 10.0)),
-    *({"learning_rate": value} for value in (0.01, 0.02, 0.1, 0.2)),
-    *({"steps": value} for value in (100, 200, 1000, 2000)),
+    *({"preset": name} for name in ("fast", "best")),
+    *({"starts": (name,)} for name in ("nearest", "gptq", "adaround")),
+    {"scale": "mse"},
+    *({"scale_candidates": value} for value in (3, 17, 33)),
+    {"bias": "keep"},
     {"refine": False},
+    *({"search_steps": value} for value in (0, 500, 8000)),
+    *({"rounds": value} for value in (0, 3)),
+    {"products": "float32"},
 ]
-# The paper's loss has no scale: its lambda of 0.01 means something else for every layer.
-_SCALE_SWEEP: list[dict[str, Any]] = [
-    {},
-    *({"scale_free": False, "reg_weight": value} for value in (1e-4, 1e-3, 1e-2, 1e-1)),
+_ANNEALING_SWEEP: list[dict[str, Any]] = [
+    _ANNEALED,
+    *(_ANNEALED | {"steps": value} for value in (100, 1000)),
+    *(_ANNEALED | {"learning_rate": value} for value in (0.02, 0.1)),
+    *(_ANNEALED | {"reg_weight": value} for value in (0.1, 0.3, 3.0, 10.0)),
+    # The paper's loss has no scale: its lambda means something else for every layer.
+    *(_ANNEALED | {"scale_free": False, "reg_weight": value} for value in (1e-4, 1e-3, 1e-2, 1e-1)),
+]
+_DAMPING_SWEEP: list[dict[str, Any]] = [
+    {"preset": "fast", "damping": value} for value in (None, 0.0, 0.01, 0.03, 0.1, 0.3)
 ]
 _SAMPLED_SWEEP: list[dict[str, Any]] = [
     {},
@@ -35,49 +55,55 @@ _SAMPLED_SWEEP: list[dict[str, Any]] = [
     *({"steps": value} for value in (500, 5000)),
 ]
 _SAMPLED_ROWS = 192  # of the intermediate layer, to keep the sweep short
+_FEW = 80  # sequences: a quarter of the calibration data
 
 
 def run(options: Options) -> tuple[list[dict[str, Any]], list[Target]]:
-    """Errors are held out and divided by rounding to nearest's on the same grid."""
+    """Errors are held out and divided by those of rounding to nearest on the MSE grid."""
     layers = {w.name: w for w in layer_workloads(_ALL, options.device)}
-    small = [layers[name] for name in _SMALL]
+    small, every = [layers[name] for name in _SMALL], list(layers.values())
     rows: list[dict[str, Any]] = []
     for bits in (4, 2):
         rows += _sweep("gram", _GRAM_SWEEP, small, bits, options)
-    every = list(layers.values())
-    rows += _sweep("gram, loss with and without scale", _SCALE_SWEEP, every, 4, options)
+        rows += _sweep("annealing alone", _ANNEALING_SWEEP, small, bits, options)
+    rows += _sweep("damping", _DAMPING_SWEEP, every, 4, options)
+    few = [_with_inputs(workload, workload.inputs[:_FEW]) for workload in every]
+    rows += _sweep("damping, a quarter of the data", _DAMPING_SWEEP, few, 4, options)
     rows += _sweep(
         "gram or sampled, no activation",
-        [{}, *({"objective": "sampled", "steps": steps} for steps in (500, 2000, 5000))],
+        [_ANNEALED, *({"objective": "sampled", "steps": steps} for steps in (500, 2000, 5000))],
         small[:1], 4, options,
     )  # fmt: skip
     rows += _sweep("sampled, GELU", _SAMPLED_SWEEP, [_part(layers["intermediate"])], 4, options)
+    rows += [_settling(workload, steps) for workload in small for steps in (300, 1000)]
     return rows, []
 
 
 def _sweep(
     title: str,
-    settings: list[dict[str, Any]],
+    sweep: list[dict[str, Any]],
     workloads: list[Workload],
     bits: int,
     options: Options,
 ) -> list[dict[str, Any]]:
     activation = "gelu" if "GELU" in title else None
     rows = []
-    for values in settings[:2] if options.quick else settings:
+    for values in sweep[:2] if options.quick else sweep:
         note(f"{title}, {bits} bits: {values or 'defaults'}")
-        ratios, undecided, seconds = [], [], 0.0
+        ratios, undecided, seconds = [], [], []
         for workload in workloads:
+            begin = time.perf_counter()
             result = optimize_layer(
                 workload.layer, workload.inputs, bits=bits, activation=activation, **values
             )
-            qmin, qmax = quant_range(bits, symmetric=True)
-            grid = QuantGrid(result.scale, result.zero_point, qmin, qmax)
-            nearest = dequantize(nearest_codes(workload.matrix, grid), grid.scale, grid.zero_point)
-            found = _error(workload, result.weight_q, activation)
-            ratios.append(found / _error(workload, nearest, activation))
+            seconds.append(time.perf_counter() - begin)
+            grid = workload.grid(bits)
+            codes = nearest_codes(workload.matrix, grid)
+            nearest = dequantize(codes, grid.scale, grid.zero_point)
+            ratios.append(
+                _error(workload, result, activation) / _error(workload, nearest, activation)
+            )
             undecided.append(result.report.undecided)
-            seconds += result.report.seconds["total"]
         rows.append(
             {
                 "sweep": title,
@@ -95,7 +121,7 @@ def _sweep(
         ["settings", *(w.name for w in workloads), "mean", "undecided", "s"],
         [
             [str(row["settings"] or "defaults"), *row["of_nearest"], row["geometric_mean"],
-             row["undecided"], row["seconds"]]
+             row["undecided"], sum(row["seconds"])]
             for row in rows
         ],
     )  # fmt: skip
@@ -103,12 +129,53 @@ def _sweep(
 
 
 @torch.no_grad()
-def _error(workload: Workload, matrix_q: Tensor, activation: str | None) -> float:
+def _error(workload: Workload, rounded: LayerResult | Tensor, activation: str | None) -> float:
     if activation is None:
-        return workload.relative_error(matrix_q, workload.held_out)
+        if isinstance(rounded, LayerResult):
+            return workload.result_error(rounded)
+        return workload.relative_error(rounded, workload.held_out)
+    matrix_q = rounded.weight_q if isinstance(rounded, LayerResult) else rounded
     x, bias = workload.held_out.flatten(0, -2), workload.layer.bias
     exact, got = (F.gelu(F.linear(x, matrix, bias)) for matrix in (workload.matrix, matrix_q))
     return float((got - exact).square().sum() / exact.square().sum())
+
+
+class _Recorder:
+    """An objective that keeps the soft errors it is asked about at one step."""
+
+    as_error = True
+
+    def __init__(self, objective: GramObjective, step: int) -> None:
+        self._objective, self._left = objective, step
+        self.dtype = objective.dtype
+
+    def gradient(self, error: Tensor) -> Tensor:
+        if self._left == 0:
+            self.kept = error.clone()
+        self._left -= 1
+        return self._objective.gradient(error)
+
+
+@torch.no_grad()
+def _settling(workload: Workload, steps: int) -> dict[str, Any]:
+    """How many weights change sides in the last tenth of the annealing: would an early end pay?"""
+    layer = matrix_layer(workload.layer)
+    moments = GramStatistics([layer], positions=None, seed=0)
+    moments.collect(batches([layer], workload.name, workload.inputs, None))
+    weight, grid = workload.matrix, workload.grid()
+    recorder = _Recorder(
+        GramObjective(weight, moments, centred=True, damping=0.05), steps * 9 // 10
+    )
+    config = AdaRoundConfig(steps=steps)
+    v = anneal(weight, grid, recorder, settings(config, "gram"), config).v  # type: ignore[arg-type]
+    h = (recorder.kept + weight) / grid.scale - (weight / grid.scale).floor()
+    changed = float(((h >= 0.5) != (v >= 0)).float().mean())
+    note(f"{workload.name}: {changed:.2%} change sides in the last tenth of {steps} steps")
+    return {"sweep": "settling", "layer": workload.name, "steps": steps, "changed": changed}
+
+
+def _with_inputs(workload: Workload, inputs: Tensor) -> Workload:
+    return Workload(workload.name, workload.layer, inputs, workload.held_out, workload.data)
 
 
 def _part(workload: Workload) -> Workload:

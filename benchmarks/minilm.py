@@ -166,14 +166,20 @@ def layer_inputs(
 
 
 @torch.no_grad()
-def relative_error(layer: nn.Linear, weight_q: Tensor, inputs: Tensor) -> float:
-    """||(W_q - W) X||^2 / ||W X||^2 in float64, without the bias; inputs [..., in_features]."""
+def relative_error(
+    layer: nn.Linear, weight_q: Tensor, inputs: Tensor, bias: Tensor | None = None
+) -> float:
+    """||(W_q - W) X + d||^2 / ||W X||^2 in float64, d the change to a new bias, if there is one.
+
+    inputs [..., in_features].
+    """
     weight = layer.weight.double()
     if weight_q.shape != weight.shape:
         raise ValueError(f"weight_q must be {list(weight.shape)}, got {list(weight_q.shape)}")
     delta = weight_q.double() - weight
+    change = 0.0 if bias is None else bias.double() - layer.bias.double()
     error = power = 0.0
     for x in torch.split(inputs.flatten(0, -2), 2048):
-        error += (x.double() @ delta.T).square().sum().item()
+        error += (x.double() @ delta.T + change).square().sum().item()
         power += (x.double() @ weight.T).square().sum().item()
     return error / power

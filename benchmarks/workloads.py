@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adaround_ext import AdaRoundConfig, LayerResult
+from adaround_ext.grid import QuantGrid, make_grid
 from benchmarks import minilm
 
 # [rows, cols]: one that fits in a cache and two that do not.
@@ -59,17 +61,33 @@ class Workload:
         padding = tuple(int(p) for p in layer.padding)
         return F.conv2d(x, weight, None, layer.stride, padding, layer.dilation, layer.groups)
 
+    def grid(self, bits: int = 4) -> QuantGrid:
+        """The grid of least squared weight error, on which the reference works."""
+        return make_grid(self.matrix.float(), AdaRoundConfig(bits=bits, scale="mse"))
+
+    def result_error(self, result: LayerResult) -> float:
+        """:meth:`relative_error` of a result on the held-out data, its new bias included."""
+        change = None if result.bias is None else result.bias - self.layer.bias
+        return self.relative_error(result.weight_q.flatten(1), self.held_out, change)
+
     @torch.no_grad()
-    def relative_error(self, matrix_q: Tensor, inputs: Tensor) -> float:
-        """||(W_q - W) X||^2 / ||W X||^2, summed in float64."""
+    def relative_error(
+        self, matrix_q: Tensor, inputs: Tensor, bias_change: Tensor | None = None
+    ) -> float:
+        """||(W_q - W) X + d||^2 / ||W X||^2 for a change d of the bias, summed in float64."""
         error = power = 0.0
         for x in torch.split(inputs, 32):
-            error += self._power(x, matrix_q - self.matrix)
-            power += self._power(x, self.matrix)
+            missed = self.forward(x, matrix_q - self.matrix)
+            if bias_change is not None:
+                shape = [-1] + [1] * (missed.dim() - 2) if self.is_conv else [-1]
+                missed = missed + bias_change.view(shape)
+            error += _power(missed)
+            power += _power(self.forward(x, self.matrix))
         return error / power
 
-    def _power(self, x: Tensor, matrix: Tensor) -> float:
-        return float(self.forward(x, matrix).square().sum(dtype=torch.float64))
+
+def _power(values: Tensor) -> float:
+    return float(values.square().sum(dtype=torch.float64))
 
 
 CONVOLUTIONS = ("resnet18.layer1", "mobilenet.depthwise", "resnet18.downsample")

@@ -183,7 +183,7 @@ inline void check_max_sweeps(int64_t max_sweeps) {
   ADAROUND_CHECK(max_sweeps >= 0, "max_sweeps must not be negative, got ", max_sweeps);
 }
 
-// Steps are counted in float32 beside the columns' codes.
+// Steps are counted in float32 on the CPU and in 24 bits of a word on CUDA.
 constexpr int64_t kMaxTabuSteps = int64_t{1} << 23;
 
 inline void check_tabu_steps(int64_t steps, int64_t seed) {

@@ -1,8 +1,10 @@
 """One block of a trained encoder, rounded in three ways: to nearest, by the paper, by this package.
 
 The six Linear layers of a MiniLM block, at 4 and 3 bits, on real text; the error is measured on
-other text. All methods use the same grid. The paper's algorithm in plain PyTorch takes minutes a
-layer, so it runs on one layer unless asked for more; for the others its time is extrapolated.
+other text. Rounding to nearest and the paper's algorithm use the grid of least squared weight
+error, this package searches its own and refits the bias. The paper's algorithm in plain PyTorch
+takes minutes a layer, so it runs on one layer unless asked for more; for the others its time is
+extrapolated.
 
     python -m examples.demo [--output DIR] [--paper LAYER ...]
 """
@@ -22,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from adaround_ext import LayerResult, optimize_layer, reference
-from adaround_ext.grid import QuantGrid, nearest_codes
+from adaround_ext import AdaRoundConfig, LayerResult, optimize_layer, reference
+from adaround_ext.grid import QuantGrid, make_grid, nearest_codes
 from adaround_ext.ops import dequantize
 from benchmarks import common, minilm
 from examples import demo_plot
@@ -68,8 +70,8 @@ class Workload:
         )
         return Workload(minilm.block_layers(model, BLOCK), calibration, held_out)
 
-    def error(self, name: str, weight_q: Tensor) -> float:
-        return minilm.relative_error(self.layers[name], weight_q, self.held_out[name])
+    def error(self, name: str, weight_q: Tensor, bias: Tensor | None = None) -> float:
+        return minilm.relative_error(self.layers[name], weight_q, self.held_out[name], bias)
 
 
 def ours(work: Workload, bits: int) -> dict[str, tuple[LayerResult, float]]:
@@ -120,8 +122,8 @@ def compare(
     work: Workload, name: str, bits: int, result: LayerResult, seconds: float, run: int, steps: int
 ) -> Row:
     """One row of the table. Of the paper's steps `run` are run, and the time is for all."""
-    weight, half = work.layers[name].weight.detach(), 1 << (bits - 1)
-    grid = QuantGrid(result.scale, result.zero_point, -half, half - 1)
+    weight = work.layers[name].weight.detach()
+    grid = make_grid(weight, AdaRoundConfig(bits=bits, scale="mse"))
     title = f"paper, {bits} bits, {name}" + (" (timing)" if run < steps else "")
     codes, paper_seconds = paper(work, name, grid, run, title)
     paper_seconds *= steps / run
@@ -135,7 +137,7 @@ def compare(
         bits=bits,
         nearest_error=error(nearest_codes(weight, grid)),
         paper_error=error(codes) if run == steps else None,
-        error=work.error(name, result.weight_q),
+        error=work.error(name, result.weight_q, result.bias),
         paper_seconds=paper_seconds,
         seconds=seconds,
         speedup=paper_seconds / seconds,

@@ -195,8 +195,6 @@ def test_bias_change_is_the_mean_error(device: torch.device, name: str, targets:
     assert got.dtype == torch.float64
     scale = float(plain.max())
     torch.testing.assert_close(got.square(), plain - centred, rtol=1e-3, atol=1e-5 * scale)
-    assert not problem.gram(targets).bias_change(problem.weight_q).any()
-    assert not problem.sampled(targets).bias_change(problem.weight_q).any()
 
 
 @FEW

@@ -120,7 +120,8 @@ def test_best_of_starts_is_no_worse_than_each(device: torch.device, name: str) -
         alone = optimize_layer(layer, x, starts=(start,), **settings)
         assert_no_row_is_worse(losses, result_losses(layer, alone, x))
         assert both.report.losses[start] == pytest.approx(alone.report.losses[start], rel=1e-5)
-    assert len([share for share in both.report.starts.values() if share > 0]) > 1
+    winners = [share for share in both.report.starts.values() if share > 0]
+    assert len(winners) > 1 or name == "depthwise"  # rows of 9 weights: all starts end the same
 
 
 @every_layer

@@ -38,7 +38,8 @@ def test_better_than_nearest(device: torch.device, name: str, objective: str, bi
     layer, x = make_layer(name, device)
     result = optimize_layer(layer, x, bits=bits, objective=objective, **QUICK, **QUICK_GRAM)
     losses = result_losses(layer, result, x)
-    before = losses_like(layer, result, nearest(layer, bits=bits), x)
+    scale = "mse" if objective == "sampled" else "gram"
+    before = losses_like(layer, result, nearest(layer, bits=bits, scale=scale), x)
     assert_no_row_is_worse(losses, before)
     assert (result.bias is None) == (layer.bias is None or objective == "sampled")
     assert float(losses.sum()) < 0.9 * float(before.sum())
@@ -238,7 +239,8 @@ def test_activation_is_part_of_the_loss(
     result = optimize_layer(layer, x, bits=3, activation=activation, **QUICK, **QUICK_GRAM)
     function = torch.relu if isinstance(activation, str) else activation
     losses = row_losses(layer, result.weight_q, x, activation=function)
-    before = row_losses(layer, nearest(layer, bits=3), x, activation=function)
+    wanted = nearest(layer, bits=3, scale="mse")
+    before = row_losses(layer, wanted, x, activation=function)
     assert_no_row_is_worse(losses, before)
     assert float(losses.sum()) < 0.9 * float(before.sum())
     assert result.report.losses["final"] == pytest.approx(float(losses.sum()), rel=1e-3)

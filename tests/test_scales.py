@@ -47,7 +47,7 @@ class Case:
         base = make_grid(self.objective.target, self.config)
         rows = len(self.weight)
         shared = len(base.scale) != rows
-        self.owners = torch.zeros(rows, dtype=torch.int64, device=device) if shared else None
+        self.owners = [rows] if shared else None
         self.grid = QuantGrid(
             base.scale.expand(rows, -1).clone(),
             base.zero_point.expand(rows, -1).clone(),
