@@ -15,12 +15,13 @@ _BLOCK = 16
 
 
 def fixed_bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a [groups, m, k] times b [groups, k, n], filled up with zeros to whole blocks.
+    """a [groups, m, k] times b [groups, k, n]; a lone product filled up with zeros to whole blocks.
 
-    ``out`` is memory that may be used for it: large results in new memory cost page faults.
+    Of several groups each product has one thread. ``out`` is memory that may be used for it: large
+    results in new memory cost page faults.
     """
     m, n = a.shape[1], b.shape[2]
-    missing_rows, missing_cols = -m % _BLOCK, -n % _BLOCK
+    missing_rows, missing_cols = (-m % _BLOCK, -n % _BLOCK) if len(a) == 1 else (0, 0)
     if not missing_rows and not missing_cols:
         return torch.bmm(a, b) if out is None else torch.bmm(a, b, out=out)
     if missing_rows:
