@@ -36,7 +36,10 @@ class LayerResult:
     report: LayerReport
 
     def apply_(self, layer: nn.Module) -> None:
-        """Writes weight_q (and a new bias) into ``layer``; ValueError where it does not fit."""
+        """Writes weight_q (and a new bias) into ``layer``; ValueError where it does not fit.
+
+        A layer that was made without a bias gets one, where the result has one (bias="create").
+        """
         weight = dict(layer.named_parameters(recurse=False)).get("weight")
         if weight is None or weight.shape != self.weight_q.shape:
             came = "none of its own" if weight is None else list(weight.shape)
@@ -44,12 +47,15 @@ class LayerResult:
                 f"layer must have a weight of shape {list(self.weight_q.shape)}, got {came}"
             )
         own = getattr(layer, "bias", None)
-        if self.bias is not None and (own is None or own.shape != self.bias.shape):
-            got = None if own is None else list(own.shape)
-            raise ValueError(f"layer must have a bias of shape {list(self.bias.shape)}, got {got}")
+        if self.bias is not None and own is not None and own.shape != self.bias.shape:
+            rule = f"layer must have a bias of shape {list(self.bias.shape)} or none"
+            raise ValueError(f"{rule}, got {list(own.shape)}")
         with torch.no_grad():
             weight.copy_(self.weight_q)
-            if self.bias is not None:
+            if self.bias is not None and own is None:
+                bias = self.bias.to(weight, copy=True)
+                layer.register_parameter("bias", nn.Parameter(bias, weight.requires_grad))
+            elif self.bias is not None:
                 layer.get_parameter("bias").copy_(self.bias)
 
     def save(self, path: str | os.PathLike[str]) -> None:

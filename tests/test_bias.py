@@ -79,8 +79,12 @@ def test_create(device: torch.device, name: str, targets: bool) -> None:
     assert optimize_layer(layer, x, y, **FAST).bias is None
     result = optimize_layer(layer, x, y, bias="create", **FAST)
     assert_takes_up_the_mean(layer, result, x, y)
-    with pytest.raises(ValueError, match=r"^layer must have a bias of shape"):
-        result.apply_(layer)
+    before = layer(x).detach()
+    result.apply_(layer)
+    assert torch.equal(layer.bias, result.bias)
+    assert layer.bias is not result.bias
+    assert layer.bias.requires_grad == layer.weight.requires_grad
+    assert layer(x).shape == before.shape
 
 
 def test_create_refits_a_bias_that_exists(device: torch.device) -> None:
