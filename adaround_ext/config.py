@@ -155,7 +155,7 @@ class AdaRoundConfig:
             if start not in _STARTS:
                 _fail("starts", f"a tuple of {', '.join(_STARTS)}", self.starts)
         if len(set(self.starts)) < len(self.starts):
-            _fail("starts", "each start once", self.starts)
+            _fail("starts", "a tuple without repeats", self.starts)
         object.__setattr__(self, "starts", tuple(self.starts))
 
     @property
