@@ -43,7 +43,10 @@ class GptqFactor:
 
 
 def cholesky(matrices: Tensor) -> Tensor:
-    """Lower Cholesky factors of float64 [groups, n, n], each shifted as little as it needs."""
+    """Lower Cholesky factors of float64 [groups, n, n], each shifted as little as it needs.
+
+    Raises ValueError for NaN or infinity.
+    """
     if not bool(matrices.isfinite().all()):  # no shift would help
         raise ValueError("gram must be finite, got NaN or infinite values")
     mean = matrices.diagonal(dim1=1, dim2=2).mean(1)

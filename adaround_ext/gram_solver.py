@@ -68,7 +68,7 @@ class GramSolver:
             else:
                 winner[solution.losses < best.losses] = index
                 best = best.better(solution, self.owners)
-            if self.config.preset != "fast":
+            if self.chosen.diagnostics:
                 self.losses[name] = self.problem.stored_losses(solution.codes, grid)
             watch.lap("search")
         assert best is not None

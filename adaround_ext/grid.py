@@ -52,8 +52,8 @@ def make_grid(weight: Tensor, config: AdaRoundConfig) -> QuantGrid:
     "min_max": s = max|w| / qmax, or (max - min) / (qmax - qmin) with z = round(qmin - min / s).
     "mse": of 55 shares of that range the one with the least sum (w_q - w)^2 under rounding to
     nearest. "gram" starts from the best of 21 (scales.py). Scales are rounded to ``scale_dtype``
-    first. A run of zeros gets scale 1. Raises
-    ValueError where group_size does not divide the columns or a given scale does not fit.
+    first. A run of zeros gets scale 1. Raises ValueError where group_size does not divide the
+    columns or a given scale does not fit.
     """
     rows, cols = weight.shape
     qmin, qmax = quant_range(config.bits, config.symmetric)

@@ -31,9 +31,6 @@ class Objective(Protocol):
     def gradient(self, weight_q: Tensor) -> Tensor:
         """d loss / d weight_q [rows, cols] for the soft weights or errors [rows, cols]."""
 
-    def row_losses(self, weight_q: Tensor) -> Tensor:
-        """The loss of each row on all calibration data, float64 [rows]."""
-
 
 class GramObjective(Quadratic):
     """tr(D G D^T) - 2 <D, M> + E[e^2], D = w_q - w, M = E[e x^T]: exact without an activation.
@@ -81,7 +78,11 @@ class GramObjective(Quadratic):
         self._mismatch: Tensor | None = None
         if statistics.has_targets:
             self._add_targets(moments)
-        self.row_energies = self._energies()
+        # E[(w x + e)^2] is the loss of weights of 0 with nothing of it put into the bias.
+        nothing = torch.zeros_like(weight)
+        self.row_energies = self.row_losses(nothing)
+        if centred:
+            self.row_energies = self.row_energies + self.bias_change(nothing).square()
 
     def _add_targets(self, moments: Tensor) -> None:
         s = self._statistics
@@ -109,8 +110,10 @@ class GramObjective(Quadratic):
         return product.reshape(weight_q.shape)
 
     def row_losses(self, weight_q: Tensor) -> Tensor:
+        """The undamped loss of each row in the data's units, float64 [rows]."""
         error = weight_q - self._weight
-        losses = self._quadratic(error, self._undamped)
+        product = fixed_bmm(self.grouped(error), self._undamped).reshape(error.shape)
+        losses = self.unit * (product * error).sum(1, dtype=torch.float64)
         if self._mismatch is not None:
             cross = (error * self._mismatch).sum(1, dtype=torch.float64)
             losses = losses - self.unit * 2 * cross + self._constant
@@ -118,29 +121,9 @@ class GramObjective(Quadratic):
 
     def bias_change(self, weight_q: Tensor) -> Tensor:
         """E[e - D x], float64 [rows]: what a bias takes up."""
-        error = (weight_q - self._weight).double()
-        return self._statistics.mismatch_mean - self._times_mean(error)
-
-    def _energies(self) -> Tensor:
-        """E[(w x + e)^2], whatever the bias: the full-precision outputs without it."""
-        s = self._statistics
-        energies = self._quadratic(self._weight, self._undamped)
-        if self._mismatch is not None:
-            cross = (self._weight * self._mismatch).sum(1, dtype=torch.float64)
-            energies = energies + self.unit * 2 * cross + self._constant
-        if self.centred:
-            energies = energies + (self._times_mean(self._weight.double()) + s.mismatch_mean) ** 2
-        return energies
-
-    def _times_mean(self, rows: Tensor) -> Tensor:
-        """rows E[x], float64 [rows]."""
-        mean = self._statistics.mean
-        return (self.grouped(rows) * mean[:, None, :]).sum(2).view(-1)
-
-    def _quadratic(self, rows: Tensor, gram: Tensor) -> Tensor:
-        """diag(rows gram rows^T), float64 [rows], in the data's units."""
-        product = fixed_bmm(self.grouped(rows), gram).reshape(rows.shape)
-        return self.unit * (product * rows).sum(1, dtype=torch.float64)
+        error = self.grouped((weight_q - self._weight).double())
+        means = (error * self._statistics.mean[:, None, :]).sum(2).view(-1)
+        return self._statistics.mismatch_mean - means
 
 
 def _typical(diagonal: Tensor) -> Tensor:
@@ -173,7 +156,6 @@ class SampledObjective:
         seed: int,
     ) -> None:
         self._layer = layer
-        self._weight_shape = weight.shape
         self._bias = layer.bias
         self._inputs = inputs
         self._activation: Callable[[Tensor], Tensor] = activation or torch.nn.Identity()
@@ -207,6 +189,7 @@ class SampledObjective:
         return grad.contiguous()
 
     def row_losses(self, weight_q: Tensor) -> Tensor:
+        """The loss of each row on all samples, float64 [rows]."""
         return self._mean_square(weight_q, relative_to_zero=False)
 
     def _outputs(self, x: Tensor, matrix: Tensor) -> Tensor:

@@ -26,11 +26,11 @@ def _code_dtype(qmin: int) -> torch.dtype:
     return torch.int8 if qmin < 0 else torch.uint8
 
 
-def _check_same_shape(name: str, tensor: Tensor, weight: Tensor) -> None:
+def _check_same_shape(name: str, tensor: Tensor, model: Tensor, of: str = "weight") -> None:
     torch._check(
-        tensor.shape == weight.shape,
+        tensor.shape == model.shape,
         lambda: (
-            f"{name} must have the shape of weight, {list(weight.shape)}, got {list(tensor.shape)}"
+            f"{name} must have the shape of {of}, {list(model.shape)}, got {list(tensor.shape)}"
         ),
     )
 
@@ -243,13 +243,7 @@ def _(
     qmax: int,
     max_sweeps: int,
 ) -> None:
-    torch._check(
-        residual.shape == codes.shape,
-        lambda: (
-            f"residual must have the shape of codes, {list(codes.shape)}, "
-            f"got {list(residual.shape)}"
-        ),
-    )
+    _check_same_shape("residual", residual, codes, "codes")
 
 
 def tabu_search_(
@@ -284,13 +278,7 @@ def _(
     steps: int,
     seed: int,
 ) -> None:
-    torch._check(
-        residual.shape == codes.shape,
-        lambda: (
-            f"residual must have the shape of codes, {list(codes.shape)}, "
-            f"got {list(residual.shape)}"
-        ),
-    )
+    _check_same_shape("residual", residual, codes, "codes")
 
 
 def gptq(
@@ -308,7 +296,9 @@ def gptq(
     w_k + sum_{i<k} (w_i - w_q,i) feedback[i, k]. ``feedback`` [groups, cols, cols] is read above
     its diagonal; each serves rows / groups consecutive rows. With H = R R^T, R upper triangular in
     processing order, feedback[i, k] = R[i, k] / R[k, k] is GPTQ (Frantar et al. 2023) by theorem 6
-    of QuIP (Chee et al. 2023). weight, feedback and scale are float32 (CPU also float64).
+    of QuIP (Chee et al. 2023). weight, feedback and scale are float32 (CPU also float64). An order
+    that is no permutation is refused on the CPU; on CUDA, which would have to wait for the values,
+    entries beyond the columns are skipped and their codes undefined.
     """
     return _ops.gptq(weight, feedback, order, scale, zero_point, qmin, qmax)  # type: ignore[no-any-return]
 

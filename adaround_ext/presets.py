@@ -18,6 +18,7 @@ class Settings:
     steps: int
     learning_rate: float
     reg_weight: float
+    diagnostics: bool  # report the simple rules and every start, at a product each
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,11 @@ class _Preset:
     rounds: int
     gram_steps: int
     sampled_steps: int
+    diagnostics: bool = True
 
 
 _PRESETS = {
-    "fast": _Preset(("gptq",), 2, 0, 0, 200, 500),
+    "fast": _Preset(("gptq",), 2, 0, 0, 200, 500, diagnostics=False),
     "balanced": _Preset(("gptq", "adaround"), 9, 2000, 1, 300, 2000),
     "best": _Preset(("gptq", "adaround"), 33, 10_000, 3, 1000, 2000),
 }
@@ -54,7 +56,8 @@ def settings(config: AdaRoundConfig, objective: str) -> Settings:
     if objective == "sampled":
         steps = preset.sampled_steps if config.scale_free else _PAPER_STEPS
         steps = _given(config.steps, steps)
-        return Settings(("adaround",), 0, 0, 0, steps, learning_rate, reg_weight)
+        only: tuple[Start, ...] = ("adaround",)
+        return Settings(only, 0, 0, 0, steps, learning_rate, reg_weight, preset.diagnostics)
     starts = preset.starts if config.starts is None else config.starts
     searches, refines = config.searches_scales, config.refine
     return Settings(
@@ -65,6 +68,7 @@ def settings(config: AdaRoundConfig, objective: str) -> Settings:
         _given(config.steps, preset.gram_steps) if "adaround" in starts else 0,
         learning_rate,
         reg_weight,
+        preset.diagnostics,
     )
 
 

@@ -134,7 +134,7 @@ def _gram_problems(
     damping = config.damping
     if damping is None:
         damping = min(_MOST_DAMPING, _DAMPING / max(statistics.count, 1) ** 0.5)
-    rows = list(_row_slices(layers))
+    rows, notes = list(_row_indices(layers)), statistics.notes()
     for part in _parts(layers, config):
         weight = torch.cat([layers[i].weight_matrix().float() for i in part])
         own = statistics.rows(torch.cat([rows[i] for i in part]))
@@ -146,7 +146,6 @@ def _gram_problems(
             normalize=config.scale_free,
             dtype=annealing_dtype(config.products, weight.device),
         )
-        notes = statistics.notes()
         seconds = time.perf_counter() - started
         yield Problem(
             [layers[i] for i in part], weight, objective, "gram", reason, statistics.count, seconds,
@@ -170,7 +169,7 @@ def _parts(layers: list[MatrixLayer], config: AdaRoundConfig) -> list[list[int]]
     return list(parts.values())
 
 
-def _row_slices(layers: list[MatrixLayer]) -> Iterator[Tensor]:
+def _row_indices(layers: list[MatrixLayer]) -> Iterator[Tensor]:
     """The indices of each layer's rows among all."""
     begin = 0
     for layer in layers:

@@ -16,8 +16,8 @@ class LayerReport:
     (but "soft"), all with the same treatment of the bias: "nearest", "floor", "ceil" and
     "stochastic" (one draw, up with the probability of the fraction) on the starting grid; each
     start after its search; "soft" (at the end of the annealing) and "hard" (AdaRound's own
-    decision); and "final". For the Gram objective the preset "fast" leaves out the simple rules and
-    the starts, which would take as long as the rest.
+    decision); and "final". The preset "fast" leaves out the simple rules, which would take as long
+    as the rest, and for the Gram objective the starts.
     energy: the same of the full-precision outputs without bias (sampled: of the outputs that the
     loss sees); ``relative`` divides by it.
     starts: the share of rows in which each start was the best. damping: of the Gram matrix.

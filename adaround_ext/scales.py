@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -90,7 +92,7 @@ def search_group_scales(
         codes[:, own] = better.codes
         scale[:, group] = better.grid.scale[:, 0]
         zero_point[:, group] = better.grid.zero_point[:, 0]
-    found = Solution.of(codes, QuantGrid(scale, zero_point, grid.qmin, grid.qmax), quadratic)
+    found = Solution.of(codes, replace(grid, scale=scale, zero_point=zero_point), quadratic)
     if config.refine:
         found = descend(found, quadratic)
     return solution.better(refit_scales(found, quadratic, None, config), None)
@@ -125,7 +127,7 @@ def refit_scales(
     usable = (factors > 0) & factors.isfinite() & ~empty
     scale = stored_scale(grid.scale.double() * factors, config.scale_dtype)
     scale = torch.where(usable, scale, grid.scale)
-    refitted = QuantGrid(scale, grid.zero_point, grid.qmin, grid.qmax)
+    refitted = replace(grid, scale=scale)
     residual = None
     if n_groups == 1:
         residual = (scale / grid.scale) * product - quadratic.target_product
@@ -164,13 +166,12 @@ def _scaled(grid: QuantGrid, share: float, config: AdaRoundConfig) -> QuantGrid:
     """The grid shrunk or stretched about its middle, as far as whole zero points allow."""
     scale = stored_scale(grid.scale * share, config.scale_dtype)
     if config.symmetric:
-        return QuantGrid(scale, grid.zero_point, grid.qmin, grid.qmax)
+        return replace(grid, scale=scale)
     middle = (grid.qmin + grid.qmax) / 2
     zero_point = middle - grid.scale * (middle - grid.zero_point) / scale
     zero_point = zero_point.round().clamp(grid.qmin, grid.qmax).to(torch.int32)
-    return QuantGrid(scale, zero_point, grid.qmin, grid.qmax)
+    return replace(grid, scale=scale, zero_point=zero_point)
 
 
 def _moved(grid: QuantGrid, offset: int) -> QuantGrid:
-    zero_point = (grid.zero_point + offset).clamp(grid.qmin, grid.qmax)
-    return QuantGrid(grid.scale, zero_point, grid.qmin, grid.qmax)
+    return replace(grid, zero_point=(grid.zero_point + offset).clamp(grid.qmin, grid.qmax))

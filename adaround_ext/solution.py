@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,10 @@ class Solution:
     def of(
         codes: Tensor, grid: QuantGrid, quadratic: Quadratic, residual: Tensor | None = None
     ) -> Solution:
-        """``residual`` where it is known already, which saves a matrix product."""
+        """These codes with their residual and losses under ``quadratic``.
+
+        ``residual`` [rows, cols] where it is known already, which saves a matrix product.
+        """
         error = ops.dequantize(codes, grid.scale, grid.zero_point) - quadratic.target
         if residual is None:
             residual = quadratic.residual(error)
@@ -53,7 +57,7 @@ class Solution:
         if not same_grid:
             scale = chosen(other.grid.scale, grid.scale)
             zero_point = chosen(other.grid.zero_point, grid.zero_point)
-            grid = QuantGrid(scale, zero_point, grid.qmin, grid.qmax)
+            grid = dataclasses.replace(grid, scale=scale, zero_point=zero_point)
         return Solution(
             chosen(other.codes, self.codes),
             grid,

@@ -82,7 +82,7 @@ def _results(
 ) -> list[LayerResult]:
     weight, grid, objective = problem.weight, outcome.grid, problem.objective
     losses = dict(outcome.losses)
-    rules = {} if config.preset == "fast" else baseline_codes(weight, base, config.seed)
+    rules = baseline_codes(weight, base, config.seed) if chosen.diagnostics else {}
     for name, rule in rules.items():
         losses[name] = problem.stored_losses(rule, base)
     at = position(weight, grid)

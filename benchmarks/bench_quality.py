@@ -74,7 +74,7 @@ def _transformer(options: Options, results: Results) -> None:
                     if method in quality_model.METHODS:
                         kept.setdefault((bits, method), {})[subject.name] = rounding
     if "model" in options.parts:
-        unused = minilm.unused_text_batches(tokenizer, "calibration")
+        unused = minilm.text_batches(tokenizer, "calibration", unused=True)
         texts = {"held_out": held_out, "calibration_unused": unused}
         if options.quick:
             texts = {name: batches[:1] for name, batches in texts.items()}

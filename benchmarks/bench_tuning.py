@@ -167,7 +167,7 @@ def _settling(workload: Workload, steps: int) -> dict[str, Any]:
         GramObjective(weight, moments, centred=True, damping=0.05), steps * 9 // 10
     )
     config = AdaRoundConfig(steps=steps)
-    v = anneal(weight, grid, recorder, settings(config, "gram"), config).v  # type: ignore[arg-type]
+    v = anneal(weight, grid, recorder, settings(config, "gram"), config).v
     h = (recorder.kept + weight) / grid.scale - (weight / grid.scale).floor()
     changed = float(((h >= 0.5) != (v >= 0)).float().mean())
     note(f"{workload.name}: {changed:.2%} change sides in the last tenth of {steps} steps")

@@ -83,11 +83,13 @@ def text_batches(
     sequences: int = 320,
     length: int = 32,
     batch_size: int = 32,
+    unused: bool = False,
 ) -> list[dict[str, Tensor]]:
     """Equal windows of running text as ``{"input_ids": [batch_size, length]}``, without padding.
 
     Each is CLS, ``length - 2`` tokens of text and SEP; they are spread evenly over the split, and
-    the last batch may be smaller. ValueError where the text is too short for that many.
+    the last batch may be smaller. ``unused``: all other windows of the split instead. ValueError
+    where the text is too short for that many.
     """
     if length < 3 or sequences < 1 or batch_size < 1:
         rule = "length must be at least 3, sequences and batch_size at least 1"
@@ -96,22 +98,9 @@ def text_batches(
     if sequences > len(windows):
         limit = f"{len(windows)} for split {split!r} and length {length}"
         raise ValueError(f"sequences must be at most {limit}, got {sequences}")
-    return _batches(tokenizer, windows[_chosen(sequences, len(windows))], batch_size)
-
-
-def unused_text_batches(
-    tokenizer: PreTrainedTokenizerBase,
-    split: Split = "calibration",
-    *,
-    sequences: int = 320,
-    length: int = 32,
-    batch_size: int = 32,
-) -> list[dict[str, Tensor]]:
-    """All other windows of the split: those that ``text_batches`` leaves out."""
-    windows = _windows(tokenizer, split, length)
-    left = torch.ones(len(windows), dtype=torch.bool)
-    left[_chosen(sequences, len(windows))] = False
-    return _batches(tokenizer, windows[left], batch_size)
+    taken = torch.zeros(len(windows), dtype=torch.bool)
+    taken[torch.arange(sequences) * len(windows) // sequences] = True
+    return _batches(tokenizer, windows[taken != unused], batch_size)
 
 
 def _windows(tokenizer: PreTrainedTokenizerBase, split: Split, length: int) -> Tensor:
@@ -121,10 +110,6 @@ def _windows(tokenizer: PreTrainedTokenizerBase, split: Split, length: int) -> T
     tokens = torch.tensor([token for ids in encoded["input_ids"] for token in ids])
     available = len(tokens) // (length - 2)
     return tokens[: available * (length - 2)].view(available, length - 2)
-
-
-def _chosen(sequences: int, available: int) -> Tensor:
-    return torch.arange(sequences) * available // sequences
 
 
 def _batches(

@@ -178,7 +178,7 @@ ADAROUND_INLINE T code_step_with_margin(T cost, T scale, T curvature) {
 
 // For how many steps a column of the tabu search rests after a change: drawn from [t, 2t) for
 // t = cols / 40, by Knuth's MMIX generator. A fixed number could make the search run in circles.
-// Of t from 1 to 80, 10 was best at 384 columns and 40 at 1,536.
+// The best t was seen to grow with the number of columns.
 ADAROUND_INLINE int64_t tabu_tenure(int64_t cols, uint64_t& random) {
   random = random * 6364136223846793005u + 1442695040888963407u;
   const int64_t least = cols < 120 ? 3 : cols / 40;
