@@ -91,38 +91,46 @@ def gather(
     return x, tuple(torch.cat(column).float() for column in columns), samples
 
 
-def fixed_batches(source: Iterator[Batch], size: int) -> Iterator[Batch]:
-    """The same samples in batches of exactly ``size`` (the last may be smaller).
+class Rebatcher:
+    """Cuts batches again into ones of exactly ``size`` samples (the last may be smaller).
 
-    Where a sample's shape changes, the batch before it ends.
+    Where a sample's shape changes, or whether there are targets, the batch before it ends.
     """
-    held: list[Batch] = []
-    count = 0
 
-    def join() -> Batch:
-        if len(held) == 1:
-            return held[0]
-        x = torch.cat([batch[0] for batch in held])
-        if held[0][1] is None:
-            return x, None
-        columns = zip(*(batch[1] or () for batch in held), strict=True)
-        return x, tuple(torch.cat(column) for column in columns)
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._held: list[Batch] = []
+        self._count = 0
 
-    for x, targets in source:
-        if held and held[0][0].shape[1:] != x.shape[1:]:
-            yield join()
-            held, count = [], 0
+    def push(self, x: Tensor, targets: tuple[Tensor, ...] | None) -> Iterator[Batch]:
+        """Takes a batch and yields those that are full."""
+        if self._held and self._kind(*self._held[0]) != self._kind(x, targets):
+            yield from self.flush()
         begin = 0
         while begin < len(x):
-            end = min(len(x), begin + size - count)
-            held.append((x[begin:end], targets and tuple(y[begin:end] for y in targets)))
-            count += end - begin
+            end = min(len(x), begin + self._size - self._count)
+            self._held.append((x[begin:end], targets and tuple(y[begin:end] for y in targets)))
+            self._count += end - begin
             begin = end
-            if count == size:
-                yield join()
-                held, count = [], 0
-    if held:
-        yield join()
+            if self._count == self._size:
+                yield from self.flush()
+
+    def flush(self) -> Iterator[Batch]:
+        """What is left."""
+        held, self._held, self._count = self._held, [], 0
+        if len(held) < 2:
+            yield from held
+            return
+        x = torch.cat([batch[0] for batch in held])
+        if held[0][1] is None:
+            yield x, None
+            return
+        columns = zip(*(batch[1] or () for batch in held), strict=True)
+        yield x, tuple(torch.cat(column) for column in columns)
+
+    @staticmethod
+    def _kind(x: Tensor, targets: tuple[Tensor, ...] | None) -> tuple[object, ...]:
+        return x.shape[1:], x.dtype, targets is None
 
 
 def _items(inputs: Data) -> Iterator[Tensor]:

@@ -8,23 +8,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from adaround_ext import data
 from adaround_ext.choice import choose_objective
 from adaround_ext.config import AdaRoundConfig, make_config
 from adaround_ext.layers import MatrixLayer, matrix_layer
-from adaround_ext.objective import GramObjective, SampledObjective
+from adaround_ext.pose import gram_problems, sampled_problems
 from adaround_ext.precision import full_precision
 from adaround_ext.problem import Problem
-from adaround_ext.products import annealing_dtype
 from adaround_ext.result import LayerResult
-from adaround_ext.solve import solve
+from adaround_ext.solve import solve_all
 from adaround_ext.statistics import GramStatistics
 
 _logger = logging.getLogger("adaround_ext")
-# Damping of the Gram matrix against overfitting: docs/tuning.md.
-_DAMPING, _MOST_DAMPING = 5.0, 0.3
 
 
 @overload
@@ -81,15 +78,11 @@ def optimize_layer(
     _check_layers(layers)
     objective, reason = choose_objective(config, layers, inputs)
     problems = _gram_problems if objective == "gram" else _sampled_problems
-    results: dict[int, LayerResult] = {}  # by layer: problems may come in another order
     with full_precision(layers[0].weight.device):
-        for problem in problems(layers, inputs, targets, config, reason):
-            solved = solve(problem, config)
-            results.update(zip(map(id, problem.layers), solved, strict=True))
-    ordered = [results[id(layer)] for layer in layers]
-    for result in ordered:
+        results = solve_all(layers, problems(layers, inputs, targets, config, reason), config)
+    for result in results:
         _logger.info("%s", result.report)
-    return ordered[0] if single else ordered
+    return results[0] if single else results
 
 
 def _check_layers(layers: list[MatrixLayer]) -> None:
@@ -123,58 +116,11 @@ def _gram_problems(
     config: AdaRoundConfig,
     reason: str,
 ) -> Iterator[Problem]:
-    """A problem for all layers together, since rows are independent and the statistics are shared.
-
-    Layers whose bias takes up the mean error have another objective than those whose does not, and
-    with groups each layer is its own: their rows would have to be interleaved group by group.
-    """
     started = time.perf_counter()
     statistics = GramStatistics(layers, config.positions, config.seed)
     statistics.collect(data.batches(layers, _name(layers), inputs, targets))
-    damping = config.damping
-    if damping is None:
-        damping = min(_MOST_DAMPING, _DAMPING / max(statistics.count, 1) ** 0.5)
-    rows, notes = list(_row_indices(layers)), statistics.notes()
-    for part in _parts(layers, config):
-        weight = torch.cat([layers[i].weight_matrix().float() for i in part])
-        own = statistics.rows(torch.cat([rows[i] for i in part]))
-        objective = GramObjective(
-            weight,
-            own,
-            centred=_centred(layers[part[0]], config),
-            damping=damping,
-            normalize=config.scale_free,
-            dtype=annealing_dtype(config.products, weight.device),
-        )
-        seconds = time.perf_counter() - started
-        yield Problem(
-            [layers[i] for i in part], weight, objective, "gram", reason, statistics.count, seconds,
-            notes,
-        )  # fmt: skip
-        started = time.perf_counter()
-
-
-def _centred(layer: MatrixLayer, config: AdaRoundConfig) -> bool:
-    """Whether the layer will have a bias that may change."""
-    return config.bias == "create" or (config.bias == "refit" and layer.bias is not None)
-
-
-def _parts(layers: list[MatrixLayer], config: AdaRoundConfig) -> list[list[int]]:
-    """Indices of the layers that are one problem."""
-    if layers[0].groups > 1:
-        return [[i] for i in range(len(layers))]
-    parts: dict[bool, list[int]] = {}
-    for i, layer in enumerate(layers):
-        parts.setdefault(_centred(layer, config), []).append(i)
-    return list(parts.values())
-
-
-def _row_indices(layers: list[MatrixLayer]) -> Iterator[Tensor]:
-    """The indices of each layer's rows among all."""
-    begin = 0
-    for layer in layers:
-        yield torch.arange(begin, begin + layer.rows, device=layer.weight.device)
-        begin += layer.rows
+    seconds = time.perf_counter() - started
+    return gram_problems(layers, statistics, config, reason, seconds)
 
 
 def _sampled_problems(
@@ -184,19 +130,7 @@ def _sampled_problems(
     config: AdaRoundConfig,
     reason: str,
 ) -> Iterator[Problem]:
-    """A problem a layer, on the same inputs, which stay in memory."""
     started = time.perf_counter()
     x, wanted, samples = data.gather(layers, _name(layers), inputs, targets)
-    batch = config.batch_size * max(1, len(x) // samples)  # all tokens of that many sequences
     seconds = time.perf_counter() - started
-    for index, layer in enumerate(layers):
-        weight = layer.weight_matrix().float()
-        if wanted is None:
-            targets_ = layer.forward(x, layer.weight, layer.bias)
-        else:
-            targets_ = wanted[index]
-        objective = SampledObjective(
-            layer, weight, x, targets_, config.activation_function, batch, config.scale_free,
-            config.seed,
-        )  # fmt: skip
-        yield Problem([layer], weight, objective, "sampled", reason, samples, seconds)
+    return sampled_problems(layers, x, wanted, samples, config, reason, seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -12,11 +13,23 @@ from adaround_ext.anneal import anneal
 from adaround_ext.config import AdaRoundConfig
 from adaround_ext.gram_solver import GramSolver
 from adaround_ext.grid import QuantGrid, baseline_codes, make_grid, nearest_codes, position
+from adaround_ext.layers import MatrixLayer
 from adaround_ext.objective import GramObjective
 from adaround_ext.presets import Settings, settings
 from adaround_ext.problem import Outcome, Problem, Stopwatch
 from adaround_ext.report import LayerReport
 from adaround_ext.result import LayerResult
+
+
+def solve_all(
+    layers: list[MatrixLayer], problems: Iterable[Problem], config: AdaRoundConfig
+) -> list[LayerResult]:
+    """A result a layer, in the order of ``layers``: problems may hold them in another."""
+    results: dict[int, LayerResult] = {}
+    for problem in problems:
+        solved = solve(problem, config)
+        results.update(zip(map(id, problem.layers), solved, strict=True))
+    return [results[id(layer)] for layer in layers]
 
 
 def solve(problem: Problem, config: AdaRoundConfig) -> list[LayerResult]:

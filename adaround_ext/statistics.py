@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from adaround_ext.data import Batch, fixed_batches
+from adaround_ext.data import Batch, Rebatcher
 from adaround_ext.layers import MatrixLayer
 from adaround_ext.products import fixed_bmm
 
@@ -55,6 +55,9 @@ class GramStatistics:
         self.count = 0
         self.has_targets = False
         self._shift: Tensor | None = None  # [groups, cols, 1]
+        self._rebatcher = Rebatcher(
+            _TOKENS if isinstance(first.layer, torch.nn.Linear) else _SAMPLES
+        )
 
     def gram(self) -> Tensor:
         """E[x x^T], float64 [groups, cols, cols]."""
@@ -66,34 +69,49 @@ class GramStatistics:
 
     def collect(self, batches: Iterator[Batch]) -> None:
         """Adds every batch; the moments are ready afterwards."""
-        first = self._layers[0]
-        size = _TOKENS if isinstance(first.layer, torch.nn.Linear) else _SAMPLES
-        for inputs, targets in fixed_batches(batches, size):
-            x = inputs.float()
-            if targets is None:
-                for patches, _ in self._patches(self._layers[-1], x, None):
-                    self._add_inputs(self._shifted(patches))
-                continue
-            self.has_targets = True
-            row = 0
-            for index, (layer, target) in enumerate(zip(self._layers, targets, strict=True)):
-                # Not layer.forward: the bits of a library's convolution depend on the threads.
-                weight = layer.weight_matrix().float().view(layer.groups, -1, layer.cols)
-                for patches, y in self._patches(layer, x, target.float()):
-                    assert y is not None
-                    e = y - fixed_bmm(weight, patches)
-                    if layer.bias is not None:
-                        e -= layer.bias.float().view(layer.groups, -1, 1)
-                    shifted = self._shifted(patches)
-                    if index == 0:
-                        self._add_inputs(shifted)
-                    rows = slice(row, row + layer.rows)
-                    self.mismatch[rows] += fixed_bmm(e, shifted.mT).reshape(layer.rows, -1)
-                    self.mismatch_mean[rows] += e.sum(2, dtype=torch.float64).view(-1)
-                    self.mismatch_energy[rows] += e.square().sum(2, dtype=torch.float64).view(-1)
-                row += layer.rows
+        for inputs, targets in batches:
+            self.add(inputs, targets)
+        self.finish()
+
+    def add(self, inputs: Tensor, targets: tuple[Tensor, ...] | None) -> None:
+        """Adds a batch as :func:`adaround_ext.data.batches` gives it.
+
+        Without targets, the layers' own outputs are what is wanted.
+        """
+        for batch in self._rebatcher.push(inputs, targets):
+            self._consume(*batch)
+
+    def finish(self) -> None:
+        """Adds what is held back; the moments are ready afterwards."""
+        for batch in self._rebatcher.flush():
+            self._consume(*batch)
         if self.count:
             self._finish()
+
+    def _consume(self, inputs: Tensor, targets: tuple[Tensor, ...] | None) -> None:
+        x = inputs.float()
+        if targets is None:
+            for patches, _ in self._patches(self._layers[-1], x, None):
+                self._add_inputs(self._shifted(patches))
+            return
+        self.has_targets = True
+        row = 0
+        for index, (layer, target) in enumerate(zip(self._layers, targets, strict=True)):
+            # Not layer.forward: the bits of a library's convolution depend on the threads.
+            weight = layer.weight_matrix().float().view(layer.groups, -1, layer.cols)
+            for patches, y in self._patches(layer, x, target.float()):
+                assert y is not None
+                e = y - fixed_bmm(weight, patches)
+                if layer.bias is not None:
+                    e -= layer.bias.float().view(layer.groups, -1, 1)
+                shifted = self._shifted(patches)
+                if index == 0:
+                    self._add_inputs(shifted)
+                rows = slice(row, row + layer.rows)
+                self.mismatch[rows] += fixed_bmm(e, shifted.mT).reshape(layer.rows, -1)
+                self.mismatch_mean[rows] += e.sum(2, dtype=torch.float64).view(-1)
+                self.mismatch_energy[rows] += e.square().sum(2, dtype=torch.float64).view(-1)
+            row += layer.rows
 
     def _finish(self) -> None:
         assert self._shift is not None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from adaround_ext.data import Batch, batches, fixed_batches, gather
+from adaround_ext.data import Batch, Rebatcher, batches, gather
 from adaround_ext.layers import matrix_layer
 
 LINEAR = nn.Linear(5, 3)
@@ -37,6 +37,14 @@ class WatchedStream:
 
     def _release(self) -> None:
         self.alive -= 1
+
+
+def fixed_batches(source: Iterator[Batch], size: int) -> Iterator[Batch]:
+    """All that a Rebatcher gives for a whole stream."""
+    rebatcher = Rebatcher(size)
+    for x, targets in source:
+        yield from rebatcher.push(x, targets)
+    yield from rebatcher.flush()
 
 
 def stream(layer: nn.Module, inputs: Any, targets: Any = None) -> Iterator[Batch]:

@@ -1,0 +1,109 @@
+"""From what was collected of the data to the problems that are solved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from adaround_ext.config import AdaRoundConfig
+from adaround_ext.layers import MatrixLayer
+from adaround_ext.objective import GramObjective, SampledObjective
+from adaround_ext.problem import Problem
+from adaround_ext.products import annealing_dtype
+from adaround_ext.statistics import GramStatistics
+
+# Damping of the Gram matrix against overfitting: docs/tuning.md.
+_DAMPING, _MOST_DAMPING = 5.0, 0.3
+
+
+def gram_problems(
+    layers: list[MatrixLayer],
+    statistics: GramStatistics,
+    config: AdaRoundConfig,
+    reason: str,
+    seconds: float,
+) -> Iterator[Problem]:
+    """A problem for all layers together, since rows are independent and the statistics are shared.
+
+    Layers whose bias takes up the mean error have another objective than those whose does not, and
+    with groups each layer is its own: their rows would have to be interleaved group by group.
+    ``statistics`` are of exactly these layers; ``seconds`` is what they took.
+    """
+    started = time.perf_counter()
+    damping = config.damping
+    if damping is None:
+        damping = min(_MOST_DAMPING, _DAMPING / max(statistics.count, 1) ** 0.5)
+    rows, notes = list(_row_indices(layers)), statistics.notes()
+    for part in _parts(layers, config):
+        weight = torch.cat([layers[i].weight_matrix().float() for i in part])
+        own = statistics.rows(torch.cat([rows[i] for i in part]))
+        objective = GramObjective(
+            weight,
+            own,
+            centred=_centred(layers[part[0]], config),
+            damping=damping,
+            normalize=config.scale_free,
+            dtype=annealing_dtype(config.products, weight.device),
+        )
+        seconds += time.perf_counter() - started
+        yield Problem(
+            [layers[i] for i in part], weight, objective, "gram", reason, statistics.count, seconds,
+            notes,
+        )  # fmt: skip
+        started, seconds = time.perf_counter(), 0.0
+
+
+def sampled_problems(
+    layers: list[MatrixLayer],
+    inputs: Tensor,
+    targets: tuple[Tensor, ...] | None,
+    samples: int,
+    config: AdaRoundConfig,
+    reason: str,
+    seconds: float,
+) -> Iterator[Problem]:
+    """A problem a layer, on the same inputs, which stay in memory.
+
+    ``samples`` counts what a minibatch is drawn of: sequences, each of several inputs, or images.
+    """
+    started = time.perf_counter()
+    batch = config.batch_size * max(1, len(inputs) // samples)  # all tokens of that many sequences
+    for index, layer in enumerate(layers):
+        weight = layer.weight_matrix().float()
+        if targets is None:
+            wanted = layer.forward(inputs, layer.weight, layer.bias)
+        else:
+            wanted = targets[index]
+        objective = SampledObjective(
+            layer, weight, inputs, wanted, config.activation_function, batch, config.scale_free,
+            config.seed,
+        )  # fmt: skip
+        seconds += time.perf_counter() - started
+        yield Problem([layer], weight, objective, "sampled", reason, samples, seconds)
+        started, seconds = time.perf_counter(), 0.0
+
+
+def _centred(layer: MatrixLayer, config: AdaRoundConfig) -> bool:
+    """Whether the layer will have a bias that may change."""
+    return config.bias == "create" or (config.bias == "refit" and layer.bias is not None)
+
+
+def _parts(layers: list[MatrixLayer], config: AdaRoundConfig) -> list[list[int]]:
+    """Indices of the layers that are one problem."""
+    if layers[0].groups > 1:
+        return [[i] for i in range(len(layers))]
+    parts: dict[bool, list[int]] = {}
+    for i, layer in enumerate(layers):
+        parts.setdefault(_centred(layer, config), []).append(i)
+    return list(parts.values())
+
+
+def _row_indices(layers: list[MatrixLayer]) -> Iterator[Tensor]:
+    """The indices of each layer's rows among all."""
+    begin = 0
+    for layer in layers:
+        yield torch.arange(begin, begin + layer.rows, device=layer.weight.device)
+        begin += layer.rows

@@ -1,0 +1,233 @@
+"""One run of a model, watched: which modules and operators ran, in what order, on which tensors.
+
+Everything that must not depend on how a model is written is read from this: the order of its
+layers, which of them share an input, what follows a layer, what a block's output is used for.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor as it was at some time: equal for the same memory, seen in the same way, with no
+    write between."""
+
+    storage: int  # a number a storage, never used twice
+    writes: int  # into that storage so far
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleCall:
+    """One call of a module. ``index`` counts this module's calls, from 0."""
+
+    module: nn.Module
+    index: int
+    begin: int
+    end: int
+    inputs: tuple[Value, ...]  # all tensors among the arguments
+    outputs: tuple[Value, ...]
+
+    def spans(self, time: int) -> bool:
+        """Whether something that happened then was part of this call."""
+        return self.begin < time < self.end
+
+
+@dataclass(frozen=True, eq=False)
+class OperatorCall:
+    """One call of an ATen operator, as "aten.relu.default"."""
+
+    name: str
+    time: int
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    arguments: tuple[Any, ...]  # those that are no tensors, in order
+    written: tuple[int, ...]  # storages that it changed
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """A whole run; ``calls`` in the order in which they began."""
+
+    calls: list[ModuleCall]
+    operators: list[OperatorCall]
+    outputs: tuple[Value, ...]
+    born: dict[int, int]  # when a storage was first seen
+
+    @cached_property
+    def _by_module(self) -> dict[nn.Module, list[ModuleCall]]:
+        found = defaultdict(list)
+        for call in self.calls:
+            found[call.module].append(call)
+        return found
+
+    @cached_property
+    def _readers(self) -> dict[Value, list[OperatorCall]]:
+        found = defaultdict(list)
+        for operator in self.operators:
+            for value in dict.fromkeys(operator.inputs):
+                found[value].append(operator)
+        return found
+
+    def calls_of(self, module: nn.Module) -> list[ModuleCall]:
+        """All calls of a module, in order."""
+        return self._by_module.get(module, [])
+
+    def readers(self, value: Value) -> list[OperatorCall]:
+        """The operators that took exactly this value, in order; views of it are operators too."""
+        return self._readers.get(value, [])
+
+    def only_reader(self, call: ModuleCall) -> OperatorCall | None:
+        """The one operator that reads this call's one output, where the model does not return it.
+
+        What runs inside the call itself is not counted.
+        """
+        if len(call.outputs) != 1 or call.outputs[0] in self.outputs:
+            return None
+        readers = [op for op in self.readers(call.outputs[0]) if op.time > call.end]
+        return readers[0] if len(readers) == 1 else None
+
+    def only_read_by(self, value: Value, calls: list[ModuleCall]) -> bool:
+        """Whether nothing outside ``calls`` reads the value, and the model does not return it."""
+        begin = min(call.begin for call in calls)
+        after = [op for op in self.readers(value) if op.time > begin]
+        made_before = value not in self.outputs
+        return made_before and all(any(c.spans(op.time) for c in calls) for op in after)
+
+
+@dataclass
+class _Recorder(TorchDispatchMode):
+    """Numbers the storages and writes every event down."""
+
+    calls: list[ModuleCall | None] = field(default_factory=list)
+    operators: list[OperatorCall] = field(default_factory=list)
+    born: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._time = 0
+        self._storages: dict[int, tuple[weakref.ref[Any], int]] = {}
+        self._writes: dict[int, int] = defaultdict(int)
+        self._count: dict[nn.Module, int] = defaultdict(int)
+        self._open: dict[nn.Module, list[tuple[int, int, tuple[Value, ...]]]] = defaultdict(list)
+
+    def tick(self) -> int:
+        self._time += 1
+        return self._time
+
+    def _serial(self, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        known = self._storages.get(id(storage))
+        if known is not None and known[0]() is storage:
+            return known[1]
+        serial = len(self.born)
+        self._storages[id(storage)] = (weakref.ref(storage), serial)
+        self.born[serial] = self._time
+        return serial
+
+    def value(self, tensor: Tensor) -> Value:
+        serial = self._serial(tensor)
+        where = tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride())
+        return Value(serial, self._writes[serial], *where)
+
+    def values(self, tree: object) -> tuple[Value, ...]:
+        return tuple(self.value(t) for t in tensors(tree))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        leaves = pytree.tree_leaves((args, kwargs))
+        inputs = self.values(leaves)
+        result = func(*args, **kwargs)
+        time = self.tick()
+        written = []
+        schema = func._schema.arguments
+        named = zip(schema, args, strict=False)
+        keyed = [(item, kwargs[item.name]) for item in schema if item.name in kwargs]
+        for argument, given in (*named, *keyed):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written += [self._serial(t) for t in tensors(given)]
+        for serial in dict.fromkeys(written):
+            self._writes[serial] += 1
+        arguments = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
+        outputs = self.values(result)
+        call = OperatorCall(str(func), time, inputs, outputs, arguments, tuple(written))
+        self.operators.append(call)
+        return result
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        place = len(self.calls)
+        self.calls.append(None)  # filled in when it ends
+        self._open[module].append((place, self.tick(), self.values((args, kwargs))))
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        place, begin, inputs = self._open[module].pop()
+        index = self._count[module]
+        self._count[module] += 1
+        outputs = self.values(output)
+        self.calls[place] = ModuleCall(module, index, begin, self.tick(), inputs, outputs)
+
+
+def tensors(tree: object) -> Iterator[Tensor]:
+    """The plain tensors in nested tuples, lists, dicts and what else torch registers."""
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+            yield leaf
+
+
+def trace(model: nn.Module, run: Callable[[], object]) -> Trace:
+    """Watches ``run``, which calls the model once; hooks are gone afterwards, also on errors."""
+    recorder = _Recorder()
+    with ExitStack() as hooks:
+        for module in model.modules():
+            hooks.enter_context(
+                module.register_forward_pre_hook(recorder.enter, with_kwargs=True, prepend=True)
+            )
+            hooks.enter_context(module.register_forward_hook(recorder.leave, with_kwargs=True))
+        with recorder:
+            output = run()
+    calls = [call for call in recorder.calls if call is not None]
+    return Trace(calls, recorder.operators, recorder.values(output), recorder.born)
+
+
+@contextmanager
+def evaluation(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Eval mode, no gradients, no compiled graphs, a fixed random state; all as it was afterwards.
+
+    Fused paths that go around a module's own submodules are off, so that hooks see every layer.
+    """
+    training = {module: module.training for module in model.modules()}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    devices = list({t.device.index for t in model.parameters() if t.device.type == "cuda"})
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.random.fork_rng(devices),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            for module in training:  # not model.eval(), which a class may have overridden
+                module.training = False
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for module, flag in training.items():
+            module.training = flag
