@@ -1,10 +1,22 @@
 """AdaRound, learned weight rounding for post-training quantization, with fused native kernels."""
 
 from adaround_ext.config import AdaRoundConfig
+from adaround_ext.model import quantize_
+from adaround_ext.model_report import LayerEntry, ModelReport
 from adaround_ext.native import build_info
 from adaround_ext.reconstruct import optimize_layer
 from adaround_ext.report import LayerReport
-from adaround_ext.result import LayerResult
+from adaround_ext.result import LayerResult, QuantizedWeight
 
-__all__ = ["AdaRoundConfig", "LayerReport", "LayerResult", "build_info", "optimize_layer"]
+__all__ = [
+    "AdaRoundConfig",
+    "LayerEntry",
+    "LayerReport",
+    "LayerResult",
+    "ModelReport",
+    "QuantizedWeight",
+    "build_info",
+    "optimize_layer",
+    "quantize_",
+]
 __version__ = build_info()["version"]

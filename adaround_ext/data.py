@@ -27,7 +27,7 @@ def batches(
     target_items = None if targets is None else _targets(targets, isinstance(inputs, Tensor))
     samples = 0
     for item in _items(inputs):
-        x = layers[0].samples(_check("inputs", _single(item), device, name))
+        x = layers[0].samples(check("inputs", _single(item), device, name))
         wanted: tuple[Tensor, ...] | None = None
         if target_items is not None:
             try:
@@ -40,7 +40,7 @@ def batches(
                     f"got {len(wanted)}"
                 )
             wanted = tuple(
-                layer.output_samples(_check("targets", y, device, name))
+                layer.output_samples(check("targets", y, device, name))
                 for layer, y in zip(layers, wanted, strict=True)
             )
             for layer, y in zip(layers, wanted, strict=True):
@@ -163,7 +163,7 @@ def _tuple(item: object) -> tuple[Tensor, ...]:
     return tuple(item) if isinstance(item, (list, tuple)) else (item,)  # type: ignore[return-value]
 
 
-def _check(argument: str, value: object, device: torch.device, name: str) -> Tensor:
+def check(argument: str, value: object, device: torch.device, name: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument} must hold tensors, got {type(value).__name__}")
     if not value.is_floating_point():

@@ -285,7 +285,7 @@ def _cut(lengths: Sequence[int], most: int) -> list[list[slice]]:
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_SUPPORTED = (nn.Linear, *_CONV, *_CONV_TRANSPOSE)
+SUPPORTED = (nn.Linear, *_CONV, *_CONV_TRANSPOSE)
 
 
 def matrix_layer(layer: nn.Module) -> MatrixLayer:
@@ -294,8 +294,8 @@ def matrix_layer(layer: nn.Module) -> MatrixLayer:
     TypeError for another module and for a weight that is not floating point; ValueError for a
     weight that is computed (parametrized, pruned), holds no data or is empty.
     """
-    if not isinstance(layer, _SUPPORTED) or isinstance(layer, LazyModuleMixin):
-        names = ", ".join(kind.__name__ for kind in _SUPPORTED)
+    if not isinstance(layer, SUPPORTED) or isinstance(layer, LazyModuleMixin):
+        names = ", ".join(kind.__name__ for kind in SUPPORTED)
         raise TypeError(f"layer must be one of {names}, got {type(layer).__name__}")
     # Reading layer.weight would run a parametrization, which may change the layer.
     weight = dict(layer.named_parameters(recurse=False)).get("weight")

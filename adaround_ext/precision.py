@@ -19,7 +19,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
     try:
         with (
-            torch.backends.cudnn.flags(allow_tf32=False),
+            # Its default for ``enabled`` would turn cuDNN off.
+            torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False),
             torch.autocast(device.type, enabled=False),
         ):
             yield

@@ -13,9 +13,31 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from adaround_ext import ops
+from adaround_ext.layers import MatrixLayer
 from adaround_ext.report import LayerReport
 
 _FORMAT = "adaround_ext.layer.2"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """What a weight was quantized to; ``quantize_`` leaves it at a layer as ``quantized_weight``.
+
+    codes int8 (symmetric) or uint8 in matrix form [rows, cols], scale float32 and zero_point int32
+    [rows or 1, n_groups]; the layer's weight is scale (codes - zero_point) in its own shape and
+    dtype. bits: of a code. It does not follow the layer to another device.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    bits: int
+
+    def dequantize(self, layer: MatrixLayer) -> Tensor:
+        """The weight in the layer's own shape and dtype."""
+        matrix = ops.dequantize(self.codes, self.scale, self.zero_point)
+        return layer.weight_from_matrix(matrix.to(layer.weight.dtype)).contiguous()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -102,13 +102,6 @@ class Trace:
         readers = [op for op in self.readers(call.outputs[0]) if op.time > call.end]
         return readers[0] if len(readers) == 1 else None
 
-    def only_read_by(self, value: Value, calls: list[ModuleCall]) -> bool:
-        """Whether nothing outside ``calls`` reads the value, and the model does not return it."""
-        begin = min(call.begin for call in calls)
-        after = [op for op in self.readers(value) if op.time > begin]
-        made_before = value not in self.outputs
-        return made_before and all(any(c.spans(op.time) for c in calls) for op in after)
-
 
 @dataclass
 class _Recorder(TorchDispatchMode):
@@ -142,8 +135,8 @@ class _Recorder(TorchDispatchMode):
 
     def value(self, tensor: Tensor) -> Value:
         serial = self._serial(tensor)
-        where = tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride())
-        return Value(serial, self._writes[serial], *where)
+        offset, shape = int(tensor.storage_offset()), tuple(tensor.shape)
+        return Value(serial, self._writes[serial], offset, shape, tuple(tensor.stride()))
 
     def values(self, tree: object) -> tuple[Value, ...]:
         return tuple(self.value(t) for t in tensors(tree))

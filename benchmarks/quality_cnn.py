@@ -6,24 +6,23 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from benchmarks import common
+from benchmarks import common, digits
 from benchmarks.quality_layers import Moments, Subject, check_moments
 
 _TRAINING_IMAGES, _CALIBRATION_IMAGES = 1400, 512  # of 1797; the others are held out
-_EPOCHS, _BATCH = 20, 64
+_EPOCHS = 20
 
 
 def convolutions(device: torch.device) -> Iterator[Subject]:
     """Its Conv2d layers, with the images' activations before each; ImportError without sklearn."""
-    images, labels = _digits(device)
+    images, labels = (x.to(device) for x in digits.shuffled())
     training, test = slice(_TRAINING_IMAGES), slice(_TRAINING_IMAGES, None)
     model = _network().to(device)
-    _train(model, images[training], labels[training])
-    correct = (model(images[test]).argmax(1) == labels[test]).float().mean()
-    common.note(f"CNN on digits: test accuracy {float(correct):.2%} of {len(labels[test])} images")
+    digits.train(model, images[training], labels[training], epochs=_EPOCHS)
+    correct = digits.accuracy(model, images[test], labels[test])
+    common.note(f"CNN on digits: test accuracy {correct:.2%} of {len(labels[test])} images")
     calibration, held_out = images[:_CALIBRATION_IMAGES], images[test]
     for name, layer in model.named_children():
         if isinstance(layer, nn.Conv2d):
@@ -32,19 +31,6 @@ def convolutions(device: torch.device) -> Iterator[Subject]:
             yield Subject("cnn", f"cnn.{name}", layer, calibration, *moments)
         with torch.no_grad():
             calibration, held_out = layer(calibration), layer(held_out)
-
-
-def _digits(device: torch.device) -> tuple[Tensor, Tensor]:
-    """(images [1797, 1, 8, 8], labels), in an order drawn once."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        needs = "the digits need the package scikit-learn"
-        raise ImportError(f'{needs}: pip install "adaround_ext[demo]"') from error
-    digits = load_digits()
-    order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
-    images = torch.from_numpy(digits.images).float().unsqueeze(1)[order] / 16
-    return images.to(device), torch.from_numpy(digits.target).long()[order].to(device)
 
 
 def _network() -> nn.Sequential:
@@ -61,17 +47,3 @@ def _network() -> nn.Sequential:
         modules[name], modules[f"{name}_relu"] = layer, nn.ReLU()
     modules["flatten"], modules["head"] = nn.Flatten(), nn.Linear(64 * 4 * 4, 10)
     return nn.Sequential(modules)
-
-
-def _train(model: nn.Module, images: Tensor, labels: Tensor) -> None:
-    generator = torch.Generator().manual_seed(0)
-    adam = torch.optim.Adam(model.parameters(), 2e-3)
-    steps = _EPOCHS * (len(images) // _BATCH)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
-    for _ in range(_EPOCHS):
-        order = torch.randperm(len(images), generator=generator).to(images.device)
-        for chosen in order[: len(images) // _BATCH * _BATCH].split(_BATCH):
-            adam.zero_grad()
-            F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
-            adam.step()
-            decay.step()

@@ -1,0 +1,56 @@
+"""Quantized weights put into a model: for a while, or for good."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from adaround_ext.plan import Target
+from adaround_ext.result import QuantizedWeight
+
+
+@contextmanager
+def swapped(weights: Iterable[tuple[Target, Tensor, Tensor | None]]) -> Iterator[None]:
+    """The targets have these weights and biases inside, without a copy."""
+    before: list[tuple[nn.Parameter, Tensor]] = []
+    made: list[nn.Module] = []
+
+    def swap(parameter: nn.Parameter, value: Tensor) -> None:
+        before.append((parameter, parameter.data))
+        parameter.data = value
+
+    try:
+        for target, weight, bias in weights:
+            layer = target.matrix.layer
+            swap(layer.get_parameter("weight"), weight)
+            if bias is not None and layer.bias is None:
+                layer.bias = nn.Parameter(bias, requires_grad=False)
+                made.append(layer)
+            elif bias is not None:
+                swap(layer.get_parameter("bias"), bias)
+        yield
+    finally:
+        for parameter, value in reversed(before):
+            parameter.data = value
+        for layer in made:
+            layer.register_parameter("bias", None)
+
+
+@torch.no_grad()
+def apply_(target: Target, weight: QuantizedWeight, bias: Tensor | None) -> None:
+    """Writes weight and bias into the target's parameters, and leaves the codes at its modules.
+
+    Parameters keep their identity; a layer that was made without a bias gets one if there is one.
+    """
+    layer = target.matrix.layer
+    parameter = layer.get_parameter("weight")
+    parameter.copy_(weight.dequantize(target.matrix))
+    if bias is not None and layer.bias is None:
+        layer.bias = nn.Parameter(bias.to(parameter), parameter.requires_grad)
+    elif bias is not None:
+        layer.get_parameter("bias").copy_(bias)
+    for module in target.modules:
+        module.quantized_weight = weight  # type: ignore[assignment]  # no tensor: an attribute

@@ -1,0 +1,196 @@
+"""Where activations and calibration batches wait: on the device, in memory, then in files."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A tensor's memory in one run, and how it was seen."""
+
+    flat: Tensor | None  # None where it is in ``path``
+    path: str | None
+    count: int
+    dtype: torch.dtype  # as stored
+    shape: torch.Size
+    stride: tuple[int, ...]
+    original: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes(self) -> int:
+        return self.count * self.dtype.itemsize
+
+
+class ActivationCache:
+    """Trees of tensors by key, within a budget of memory and beyond it in files.
+
+    memory_budget: bytes of host memory, pinned where the tensors come from a GPU; what does not fit
+    goes to files in a new folder under ``directory`` (None: the system's folder for temporary
+    files), which are mapped into memory when read. device_budget: bytes that tensors on a GPU may
+    take there first. dtype: None, or bfloat16 or float16 to store float32 tensors in; then what
+    is read back is rounded.
+    """
+
+    def __init__(
+        self,
+        memory_budget: int,
+        directory: str | os.PathLike[str] | None = None,
+        device_budget: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._budgets = {"device": device_budget, "memory": memory_budget}
+        self._used = {"device": 0, "memory": 0, "file": 0}
+        self.peak = dict(self._used)  # most bytes at any time
+        self._dtype = dtype
+        self._directory = directory
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._trees: dict[Hashable, tuple[list[Any], Any]] = {}
+        self._files = 0
+
+    def __enter__(self) -> ActivationCache:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._trees.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    @property
+    def rounds(self) -> bool:
+        """Whether what is read back may differ from what was put in."""
+        return self._dtype is not None
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._trees
+
+    def put(self, key: Hashable, tree: object) -> None:
+        """Copies the tree's tensors; what else is in it is kept as it is."""
+        self.drop(key)
+        leaves, spec = pytree.tree_flatten(tree)
+        held = [self._hold(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._trees[key] = held, spec
+
+    def get(self, key: Hashable) -> Any:
+        """The tree, its tensors copies where they were; KeyError where there is none."""
+        held, spec = self._trees[key]
+        leaves = [self._read(item) if isinstance(item, _Held) else item for item in held]
+        return pytree.tree_unflatten(leaves, spec)
+
+    def drop(self, key: Hashable) -> None:
+        """Forgets a tree, if it is there."""
+        held, _ = self._trees.pop(key, ([], None))
+        for item in held:
+            if isinstance(item, _Held):
+                self._used[self._place(item)] -= item.bytes
+                if item.path is not None:
+                    os.unlink(item.path)
+
+    @staticmethod
+    def _place(item: _Held) -> str:
+        if item.flat is None:
+            return "file"
+        return "memory" if item.flat.device.type == "cpu" else "device"
+
+    def _hold(self, tensor: Tensor) -> _Held:
+        original, device = tensor.dtype, tensor.device
+        tensor = tensor.detach()
+        if self._dtype is not None and original == torch.float32:
+            tensor = tensor.to(self._dtype)
+        dense = tensor.clone(memory_format=torch.preserve_format)  # without holes
+        flat = dense.as_strided((dense.numel(),), (1,))
+        how = (flat.dtype, dense.shape, dense.stride(), original, device)
+        place = self._choose(flat)
+        if place == "file":
+            held = _Held(None, self._write(flat.cpu()), flat.numel(), *how)
+        elif place == "memory" and device.type == "cuda":
+            pinned = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+            held = _Held(pinned.copy_(flat), None, flat.numel(), *how)
+        else:
+            held = _Held(flat if place == "device" else flat.cpu(), None, flat.numel(), *how)
+        self._used[place] += held.bytes
+        self.peak[place] = max(self.peak[place], self._used[place])
+        return held
+
+    def _choose(self, flat: Tensor) -> str:
+        size = flat.numel() * flat.element_size()
+        places = ["memory"] if flat.device.type == "cpu" else ["device", "memory"]
+        for place in places:
+            if self._used[place] + size <= self._budgets[place]:
+                return place
+        return "file" if size else "memory"
+
+    def _write(self, flat: Tensor) -> str:
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="adaround_ext_", dir=self._directory)
+        path = Path(self._folder.name) / f"{self._files}.bin"
+        self._files += 1
+        flat.view(torch.uint8).numpy().tofile(path)
+        return str(path)
+
+    def _read(self, held: _Held) -> Tensor:
+        if held.path is not None:
+            # A private mapping: writing to it does not change the file.
+            flat = torch.from_file(held.path, shared=False, size=held.count, dtype=held.dtype)
+            if held.device.type != "cpu" or held.dtype != held.original:
+                flat = flat.to(held.device, held.original)
+        else:
+            assert held.flat is not None
+            flat = held.flat.to(held.device, held.original, copy=True)
+        return flat.as_strided(held.shape, held.stride)
+
+
+class GrowingTensor:
+    """A tensor [n, ...] that grows in its first dimension: in memory or, if told, in a file."""
+
+    def __init__(self, folder: str | None) -> None:
+        """folder: of the file, or None for memory; the file is gone with the tensor."""
+        self._folder = folder
+        self._parts: list[Tensor] = []
+        self._file: Any = None
+        self._rows = 0
+        self._like: Tensor | None = None
+
+    def append(self, part: Tensor) -> None:
+        """float32 copies of a batch; ValueError where its samples have another shape."""
+        part = part.detach().float()
+        if self._like is not None and part.shape[1:] != self._like.shape[1:]:
+            rule = "inputs must have one sample shape for the sampled objective"
+            raise ValueError(f"{rule}, got {list(self._like.shape[1:])} and {list(part.shape[1:])}")
+        self._like = part[:0]
+        self._rows += len(part)
+        if self._folder is None:
+            self._parts.append(part.clone())
+            return
+        if self._file is None:
+            # Open as long as this object lives, gone with it.
+            self._file = tempfile.NamedTemporaryFile(dir=self._folder)  # noqa: SIM115
+        part.cpu().contiguous().numpy().tofile(self._file)
+
+    def tensor(self) -> Tensor:
+        """All of it; from a file it is mapped, and on the CPU."""
+        assert self._like is not None
+        if self._file is None:
+            return torch.cat(self._parts)
+        self._file.flush()
+        shape = (self._rows, *self._like.shape[1:])
+        size = torch.Size(shape).numel()
+        flat = torch.from_file(self._file.name, shared=False, size=size, dtype=torch.float32)
+        self._file.close()
+        return flat.view(shape)

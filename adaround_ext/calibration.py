@@ -1,0 +1,192 @@
+"""Calibration batches: drawn once, kept, and given to the model as it takes them."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from adaround_ext.cache import ActivationCache
+from adaround_ext.fingerprint import add_tensor
+from adaround_ext.trace import tensors
+
+ForwardFn = Callable[[nn.Module, Any], object]
+PaddingMask = str | Callable[[Any], Tensor | None] | None
+_ROWS = 32  # of a batch, where all samples come in one piece
+
+
+class Calibration:
+    """All batches of a calibration set, for a model.
+
+    source: an iterable of batches: tensors (one argument), tuples or lists (positional arguments),
+    mappings (keyword arguments) or, with ``forward_fn(model, batch)``, anything. A lone tensor or
+    mapping is cut into batches of 32. It is iterated once, so generators and shuffling loaders are
+    fine; what the caller does not hold in a list anyway is kept in ``cache``.
+    padding_mask: the name of the model's argument [batch, tokens] that is 0 at padding, or a
+    function from a batch to such a mask or None, or None.
+    Raises TypeError and ValueError naming ``calibration``: no iterable, no data, NaN or infinity.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: Iterable[Any],
+        forward_fn: ForwardFn | None,
+        padding_mask: PaddingMask,
+        cache: ActivationCache,
+        device: torch.device | None,
+    ) -> None:
+        self._model = model
+        self._forward_fn = forward_fn
+        self._padding_mask = padding_mask
+        self._cache = cache
+        self._device = device
+        self._signature = _signature(model)
+        self._own: list[Any] | None = None
+        self._first_of_tuple = False
+        self.notes: list[str] = []
+        self.samples = 0
+        self._hash = hashlib.blake2b(digest_size=16)
+        self.batches = self._draw(source)
+
+    def _draw(self, source: Iterable[Any]) -> int:
+        if isinstance(source, (Tensor, Mapping)):
+            source = _cut(source)
+        if isinstance(source, (str, bytes)) or not isinstance(source, Iterable):
+            rule = "calibration must be an iterable of batches, or one tensor or mapping of samples"
+            raise TypeError(f"{rule}, got {type(source).__name__}")
+        if isinstance(source, (list, tuple)):
+            self._own = list(source)
+        count = 0
+        for item in source:
+            self._check(count, item)
+            if self._own is None:
+                self._cache.put(("batch", count), _plain(item))
+            count += 1
+        if count == 0:
+            raise ValueError("calibration must hold at least one batch, got none")
+        return count
+
+    def _check(self, index: int, item: Any) -> None:
+        found = list(tensors(_plain(item)))
+        for tensor in found:
+            add_tensor(self._hash, tensor)
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum())):
+                bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+                if bad:
+                    raise ValueError(
+                        f"calibration must be finite, got {bad} NaN or infinite values in batch "
+                        f"{index}"
+                    )
+        if found and found[0].dim() > 0:
+            self.samples += len(found[0])
+        if index == 0 and self._forward_fn is None:
+            self._check_arguments(item)
+
+    def _check_arguments(self, item: Any) -> None:
+        """That the model takes such a batch; (inputs, labels) for a model of one input is noted."""
+        if not isinstance(item, (Tensor, Mapping, tuple, list)):
+            raise TypeError(
+                "calibration must hold tensors, tuples or mappings unless forward_fn is given, got "
+                f"{type(item).__name__}"
+            )
+        if self._signature is None:
+            return
+        args, kwargs = self._arguments(item)
+        try:
+            self._signature.bind(*args, **kwargs)
+        except TypeError as error:
+            if isinstance(item, (tuple, list)) and len(item) > 1:
+                try:
+                    self._signature.bind(item[0])
+                except TypeError:
+                    pass
+                else:
+                    self._first_of_tuple = True
+                    self.notes.append(
+                        f"calibration batches hold {len(item)} values and the model takes one: "
+                        "the first is used"
+                    )
+                    return
+            raise TypeError(
+                f"calibration must hold what the model takes, or forward_fn must be given: {error}"
+            ) from error
+
+    def _arguments(self, item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if isinstance(item, Mapping):
+            return (), dict(item)
+        if isinstance(item, (tuple, list)):
+            return (item[0],) if self._first_of_tuple else tuple(item), {}
+        return (item,), {}
+
+    def _item(self, index: int) -> Any:
+        if self._own is None:
+            item = self._cache.get(("batch", index))
+        else:
+            item = self._own[index]
+        if self._device is None:
+            return item
+        return pytree.tree_map_only(Tensor, lambda t: t.to(self._device), _plain(item))
+
+    def run(self, index: int) -> object:
+        """The model on one batch."""
+        item = self._item(index)
+        if self._forward_fn is not None:
+            return self._forward_fn(self._model, item)
+        args, kwargs = self._arguments(item)
+        return self._model(*args, **kwargs)
+
+    def mask(self, index: int) -> Tensor | None:
+        """bool [batch, tokens], True where there is no padding; None without a mask."""
+        if self._padding_mask is None:
+            return None
+        item = self._item(index)
+        if callable(self._padding_mask):
+            mask = self._padding_mask(item)
+        elif isinstance(item, Mapping):
+            mask = item.get(self._padding_mask)
+        elif self._forward_fn is None and self._signature is not None:
+            args, kwargs = self._arguments(item)
+            mask = self._signature.bind(*args, **kwargs).arguments.get(self._padding_mask)
+        else:
+            mask = None
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return None
+        return mask != 0
+
+    def digest(self) -> str:
+        """A fingerprint of all batches' tensors."""
+        return self._hash.hexdigest()
+
+
+def _signature(model: nn.Module) -> inspect.Signature | None:
+    try:
+        return inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return None
+
+
+def _plain(item: Any) -> Any:
+    """Mappings that torch does not know, as a tokenizer's output, as dicts."""
+    return dict(item) if isinstance(item, Mapping) and not isinstance(item, dict) else item
+
+
+def _cut(samples: Tensor | Mapping[str, Any]) -> Iterable[Any]:
+    """One tensor or mapping of all samples, as a list of batches."""
+    if isinstance(samples, Tensor):
+        if samples.dim() == 0:
+            raise ValueError("calibration must have a dimension of samples, got a scalar")
+        return list(samples.split(_ROWS)) if len(samples) else []
+    lengths = {len(t) for t in samples.values() if isinstance(t, Tensor) and t.dim() > 0}
+    if not all(isinstance(t, Tensor) for t in samples.values()) or len(lengths) != 1:
+        return [samples]
+    (count,) = lengths
+    return [
+        {name: tensor[begin : begin + _ROWS] for name, tensor in samples.items()}
+        for begin in range(0, count, _ROWS)
+    ]

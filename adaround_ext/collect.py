@@ -1,0 +1,208 @@
+"""Layers that share their inputs, and what is collected of these inputs on the way to a problem."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from adaround_ext.cache import GrowingTensor
+from adaround_ext.data import check
+from adaround_ext.layers import MatrixLayer
+from adaround_ext.plan import Target
+from adaround_ext.pose import gram_problems, sampled_problems
+from adaround_ext.precision import full_precision
+from adaround_ext.problem import Problem
+from adaround_ext.statistics import GramStatistics
+
+_HELD_TOKENS = 8192  # that statistics hold back, see statistics.py
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """Targets that see the same patches, and so share statistics."""
+
+    targets: tuple[Target, ...]
+    sampled: bool
+
+    @property
+    def names(self) -> str:
+        return ", ".join(target.name for target in self.targets)
+
+    @property
+    def layers(self) -> list[MatrixLayer]:
+        return [target.matrix for target in self.targets]
+
+    def bytes(self) -> int:
+        """Roughly, of what is collected."""
+        first = self.targets[0].matrix
+        rows = sum(layer.rows for layer in self.layers)
+        moments = 8 * first.cols * (first.groups * first.cols + rows)
+        return moments + 4 * _HELD_TOKENS * first.cols
+
+    def same_settings(self) -> Iterator[list[int]]:
+        """Indices of the targets that are solved in one go."""
+        found: dict[int, list[int]] = defaultdict(list)
+        for index, target in enumerate(self.targets):
+            found[id(target.config)].append(index)
+        yield from found.values()
+
+
+def make_units(targets: Iterable[Target]) -> list[Unit]:
+    """Units in execution order."""
+    found: dict[object, list[Target]] = defaultdict(list)
+    for target in targets:
+        matrix, config = target.matrix, target.config
+        key = (
+            target.inputs, type(matrix), matrix.geometry, matrix.weight.dtype, matrix.weight.device,
+            config.positions, config.seed, _sampled(target),
+        )  # fmt: skip
+        found[key].append(target)
+    return [Unit(tuple(group), _sampled(group[0])) for group in found.values()]
+
+
+def _sampled(target: Target) -> bool:
+    config = target.config
+    return config.objective == "sampled" or config.activation is not None
+
+
+def sequential_segments(units: Sequence[Unit]) -> list[list[Unit]]:
+    """Units that are fitted on one pass, since they see the same tensor."""
+    found: dict[object, list[Unit]] = defaultdict(list)
+    for unit in units:
+        found[unit.targets[0].inputs].append(unit)
+    return list(found.values())
+
+
+def parallel_segments(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
+    """As many units on one pass as the budget has room for, one at least."""
+    segments: list[list[Unit]] = []
+    used = 0
+    for unit in units:
+        if not segments or used + unit.bytes() > budget:
+            segments.append([])
+            used = 0
+        segments[-1].append(unit)
+        used += unit.bytes()
+    return segments
+
+
+class Collector:
+    """What one unit needs of the data: moments, or for the sampled objective all of it."""
+
+    def __init__(self, unit: Unit, folder: str | None) -> None:
+        """folder: where the sampled objective's inputs go, None for memory."""
+        self.unit = unit
+        self.seconds = 0.0
+        self.unpaired = 0
+        self._sequences = 0
+        config = unit.targets[0].config
+        self._statistics = (
+            None if unit.sampled else GramStatistics(unit.layers, config.positions, config.seed)
+        )
+        self._inputs = GrowingTensor(folder)
+        self._targets = [GrowingTensor(folder) for _ in unit.targets]
+
+    def add(
+        self,
+        batch: int,
+        inputs: list[Tensor],
+        targets: list[list[Tensor]] | None,
+        mask: Tensor | None,
+    ) -> None:
+        """Tensors of one batch, one a call (of each layer, where they are targets)."""
+        started = time.perf_counter()
+        with full_precision(self.unit.layers[0].weight.device):
+            self._add(batch, inputs, targets, mask)
+        self.seconds += time.perf_counter() - started
+
+    def _add(
+        self,
+        batch: int,
+        inputs: list[Tensor],
+        targets: list[list[Tensor]] | None,
+        mask: Tensor | None,
+    ) -> None:
+        layers = self.unit.layers
+        for call, x in enumerate(inputs):
+            wanted = None
+            if targets is not None:
+                wanted = [own[call] for own in targets if call < len(own)]
+                if len(wanted) < len(layers) or not all(self._paired(x, y) for y in wanted):
+                    self.unpaired += 1  # data-dependent shapes: the layer's own outputs then
+                    wanted = None
+            self._sequences += len(x) if x.dim() > 1 else 1
+            x = layers[0].samples(self._checked("inputs", _unpadded(x, mask), batch))
+            outputs = None
+            if wanted is not None:
+                outputs = tuple(
+                    layer.output_samples(self._checked("outputs", _unpadded(y, mask), batch))
+                    for layer, y in zip(layers, wanted, strict=True)
+                )
+            if self._statistics is None:
+                self._keep(x, outputs)
+            else:
+                self._statistics.add(x, outputs)
+
+    def _paired(self, x: Tensor, y: Tensor) -> bool:
+        """Whether an output [..., features] or [samples, channels, *size] fits an input."""
+        dims = slice(-1) if isinstance(self.unit.layers[0].layer, nn.Linear) else slice(1)
+        return x.shape[dims] == y.shape[dims]
+
+    def _checked(self, kind: str, value: Tensor, batch: int) -> Tensor:
+        name = f"{self.unit.names} in calibration batch {batch}"
+        return check(kind, value, self.unit.layers[0].weight.device, name)
+
+    def _keep(self, x: Tensor, outputs: tuple[Tensor, ...] | None) -> None:
+        self._inputs.append(x)
+        for index, (layer, kept) in enumerate(zip(self.unit.layers, self._targets, strict=True)):
+            if outputs is None:
+                kept.append(layer.forward(x.float(), layer.weight, layer.bias))
+            else:
+                kept.append(outputs[index])
+
+    def problems(self) -> Iterator[tuple[list[int], Iterator[Problem]]]:
+        """Indices of targets with the same settings, and their problems.
+
+        ValueError where no data came.
+        """
+        started = time.perf_counter()
+        count = self._sequences
+        if self._statistics is not None:
+            self._statistics.finish()
+            count = self._statistics.count
+        if count == 0:
+            raise ValueError(f"calibration must reach {self.unit.names}, got no samples for it")
+        seconds = self.seconds + time.perf_counter() - started
+        rows = torch.arange(sum(layer.rows for layer in self.unit.layers))
+        split = rows.split([layer.rows for layer in self.unit.layers])
+        for part in self.unit.same_settings():
+            targets = [self.unit.targets[i] for i in part]
+            layers, config = [t.matrix for t in targets], targets[0].config
+            if self._statistics is None:
+                outputs = tuple(self._targets[i].tensor() for i in part)
+                yield part, sampled_problems(
+                    layers, self._inputs.tensor(), outputs, self._sequences, config,
+                    "the activation function is part of the loss" if config.activation is not None
+                    else "as set", seconds,
+                )  # fmt: skip
+            else:
+                own = self._statistics.rows(torch.cat([split[i] for i in part]))
+                reason = "no activation function, data streamed"
+                yield part, gram_problems(layers, own, config, reason, seconds)
+            seconds = 0.0
+
+
+def _unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The positions of x [batch, tokens, features], or the same flattened, that are no padding."""
+    if mask is None:
+        return x
+    if x.dim() == 3 and x.shape[:2] == mask.shape:
+        return x[mask.to(x.device)]
+    if x.dim() == 2 and mask.numel() > len(mask) and len(x) == mask.numel():
+        return x[mask.to(x.device).reshape(-1)]
+    return x

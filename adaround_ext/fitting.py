@@ -1,0 +1,196 @@
+"""The walk through a model: collect, solve, go on with the quantized weights."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from adaround_ext.apply import swapped
+from adaround_ext.calibration import Calibration
+from adaround_ext.capture import Replay, Stream, Watch
+from adaround_ext.checkpoint import Checkpoint
+from adaround_ext.collect import Collector, Unit
+from adaround_ext.plan import Target
+from adaround_ext.precision import full_precision
+from adaround_ext.report import LayerReport
+from adaround_ext.result import LayerResult, QuantizedWeight
+from adaround_ext.solve import solve_all
+
+_logger = logging.getLogger("adaround_ext")
+Switch = Callable[[], AbstractContextManager[object]]
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A target's result, without its floating-point weight."""
+
+    weight: QuantizedWeight
+    bias: Tensor | None
+    report: LayerReport
+
+
+@dataclass
+class Fitter:
+    """Goes through all segments once; the model is as it was after every step.
+
+    sequential: inputs come from the model with what is done quantized, targets from the
+    full-precision model. without_quantizers: switches activation quantizers off, None where there
+    are none. folder: for what does not fit into memory, None if it does.
+    """
+
+    replay: Replay
+    calibration: Calibration
+    segments: Sequence[list[Unit]]
+    sequential: bool
+    checkpoint: Checkpoint | None
+    without_quantizers: Switch | None
+    folder: str | None
+    progress: bool
+    fitted: dict[Target, Fitted] = field(default_factory=dict)
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"forward": 0.0, "statistics": 0.0, "solving": 0.0}
+    )
+    notes: list[str] = field(default_factory=list)
+    resumed: int = 0
+
+    def run(self) -> None:
+        """Fits every target."""
+        targets = [t for segment in self.segments for unit in segment for t in unit.targets]
+        self._index = {target: i for i, target in enumerate(targets)}
+        self._waiting = {module for target in targets for module in target.modules}
+        self._pending: dict[Target, LayerResult] = {}  # done, and still running
+        with tqdm(
+            total=sum(target.cost for target in targets),
+            disable=not self.progress,
+            bar_format="{percentage:3.0f}% |{bar}| {elapsed} < {remaining}{postfix}",
+        ) as bar:
+            for segment in self.segments:
+                results = self._restored(segment)
+                missing = [unit for unit in segment if unit not in results]
+                if missing:
+                    bar.set_postfix_str(" " + ", ".join(unit.names for unit in missing))
+                    results.update(self._fit(missing))
+                for unit in segment:
+                    for target, result in zip(unit.targets, results[unit], strict=True):
+                        self._finish(target, result)
+                        report = result.report.relative
+                        bar.set_postfix_str(
+                            f" {target.name}: {report['nearest']:.3g} -> {report['final']:.3g}"
+                        )
+                        bar.update(target.cost)
+                self._release()
+
+    def _restored(self, segment: list[Unit]) -> dict[Unit, list[LayerResult]]:
+        found: dict[Unit, list[LayerResult]] = {}
+        for unit in segment if self.checkpoint is not None else ():
+            assert self.checkpoint is not None
+            device = unit.layers[0].weight.device
+            results = self.checkpoint.load([self._index[t] for t in unit.targets], device)
+            if results is not None:
+                found[unit] = results
+                self.resumed += len(results)
+        return found
+
+    def _fit(self, units: list[Unit]) -> dict[Unit, list[LayerResult]]:
+        collectors = [Collector(unit, self.folder) for unit in units]
+        started = time.perf_counter()
+        self._collect(collectors)
+        collecting = sum(collector.seconds for collector in collectors)
+        self.seconds["statistics"] += collecting
+        self.seconds["forward"] += time.perf_counter() - started - collecting
+        started = time.perf_counter()
+        results: dict[Unit, list[LayerResult]] = {}
+        while collectors:
+            collector = collectors.pop(0)  # and its statistics are freed after it
+            results[collector.unit] = self._solve(collector)
+        self.seconds["solving"] += time.perf_counter() - started
+        return results
+
+    def _collect(self, collectors: list[Collector]) -> None:
+        first = [collector.unit.targets[0] for collector in collectors]
+        every = [target for collector in collectors for target in collector.unit.targets]
+        inputs = frozenset(module for target in first for module in target.modules)
+        outputs = frozenset(module for target in every for module in target.modules)
+        # Before anything is quantized both streams are the same.
+        two = self.sequential and (bool(self.fitted) or self.without_quantizers is not None)
+        source: Stream = "quantized" if two else "full"
+        switch = self.without_quantizers or nullcontext
+        streams: dict[Stream, tuple[Watch, Switch]] = {}
+        if two:
+            streams["full"] = Watch(outputs=outputs), switch
+            streams["quantized"] = Watch(inputs=inputs), self._quantized
+        else:
+            streams["full"] = Watch(inputs=inputs), switch
+        counts = {call.module: call.index + 1 for target in every for call in target.calls}
+        for batch in self.replay.sweep(self._waiting, counts, streams):
+            mask = self.calibration.mask(batch)
+            taken = {stream: watch.taken[stream] for stream, (watch, _) in streams.items()}
+            for collector in collectors:
+                unit = collector.unit
+                x = _of_calls(unit.targets[0], taken[source])
+                wanted = [_outputs(t, taken["full"]) for t in unit.targets] if two else None
+                collector.add(batch, x, wanted, mask)
+        for collector in collectors:
+            if collector.unpaired:
+                self.notes.append(
+                    f"{collector.unit.names}: in {collector.unpaired} calls the quantized model's "
+                    "inputs had another shape than the full-precision model's; its own outputs on "
+                    "them were the targets"
+                )
+
+    def _solve(self, collector: Collector) -> list[LayerResult]:
+        unit = collector.unit
+        results: dict[int, LayerResult] = {}
+        with full_precision(unit.layers[0].weight.device):
+            for part, problems in collector.problems():
+                targets = [unit.targets[i] for i in part]
+                solved = solve_all([t.matrix for t in targets], problems, targets[0].config)
+                results.update(zip(part, solved, strict=True))
+        for index, target in enumerate(unit.targets):
+            _logger.info("%s: %s", target.name, results[index].report)
+            if self.checkpoint is not None:
+                self.checkpoint.save(self._index[target], results[index])
+        return [results[index] for index in range(len(unit.targets))]
+
+    def _finish(self, target: Target, result: LayerResult) -> None:
+        weight = QuantizedWeight(result.codes, result.scale, result.zero_point, target.config.bits)
+        self.fitted[target] = Fitted(weight, result.bias, result.report)
+        self._waiting.difference_update(target.modules)
+        if self.sequential:
+            self._pending[target] = result
+
+    def _release(self) -> None:
+        """Floating-point weights of layers that will not run again are not needed."""
+        gone = self.replay.finished()
+        for target in [t for t in self._pending if gone.issuperset(t.modules)]:
+            del self._pending[target]
+
+    def _quantized(self) -> AbstractContextManager[None]:
+        return swapped([(t, r.weight_q, r.bias) for t, r in self._pending.items()])
+
+
+def _of_calls(target: Target, taken: Mapping[nn.Module, list[Tensor]]) -> list[Tensor]:
+    """What was taken at a target, in the order of its calls."""
+    found = [(taken.get(call.module, []), call.index) for call in target.calls]
+    return [tensors[index] for tensors, index in found if index < len(tensors)]
+
+
+def _outputs(target: Target, taken: Mapping[nn.Module, list[Tensor]]) -> list[Tensor]:
+    """The same for outputs, of tied layers as if they had the first one's bias."""
+    outputs = _of_calls(target, taken)
+    if not target.tied:
+        return outputs
+    shape = (-1, *[1] * (target.matrix.weight.dim() - 2))  # of a channel, for a convolution
+    modules = [call.module for call in target.calls][: len(outputs)]
+    for index, module in enumerate(modules):
+        for layer, sign in ((module, -1), (target.matrix.layer, 1)):
+            bias = getattr(layer, "bias", None)
+            if module is not target.matrix.layer and bias is not None:
+                outputs[index] = outputs[index] + sign * bias.detach().reshape(shape)
+    return outputs

@@ -1,0 +1,260 @@
+"""What will be quantized: which layers, how, in what order, and what is left alone and why."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from adaround_ext.config import AdaRoundConfig, make_config
+from adaround_ext.layers import SUPPORTED, MatrixLayer, matrix_layer
+from adaround_ext.trace import ModuleCall, Trace, Value
+
+Overrides = Mapping[str | type[nn.Module], Mapping[str, Any] | str]
+FilterFn = Callable[[nn.Module, str], bool]
+_RESERVED = ("<first>", "<last>")
+_NORMS = "Norm"
+# The activation functions that config.activation knows, by ATen's name.
+_ACTIVATIONS = {"relu": "relu", "relu_": "relu", "gelu": "gelu", "silu": "silu", "silu_": "silu"}
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A layer to quantize; ``tied`` are other layers that hold the same weight."""
+
+    name: str
+    matrix: MatrixLayer
+    tied: tuple[tuple[str, nn.Module], ...]
+    calls: tuple[ModuleCall, ...]  # of the layer and of those tied to it, in order
+    config: AdaRoundConfig
+    changes: tuple[str, ...]  # settings that are not those of the whole model
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        return (self.matrix.layer, *(module for _, module in self.tied))
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        return tuple(call.inputs[0] for call in self.calls)
+
+    @property
+    def cost(self) -> float:
+        """About proportional to the time that solving takes."""
+        return float(self.matrix.rows) * self.matrix.cols**2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Targets in execution order, and the reason for every module that is none."""
+
+    targets: list[Target]
+    skipped: dict[str, str]
+    notes: list[str]
+
+
+def make_plan(
+    model: nn.Module,
+    trace: Trace,
+    config: AdaRoundConfig,
+    overrides: Overrides | None,
+    filter_fn: FilterFn | None,
+    activation_aware: bool,
+) -> Plan:
+    """Raises ValueError and TypeError that name ``overrides``, ``filter_fn`` or the layer."""
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[module].append(name)
+    owners: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
+    for module, known in names.items():
+        for _, parameter in module.named_parameters(recurse=False):
+            owners[id(parameter)].append((known[0], module))
+
+    skipped: dict[str, str] = {}
+    notes: list[str] = []
+    found: list[tuple[str, MatrixLayer, tuple[tuple[str, nn.Module], ...]]] = []
+    done: set[nn.Module] = set()
+    for module, (name, *_) in names.items():
+        if module in done:
+            continue
+        reason = _no_layer(module, trace)
+        if reason is not None:
+            if reason:
+                skipped[name] = reason
+            continue
+        try:
+            matrix = matrix_layer(module)
+        except (TypeError, ValueError) as error:
+            skipped[name] = str(error)
+            continue
+        tied = tuple((other, m) for other, m in owners[id(module.weight)] if m is not module)
+        reason = _untied(matrix, tied)
+        if reason is not None:
+            skipped[name] = reason
+            continue
+        done.update(m for _, m in tied)
+        for other, _ in tied:
+            skipped.pop(other, None)
+        if filter_fn is not None and not filter_fn(module, name):
+            skipped[name] = "filter_fn returned False"
+            continue
+        found.append((name, matrix, tied))
+
+    def calls(matrix: MatrixLayer, tied: tuple[tuple[str, nn.Module], ...]) -> list[ModuleCall]:
+        modules = (matrix.layer, *(m for _, m in tied))
+        return sorted((c for m in modules for c in trace.calls_of(m)), key=lambda c: c.begin)
+
+    ordered = sorted(
+        ((item, calls(item[1], item[2])) for item in found), key=lambda pair: pair[1][0].begin
+    )
+    changes = _Overrides(overrides or {}, config, names)
+    targets: list[Target] = []
+    last = len(ordered) - 1
+    for index, ((name, matrix, tied), own) in enumerate(ordered):
+        known = names[matrix.layer] + [other for other, _ in tied]
+        known += [_RESERVED[0]] * (index == 0) + [_RESERVED[1]] * (index == last)
+        settings = changes.of(known, matrix.layer)
+        if settings is None:
+            skipped[name] = "overrides say skip"
+            continue
+        if len(tied) and settings.get("bias", config.bias) != "keep":
+            settings = {**settings, "bias": "keep"}
+            notes.append(f"{name}: biases are kept, its weight is tied")
+        if activation_aware and "activation" not in settings:
+            activation = _activation(trace, own)
+            if activation is not None:
+                settings = {**settings, "activation": activation}
+        target = Target(
+            name, matrix, tied, tuple(own), changes.config(settings), tuple(sorted(settings))
+        )
+        _check_groups(target)
+        targets.append(target)
+    changes.check_used()
+    return Plan(targets, skipped, notes)
+
+
+class _Overrides:
+    """The overrides of a model; one config object for layers with the same settings."""
+
+    def __init__(
+        self, overrides: Overrides, config: AdaRoundConfig, names: Mapping[nn.Module, list[str]]
+    ) -> None:
+        if not isinstance(overrides, Mapping):
+            raise TypeError(f"overrides must be a mapping, got {type(overrides).__name__}")
+        self._base = config
+        self._items = list(overrides.items())
+        self._configs: dict[tuple[tuple[str, int], ...], AdaRoundConfig] = {(): config}
+        self._kept: list[object] = []  # so that ids stay
+        everything = [name for known in names.values() for name in known] + list(_RESERVED)
+        for key, value in self._items:
+            if isinstance(key, str):
+                matched = any(fnmatchcase(name, key) for name in everything)
+            elif isinstance(key, type) and issubclass(key, nn.Module):
+                matched = any(isinstance(module, key) for module in names)
+            else:
+                raise TypeError(
+                    f"overrides must have patterns or module types as keys, got {key!r}"
+                )
+            if not matched:
+                raise ValueError(f"overrides must match modules of the model, got {key!r}")
+            if value != "skip" and not isinstance(value, Mapping):
+                raise TypeError(f"overrides[{key!r}] must be settings or 'skip', got {value!r}")
+            if isinstance(value, Mapping):
+                try:
+                    make_config(config, value)
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"overrides[{key!r}]: {error}") from None
+        self._used: set[int] = set()
+
+    def of(self, names: list[str], module: nn.Module) -> dict[str, Any] | None:
+        """The settings for a module, of all that match it: later ones win. None to skip it."""
+        settings: dict[str, Any] | None = {}
+        for index, (key, value) in enumerate(self._items):
+            if isinstance(key, str):
+                # A pattern that names a module means all inside it.
+                hit = any(fnmatchcase(n, key) or fnmatchcase(n, f"{key}.*") for n in names)
+            else:
+                hit = isinstance(module, key)
+            if not hit:
+                continue
+            self._used.add(index)
+            if isinstance(value, str):
+                settings = None
+            else:
+                settings = {**(settings or {}), **value}
+        return settings
+
+    def config(self, settings: Mapping[str, Any]) -> AdaRoundConfig:
+        key = tuple(sorted((name, _identity(value)) for name, value in settings.items()))
+        if key not in self._configs:
+            self._kept.append(dict(settings))
+            self._configs[key] = make_config(self._base, settings)
+        return self._configs[key]
+
+    def check_used(self) -> None:
+        for index, (key, _) in enumerate(self._items):
+            if index not in self._used:
+                raise ValueError(f"overrides must match layers to quantize, {key!r} matches none")
+
+
+def _identity(value: object) -> int:
+    try:
+        return hash((type(value), value))
+    except TypeError:
+        return id(value)
+
+
+def _no_layer(module: nn.Module, trace: Trace) -> str | None:
+    """None for a layer to quantize, else why it is left alone; "" where nobody would ask."""
+    if isinstance(module, SUPPORTED):
+        calls = trace.calls_of(module)
+        if not calls:
+            return "it was not called: nothing is known of its inputs"
+        if any(len(call.inputs) != 1 for call in calls):
+            return "it was called with other arguments than its input"
+        return None
+    matrices = [p for p in module.parameters(recurse=False) if p.dim() > 1]
+    if not matrices or _NORMS in type(module).__name__:
+        return ""
+    return f"{type(module).__name__} is not supported"
+
+
+def _untied(matrix: MatrixLayer, tied: tuple[tuple[str, nn.Module], ...]) -> str | None:
+    """Why tied layers cannot be one, or None."""
+    for name, module in tied:
+        try:
+            other = matrix_layer(module)
+        except (TypeError, ValueError):
+            return f"its weight is also that of {name}, a {type(module).__name__}"
+        if other.geometry != matrix.geometry or type(module) is not type(matrix.layer):
+            return f"its weight is also that of {name}, which uses it in another way"
+    return None
+
+
+def _activation(trace: Trace, calls: list[ModuleCall]) -> str | None:
+    """The activation function that is all that ever reads the outputs, as config has it."""
+    found: set[str | None] = set()
+    for call in calls:
+        reader = trace.only_reader(call)
+        name = None if reader is None else reader.name.split(".")[1]
+        if reader is not None and name in ("hardtanh", "hardtanh_"):
+            found.add("relu6" if reader.arguments[:2] in ((0, 6), (0.0, 6.0)) else None)
+        elif reader is not None and name == "gelu" and "tanh" in reader.arguments:
+            found.add(None)
+        else:
+            found.add(_ACTIVATIONS.get(name or ""))
+    return found.pop() if len(found) == 1 else None
+
+
+def _check_groups(target: Target) -> None:
+    size = target.config.group_size
+    if size is not None and target.matrix.cols % size:
+        raise ValueError(
+            f"group_size must divide the {target.matrix.cols} columns of {target.name}, "
+            f"got {size}: "
+            'give it another by overrides, as {"' + target.name + '": {"granularity": '
+            '"per_channel", "group_size": None}}'
+        )

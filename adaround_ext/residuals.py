@@ -1,0 +1,89 @@
+"""Residual additions, found in the flow of the data whatever a model calls them."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+
+from adaround_ext.trace import ModuleCall, OperatorCall, Trace, Value
+
+_ADDITIONS = ("aten.add.Tensor", "aten.add_.Tensor")
+
+Version = tuple[int, int]  # of a storage: its number, and the writes into it so far
+
+
+def version(value: Value) -> Version:
+    """What a value is a view of."""
+    return value.storage, value.writes
+
+
+def inputs_of_the_model(trace: Trace) -> list[Value]:
+    """The tensors that calls from outside were given."""
+    found: list[Value] = []
+    end = -1
+    for call in trace.calls:
+        if call.begin > end:
+            end = call.end
+            found += call.inputs
+    return found
+
+
+class Flow:
+    """What every value was computed from: a bit for each input of the model and each operator."""
+
+    def __init__(self, trace: Trace, layers: list[ModuleCall]) -> None:
+        first = list(dict.fromkeys(version(value) for value in inputs_of_the_model(trace)))
+        self._bit = {made: bit for bit, made in enumerate(first)}  # of what made it
+        self._ancestors = {made: 1 << bit for made, bit in self._bit.items()}  # and its own
+        self._time = dict.fromkeys(first, 0)
+        self._from_outside = (1 << len(first)) - 1
+        writes: dict[int, int] = defaultdict(int)
+        for bit, operator in enumerate(trace.operators, len(first)):
+            read = {version(value) for value in operator.inputs}
+            before = 0
+            for old in read:
+                before |= self._ancestors.get(old, 0)
+            made = {version(value) for value in operator.outputs}
+            for storage in set(operator.written):
+                writes[storage] += 1
+                made.add((storage, writes[storage]))
+            for new in made - read:  # what is in both is only viewed
+                self._bit[new] = bit
+                self._ancestors[new] = before | (1 << bit)
+                self._time[new] = operator.time
+        times = [operator.time for operator in trace.operators]
+        self._layers = []  # the bits of each layer call's operators
+        for call in layers:
+            begin, end = bisect_right(times, call.begin), bisect_left(times, call.end)
+            self._layers.append(((1 << end) - (1 << begin)) << len(first))
+
+    def time(self, value: Value) -> int:
+        """When an operator made it; 0 for inputs of the model, -1 for parameters and the like."""
+        return self._time.get(version(value), -1)
+
+    def shortcut(self, addition: OperatorCall) -> Value | None:
+        """The operand that took the shorter way; None where this is no residual addition.
+
+        It is one where both operands have the same shape and come from the model's input, where
+        they do not come through the same quantized layers, and where the shorter way has such
+        layers too or the longer one starts from its end. So are neither the sums inside rotary
+        embeddings and GELU, nor masks, position embeddings and biases. With equally many layers
+        on both ways it is the operand that was made first.
+        """
+        if addition.name not in _ADDITIONS or len(addition.inputs) != 2:
+            return None
+        if addition.inputs[0].shape != addition.inputs[1].shape:
+            return None
+        ways = [self._ancestors.get(version(value), 0) for value in addition.inputs]
+        if not all(way & self._from_outside for way in ways):
+            return None
+        alone = [self._layers_on(ways[0] & ~ways[1]), self._layers_on(ways[1] & ~ways[0])]
+        if not any(alone):
+            return None
+        short = min((0, 1), key=lambda i: (alone[i], self.time(addition.inputs[i])))
+        value = addition.inputs[short]
+        leads_on = ways[1 - short] >> self._bit[version(value)] & 1
+        return value if leads_on or self._layers_on(ways[short]) else None
+
+    def _layers_on(self, way: int) -> int:
+        return sum(1 for layer in self._layers if way & layer)
