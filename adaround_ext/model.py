@@ -25,7 +25,8 @@ from adaround_ext.memory import device_memory, host_memory
 from adaround_ext.model_report import LayerEntry, ModelReport
 from adaround_ext.native import build_info
 from adaround_ext.plan import FilterFn, Overrides, Plan, Target, make_plan
-from adaround_ext.trace import evaluation, trace
+from adaround_ext.prepare import BatchNorm, prepare_
+from adaround_ext.trace import evaluation
 
 _MEMORY_BUDGET = 1 << 29
 _MODES = ("sequential", "parallel")
@@ -41,6 +42,8 @@ def quantize_(
     filter_fn: FilterFn | None = None,
     forward_fn: ForwardFn | None = None,
     blocks: Blocks = None,
+    batch_norm: BatchNorm = "fold",
+    equalize: bool = False,
     activation_aware: bool = False,
     padding_mask: PaddingMask = "attention_mask",
     memory_budget: int = _MEMORY_BUDGET,
@@ -64,7 +67,10 @@ def quantize_(
         device = _device(model)
         data = Calibration(model, calibration, forward_fn, padding_mask, cache, device)
         laps = {"calibration": time.perf_counter() - started}
-        seen = trace(model, lambda: data.run(0))
+        undo = stack.enter_context(ExitStack())
+        digest = model_digest(model) if checkpoint_dir is not None else ""
+        prepared = prepare_(model, lambda: data.run(0), undo, batch_norm, equalize)
+        seen = prepared.trace
         plan = make_plan(model, seen, config, overrides, filter_fn, activation_aware)
         units = make_units(plan.targets)
         calls = block_calls(model, seen, find_blocks(model, seen, blocks))
@@ -74,13 +80,17 @@ def quantize_(
         )
         checkpoint = None
         if checkpoint_dir is not None:
-            checkpoint = Checkpoint(checkpoint_dir, _fingerprint(model, data, plan, mode, calls))
+            parts = _fingerprint(digest, data, plan, calls)
+            parts |= {"mode": mode, "batch_norm": batch_norm, "equalize": equalize}
+            parts |= {"cache_dtype": str(cache_dtype)}
+            checkpoint = Checkpoint(checkpoint_dir, parts)
         replay = Replay(model, data, calls, cache, _common(calls, plan), config.seed)
         laps["tracing"] = time.perf_counter() - started - laps["calibration"]
         fitter = Fitter(replay, data, segments, sequential, checkpoint, None, cache_dir, progress)
         fitter.run()
         for target, fitted in fitter.fitted.items():
             apply_(target, fitted.weight, fitted.bias)
+        undo.pop_all()  # from here on the changes stay
     laps |= fitter.seconds | {"total": time.perf_counter() - started}
     memory = {"host_before": host_before, "host_peak": host_memory()[1]}
     memory |= {f"cache_{place}": size for place, size in cache.peak.items() if place != "device"}
@@ -96,7 +106,7 @@ def quantize_(
         passes=replay.passes,
         batches=data.batches,
         samples=data.samples,
-        notes=tuple(data.notes + plan.notes + fitter.notes),
+        notes=tuple(data.notes + prepared.notes + plan.notes + fitter.notes),
         seconds=laps,
         memory=memory,
         versions=_versions(),
@@ -129,14 +139,13 @@ def _common(calls: list[BlockCall], plan: Plan) -> int:
 
 
 def _fingerprint(
-    model: nn.Module, data: Calibration, plan: Plan, mode: str, calls: list[BlockCall]
+    model: str, data: Calibration, plan: Plan, calls: list[BlockCall]
 ) -> dict[str, object]:
     layers = {target.name: _plain(target) for target in plan.targets}
     return {
-        "model": model_digest(model),
+        "model": model,
         "calibration": data.digest(),
         "configuration": layers,
-        "mode": mode,
         "blocks": [call.name for call in calls],
         "version": _versions(),
     }
