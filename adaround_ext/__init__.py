@@ -1,5 +1,6 @@
 """AdaRound, learned weight rounding for post-training quantization, with fused native kernels."""
 
+from adaround_ext.activations import ActivationConfig
 from adaround_ext.config import AdaRoundConfig
 from adaround_ext.model import quantize_
 from adaround_ext.model_report import LayerEntry, ModelReport
@@ -9,6 +10,7 @@ from adaround_ext.report import LayerReport
 from adaround_ext.result import LayerResult, QuantizedWeight
 
 __all__ = [
+    "ActivationConfig",
     "AdaRoundConfig",
     "LayerEntry",
     "LayerReport",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -137,7 +138,7 @@ def _register(module: nn.Module, attribute: str, quantizer: ActivationQuantizer)
         module.add_module(attribute, quantizer)
         return
     module.__dict__[attribute] = quantizer  # past nn.Module, which would make it a submodule
-    holder = next(inner for inner in module.modules() if not _enumerates(inner))
+    holder = next((inner for inner in module.modules() if not _enumerates(inner)), module)
     attribute = f"outer_{attribute}"
     while hasattr(holder, attribute):
         attribute = f"outer_{attribute}"
@@ -146,9 +147,10 @@ def _register(module: nn.Module, attribute: str, quantizer: ActivationQuantizer)
 
 def _enumerates(module: nn.Module) -> bool:
     """Whether it runs through its submodules, so that it must not get another."""
-    code = getattr(type(module).forward, "__code__", None)
-    names = set() if code is None else {*code.co_names}
-    return isinstance(module, _CONTAINERS) or bool(names & _ENUMERATING)
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return isinstance(module, _CONTAINERS) or not _ENUMERATING.isdisjoint(
+        code.co_names if code else ()
+    )
 
 
 def _device(module: nn.Module, model: nn.Module) -> torch.device:

@@ -72,10 +72,15 @@ class ActivationCache:
         if self._folder is not None:
             self._folder.cleanup()
 
-    @property
-    def rounds(self) -> bool:
-        """Whether what is read back may differ from what was put in."""
-        return self._dtype is not None
+    def rounded(self, tree: Any) -> Any:
+        """The tree as it is after :meth:`put` and :meth:`get`; itself, where nothing is rounded."""
+        if self._dtype is None:
+            return tree
+        return pytree.tree_map_only(Tensor, lambda t: self._stored(t).to(t.dtype), tree)
+
+    def _stored(self, tensor: Tensor) -> Tensor:
+        half = self._dtype is not None and tensor.dtype == torch.float32
+        return tensor.to(self._dtype) if half else tensor
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._trees
@@ -110,9 +115,7 @@ class ActivationCache:
 
     def _hold(self, tensor: Tensor) -> _Held:
         original, device = tensor.dtype, tensor.device
-        tensor = tensor.detach()
-        if self._dtype is not None and original == torch.float32:
-            tensor = tensor.to(self._dtype)
+        tensor = self._stored(tensor.detach())
         dense = tensor.clone(memory_format=torch.preserve_format)  # without holes
         flat = dense.as_strided((dense.numel(),), (1,))
         how = (flat.dtype, dense.shape, dense.stride(), original, device)

@@ -190,3 +190,14 @@ def _cut(samples: Tensor | Mapping[str, Any]) -> Iterable[Any]:
         {name: tensor[begin : begin + _ROWS] for name, tensor in samples.items()}
         for begin in range(0, count, _ROWS)
     ]
+
+
+def unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The positions of x [batch, tokens, features], or the same flattened, that are no padding."""
+    if mask is None:
+        return x
+    if x.dim() == 3 and x.shape[:2] == mask.shape:
+        return x[mask.to(x.device)]
+    if x.dim() == 2 and mask.numel() > len(mask) and len(x) == mask.numel():
+        return x[mask.to(x.device).reshape(-1)]
+    return x

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext.cache import GrowingTensor
+from adaround_ext.calibration import unpadded
 from adaround_ext.data import check
 from adaround_ext.layers import MatrixLayer
 from adaround_ext.plan import Target
@@ -136,11 +137,11 @@ class Collector:
                     self.unpaired += 1  # data-dependent shapes: the layer's own outputs then
                     wanted = None
             self._sequences += len(x) if x.dim() > 1 else 1
-            x = layers[0].samples(self._checked("inputs", _unpadded(x, mask), batch))
+            x = layers[0].samples(self._checked("inputs", unpadded(x, mask), batch))
             outputs = None
             if wanted is not None:
                 outputs = tuple(
-                    layer.output_samples(self._checked("outputs", _unpadded(y, mask), batch))
+                    layer.output_samples(self._checked("outputs", unpadded(y, mask), batch))
                     for layer, y in zip(layers, wanted, strict=True)
                 )
             if self._statistics is None:
@@ -195,14 +196,3 @@ class Collector:
                 reason = "no activation function, data streamed"
                 yield part, gram_problems(layers, own, config, reason, seconds)
             seconds = 0.0
-
-
-def _unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The positions of x [batch, tokens, features], or the same flattened, that are no padding."""
-    if mask is None:
-        return x
-    if x.dim() == 3 and x.shape[:2] == mask.shape:
-        return x[mask.to(x.device)]
-    if x.dim() == 2 and mask.numel() > len(mask) and len(x) == mask.numel():
-        return x[mask.to(x.device).reshape(-1)]
-    return x

@@ -105,57 +105,57 @@ class AdaRoundConfig:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                _fail(name, f"one of {', '.join(choices)}", getattr(self, name))
-        _check_int("bits", self.bits, 2, 8)
-        _check_int("batch_size", self.batch_size, 1)
-        _check_int("seed", self.seed, 0, 2**63 - 1)
+                fail(name, f"one of {', '.join(choices)}", getattr(self, name))
+        check_int("bits", self.bits, 2, 8)
+        check_int("batch_size", self.batch_size, 1)
+        check_int("seed", self.seed, 0, 2**63 - 1)
         for name in ("positions", "group_size", "scale_candidates"):
             if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), 1)
+                check_int(name, getattr(self, name), 1)
         for name in ("steps", "search_steps", "rounds"):
             if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), 0, _MOST[name])
+                check_int(name, getattr(self, name), 0, _MOST[name])
         for name in ("symmetric", "refine", "progress", "scale_free"):
             if not isinstance(getattr(self, name), bool):
-                _fail(name, "True or False", getattr(self, name))
+                fail(name, "True or False", getattr(self, name))
         if (self.granularity == "per_group") != (self.group_size is not None):
-            _fail("group_size", "set exactly when granularity is per_group", self.group_size)
+            fail("group_size", "set exactly when granularity is per_group", self.group_size)
         if not isinstance(self.scale, Tensor) and self.scale not in _SCALES:
-            _fail("scale", f"{', '.join(_SCALES)} or a tensor", self.scale)
+            fail("scale", f"{', '.join(_SCALES)} or a tensor", self.scale)
         if self.scale_dtype not in _SCALE_DTYPES:
-            _fail("scale_dtype", "float32, float16 or bfloat16", self.scale_dtype)
+            fail("scale_dtype", "float32, float16 or bfloat16", self.scale_dtype)
         if not (self.activation is None or callable(self.activation)) and (
             self.activation not in list(ACTIVATIONS)
         ):
-            _fail("activation", f"None, {', '.join(ACTIVATIONS)} or a callable", self.activation)
+            fail("activation", f"None, {', '.join(ACTIVATIONS)} or a callable", self.activation)
         if self.activation is not None and self.objective == "gram":
-            _fail("objective", "auto or sampled with an activation function", self.objective)
+            fail("objective", "auto or sampled with an activation function", self.objective)
         if self.bias == "create" and (self.activation is not None or self.objective == "sampled"):
-            _fail("bias", "refit or keep unless the objective is gram", self.bias)
+            fail("bias", "refit or keep unless the objective is gram", self.bias)
         self._check_starts()
         if self.damping is not None:
-            _check_number("damping", self.damping, 0.0)
+            check_number("damping", self.damping, 0.0)
         if self.learning_rate is not None:
-            _check_number("learning_rate", self.learning_rate, 0.0, exclusive=True)
+            check_number("learning_rate", self.learning_rate, 0.0, exclusive=True)
         if self.reg_weight is not None:
-            _check_number("reg_weight", self.reg_weight, 0.0)
-        _check_number("warmup", self.warmup, 0.0, 1.0)
+            check_number("reg_weight", self.reg_weight, 0.0)
+        check_number("warmup", self.warmup, 0.0, 1.0)
         if not isinstance(self.beta, (tuple, list)) or len(self.beta) != 2:
-            _fail("beta", "a pair (from, to)", self.beta)
+            fail("beta", "a pair (from, to)", self.beta)
         for value in self.beta:
-            _check_number("beta", value, 1.0)
+            check_number("beta", value, 1.0)
         object.__setattr__(self, "beta", tuple(float(value) for value in self.beta))
 
     def _check_starts(self) -> None:
         if self.starts is None:
             return
         if not isinstance(self.starts, (tuple, list)) or not self.starts:
-            _fail("starts", f"a tuple of {', '.join(_STARTS)}", self.starts)
+            fail("starts", f"a tuple of {', '.join(_STARTS)}", self.starts)
         for start in self.starts:
             if start not in _STARTS:
-                _fail("starts", f"a tuple of {', '.join(_STARTS)}", self.starts)
+                fail("starts", f"a tuple of {', '.join(_STARTS)}", self.starts)
         if len(set(self.starts)) < len(self.starts):
-            _fail("starts", "a tuple without repeats", self.starts)
+            fail("starts", "a tuple without repeats", self.starts)
         object.__setattr__(self, "starts", tuple(self.starts))
 
     @property
@@ -180,7 +180,7 @@ class AdaRoundConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON. A callable activation has none: ValueError."""
         if self.activation is not None and not isinstance(self.activation, str):
-            _fail("activation", "a name, to be written to a dict", self.activation)
+            fail("activation", "a name, to be written to a dict", self.activation)
         return _plain(self)
 
     @classmethod
@@ -223,18 +223,18 @@ def _plain(config: AdaRoundConfig) -> dict[str, Any]:
     return values
 
 
-def _fail(name: str, rule: str, got: object) -> None:
+def fail(name: str, rule: str, got: object) -> None:
     raise ValueError(f"{name} must be {rule}, got {got!r}")
 
 
-def _check_int(name: str, value: object, least: int, most: int | None = None) -> None:
+def check_int(name: str, value: object, least: int, most: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < least or (most is not None and value > most):
-        _fail(name, f"at least {least}" if most is None else f"from {least} to {most}", value)
+        fail(name, f"at least {least}" if most is None else f"from {least} to {most}", value)
 
 
-def _check_number(
+def check_number(
     name: str, value: object, least: float, most: float = float("inf"), exclusive: bool = False
 ) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -242,4 +242,4 @@ def _check_number(
     finite = value == value and abs(value) != float("inf")
     if not finite or not least <= value <= most or (exclusive and value == least):
         bound = f"above {least}" if exclusive else f"at least {least}"
-        _fail(name, bound if most == float("inf") else f"from {least} to {most}", value)
+        fail(name, bound if most == float("inf") else f"from {least} to {most}", value)

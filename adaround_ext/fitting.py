@@ -85,6 +85,8 @@ class Fitter:
                         )
                         bar.update(target.cost)
                 self._release()
+        if self.resumed:
+            self.notes.append(f"{self.resumed} layers from checkpoint_dir")
 
     def _restored(self, segment: list[Unit]) -> dict[Unit, list[LayerResult]]:
         found: dict[Unit, list[LayerResult]] = {}

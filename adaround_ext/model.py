@@ -6,12 +6,15 @@ import platform
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from adaround_ext.activations import ActivationConfig
 from adaround_ext.apply import apply_
+from adaround_ext.attachment import full_precision_activations
 from adaround_ext.blocks import BlockCall, Blocks, block_calls, find_blocks
 from adaround_ext.cache import ActivationCache
 from adaround_ext.calibration import Calibration, ForwardFn, PaddingMask
@@ -25,11 +28,12 @@ from adaround_ext.memory import device_memory, host_memory
 from adaround_ext.model_report import LayerEntry, ModelReport
 from adaround_ext.native import build_info
 from adaround_ext.plan import FilterFn, Overrides, Plan, Target, make_plan
-from adaround_ext.prepare import BatchNorm, prepare_
+from adaround_ext.prepare import BatchNorm, prepare_, quantize_activations_
 from adaround_ext.trace import evaluation
 
 _MEMORY_BUDGET = 1 << 29
 _MODES = ("sequential", "parallel")
+_BATCH_NORM = ("fold", "keep")
 
 
 def quantize_(
@@ -44,6 +48,7 @@ def quantize_(
     blocks: Blocks = None,
     batch_norm: BatchNorm = "fold",
     equalize: bool = False,
+    activations: ActivationConfig | None = None,
     activation_aware: bool = False,
     padding_mask: PaddingMask = "attention_mask",
     memory_budget: int = _MEMORY_BUDGET,
@@ -55,10 +60,52 @@ def quantize_(
 ) -> ModelReport:
     """Quantizes the weights of all Linear and convolution layers of a model, in place.
 
-    ...
+    Each layer minimises E || f(y) - f(W_q x + b) ||^2 (AdaRound, eq. (25)), as
+    :func:`adaround_ext.optimize_layer` does, in the order in which the model runs them.
+
+    calibration: an iterable of batches of whatever the model takes: tensors, tuples (positional
+    arguments), mappings (keyword arguments; a tokenizer's output); with ``forward_fn(model,
+    batch)`` anything. One tensor or mapping of all samples is cut into batches of 32. It is
+    iterated once: generators and shuffling loaders are fine.
+    config and settings: of every layer, see :class:`AdaRoundConfig`; as ``bits=4``.
+
+    mode: "sequential": x are inputs from the model with all layers before quantized, y what the
+    full-precision model gives there (the paper's asymmetric reconstruction). "parallel": x and y
+    are the full-precision model's.
+    overrides: other settings for some layers, or "skip": {"head": {"bits": 8}, nn.Conv2d: {...},
+    "*.mlp.*": "skip"}. Keys are names or patterns of names (of a layer, or a module with layers in
+    it), "<first>" and "<last>" in execution order, or module types; of several that match the
+    later settings win. filter_fn(module, name): False leaves a layer alone.
+    blocks: names, patterns or types of the modules that are carried forward: once its layers are
+    done a block does not run again, its outputs are kept. None finds them. Without blocks every
+    layer is one, and what lies between layers runs again for every layer.
+    batch_norm: "fold" puts batch norms that follow a layer into it first, "keep" leaves them.
+    equalize: cross-layer equalization (Nagel et al. 2019) first, for per-tensor grids.
+    activations: quantizes activations too (simulated): see :class:`ActivationConfig`. Their ranges
+    come from one pass of the full-precision model; in sequential mode the weights are fitted to
+    inputs that are quantized so.
+    activation_aware: puts the ReLU, ReLU6, GELU or SiLU that directly follows a layer into its
+    loss: then minibatches instead of the Gram matrix, and the layer's inputs kept (at
+    ``cache_dir`` if that is given, else in memory).
+    padding_mask: name of the argument [batch, tokens] that is 0 at padding, or a function from a
+    batch to such a tensor; padding is left out of the statistics. None: all counts.
+
+    memory_budget: bytes that kept batches and activations may take in memory; what does not fit
+    goes to files under ``cache_dir`` (None: the system's folder for temporary files). Statistics of
+    a layer (about 8 columns^2 bytes) come on top; in parallel mode they are what is budgeted.
+    cache_dtype: torch.bfloat16 or float16 to keep activations in half the memory, rounded.
+    checkpoint_dir: a folder for every layer's result. A run that was killed goes on from there and
+    ends with the same codes; one with another model, data or configuration is refused.
+    progress: show a bar.
+
+    The model is run in eval mode without gradients. It changes only at the very end, so after an
+    error it is as it was; parameters keep their identity, and tied weights stay tied. Each
+    quantized module gets ``quantized_weight`` (:class:`QuantizedWeight`), the codes for export.
+    Returns a :class:`ModelReport`: every layer in numbers, and what was skipped, with the reason.
+    Raises TypeError and ValueError that name the argument or layer, the rule and what came.
     """
     config = make_config(config, settings)
-    _check(model, mode, memory_budget)
+    _check(model, mode, batch_norm, activations, memory_budget)
     started = time.perf_counter()
     host_before, _ = host_memory()
     with ExitStack() as stack:
@@ -74,6 +121,11 @@ def quantize_(
         plan = make_plan(model, seen, config, overrides, filter_fn, activation_aware)
         units = make_units(plan.targets)
         calls = block_calls(model, seen, find_blocks(model, seen, blocks))
+        switch, common = None, _common(calls, plan)
+        if activations is not None:
+            layers = [target.matrix.layer for target in plan.targets]
+            prepared.notes += quantize_activations_(model, seen, layers, data, activations, undo)
+            switch, common = partial(full_precision_activations, model), 0
         sequential = mode == "sequential"
         segments = (
             sequential_segments(units) if sequential else parallel_segments(units, memory_budget)
@@ -83,10 +135,11 @@ def quantize_(
             parts = _fingerprint(digest, data, plan, calls)
             parts |= {"mode": mode, "batch_norm": batch_norm, "equalize": equalize}
             parts |= {"cache_dtype": str(cache_dtype)}
+            parts |= {"activations": None if activations is None else activations.to_dict()}
             checkpoint = Checkpoint(checkpoint_dir, parts)
-        replay = Replay(model, data, calls, cache, _common(calls, plan), config.seed)
+        replay = Replay(model, data, calls, cache, common, config.seed)
         laps["tracing"] = time.perf_counter() - started - laps["calibration"]
-        fitter = Fitter(replay, data, segments, sequential, checkpoint, None, cache_dir, progress)
+        fitter = Fitter(replay, data, segments, sequential, checkpoint, switch, cache_dir, progress)
         fitter.run()
         for target, fitted in fitter.fitted.items():
             apply_(target, fitted.weight, fitted.bias)
@@ -103,7 +156,7 @@ def quantize_(
         skipped=plan.skipped,
         blocks=tuple(dict.fromkeys(call.name for call in calls if len(call.layers) > 1)),
         parameters=sum(p.numel() for p in model.parameters()),
-        passes=replay.passes,
+        passes=replay.passes + (activations is not None),
         batches=data.batches,
         samples=data.samples,
         notes=tuple(data.notes + prepared.notes + plan.notes + fitter.notes),
@@ -114,11 +167,18 @@ def quantize_(
     )
 
 
-def _check(model: object, mode: object, memory_budget: object) -> None:
+def _check(
+    model: object, mode: object, batch_norm: object, activations: object, memory_budget: object
+) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch module, got {type(model).__name__}")
-    if mode not in _MODES:
-        raise ValueError(f"mode must be one of {', '.join(_MODES)}, got {mode!r}")
+    choices = {"mode": (mode, _MODES), "batch_norm": (batch_norm, _BATCH_NORM)}
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    if activations is not None and not isinstance(activations, ActivationConfig):
+        came = type(activations).__name__
+        raise TypeError(f"activations must be an ActivationConfig or None, got {came}")
     if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 0:
         raise ValueError(f"memory_budget must be a number of bytes, got {memory_budget!r}")
 

@@ -133,6 +133,11 @@ def make_plan(
         _check_groups(target)
         targets.append(target)
     changes.check_used()
+    if not targets:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:5])
+        raise ValueError(
+            f"model must have a layer to quantize, got none ({reasons or 'no layers'})"
+        )
     return Plan(targets, skipped, notes)
 
 

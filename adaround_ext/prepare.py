@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
+from adaround_ext.activations import ActivationConfig
+from adaround_ext.attachment import attach, detach, observing
 from adaround_ext.batch_norm import fold_batch_norm_
+from adaround_ext.calibration import Calibration, unpadded
 from adaround_ext.equalize import equalize_
+from adaround_ext.placement import place
 from adaround_ext.trace import Trace, trace
 
 BatchNorm = Literal["fold", "keep"]
@@ -22,6 +27,31 @@ class Prepared:
 
     trace: Trace
     notes: list[str] = field(default_factory=list)
+
+
+def quantize_activations_(
+    model: nn.Module,
+    trace: Trace,
+    layers: Sequence[nn.Module],
+    data: Calibration,
+    config: ActivationConfig,
+    undo: ExitStack,
+) -> list[str]:
+    """Attaches quantizers of activations, their ranges from one pass over the data; notes.
+
+    ``undo`` gets what takes them out again.
+    """
+    placement = place(model, trace, layers)
+    quantizers = attach(placement.places, model, config)
+    undo.callback(detach, model)
+    mask: Tensor | None = None
+    with observing(quantizers, lambda x: unpadded(x, mask)) as observation:
+        for batch in range(data.batches):
+            mask = data.mask(batch)
+            data.run(batch)
+    observation.set_ranges()
+    note = f"{len(quantizers)} quantizers of activations at {config.bits} bits"
+    return [note, *placement.notes]
 
 
 def prepare_(
@@ -47,7 +77,8 @@ def prepare_(
     if equalize:
         equalized = equalize_(model, prepared.trace, run)
         undo.callback(equalized.undo)
-        prepared.notes.append(
-            "equalized: " + (", ".join(f"{a} -> {b}" for a, b in equalized.pairs) or "no layers")
-        )
+        pairs = ", ".join(f"{a} -> {b}" for a, b in equalized.pairs)
+        prepared.notes.append(f"equalized: {pairs or 'no layers'}")
+        reasons = Counter(equalized.skipped.values())
+        prepared.notes += [f"{count} layers not equalized: {why}" for why, count in reasons.items()]
     return prepared

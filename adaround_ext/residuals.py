@@ -33,9 +33,10 @@ class Flow:
 
     def __init__(self, trace: Trace, layers: list[ModuleCall]) -> None:
         first = list(dict.fromkeys(version(value) for value in inputs_of_the_model(trace)))
-        self._bit = {made: bit for bit, made in enumerate(first)}  # of what made it
-        self._ancestors = {made: 1 << bit for made, bit in self._bit.items()}  # and its own
+        self._ancestors = {made: 1 << bit for bit, made in enumerate(first)}  # and its own
         self._time = dict.fromkeys(first, 0)
+        # What computed something from it, other than by addition.
+        self._used: dict[Version, int] = defaultdict(int)
         self._from_outside = (1 << len(first)) - 1
         writes: dict[int, int] = defaultdict(int)
         for bit, operator in enumerate(trace.operators, len(first)):
@@ -48,9 +49,11 @@ class Flow:
                 writes[storage] += 1
                 made.add((storage, writes[storage]))
             for new in made - read:  # what is in both is only viewed
-                self._bit[new] = bit
                 self._ancestors[new] = before | (1 << bit)
                 self._time[new] = operator.time
+            if made - read and operator.name not in _ADDITIONS:
+                for old in read:
+                    self._used[old] |= 1 << bit
         times = [operator.time for operator in trace.operators]
         self._layers = []  # the bits of each layer call's operators
         for call in layers:
@@ -66,9 +69,10 @@ class Flow:
 
         It is one where both operands have the same shape and come from the model's input, where
         they do not come through the same quantized layers, and where the shorter way has such
-        layers too or the longer one starts from its end. So are neither the sums inside rotary
-        embeddings and GELU, nor masks, position embeddings and biases. With equally many layers
-        on both ways it is the operand that was made first.
+        layers too or the longer one starts from its end (a mask that was added before does not
+        count as that). So are neither the sums inside rotary embeddings and GELU, nor those with
+        masks, position embeddings and biases. With equally many layers on both ways it is the
+        operand that was made first.
         """
         if addition.name not in _ADDITIONS or len(addition.inputs) != 2:
             return None
@@ -82,7 +86,7 @@ class Flow:
             return None
         short = min((0, 1), key=lambda i: (alone[i], self.time(addition.inputs[i])))
         value = addition.inputs[short]
-        leads_on = ways[1 - short] >> self._bit[version(value)] & 1
+        leads_on = ways[1 - short] & self._used[version(value)]
         return value if leads_on or self._layers_on(ways[short]) else None
 
     def _layers_on(self, way: int) -> int:

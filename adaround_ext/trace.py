@@ -222,5 +222,5 @@ def evaluation(model: nn.Module, seed: int = 0) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, flag in training.items():
-            module.training = flag
+        for module in {*training, *model.modules()}:  # there may be new ones
+            module.training = training.get(module, training[model])

@@ -26,18 +26,17 @@ def measure(
 
     ``roundings`` holds the layers by name, as "3.query"; all were found with full-precision inputs.
     """
-    exact = {name: _embeddings(model, batches) for name, batches in texts.items()}
+    exact = {name: embeddings(model, batches) for name, batches in texts.items()}
     rows = []
     for (bits, method), layers in roundings.items():
         quantized = copy.deepcopy(model)
         for name, rounding in layers.items():
             block, short = name.split(".", 1)
             _replace(minilm.block_layers(quantized, int(block))[short], rounding)
-        distances = {}
-        for name, batches in texts.items():
-            # Of unit vectors 1 - cosine is half the squared distance, without cancellation.
-            difference = _embeddings(quantized, batches) - exact[name]
-            distances[name] = float(difference.square().sum(1).mean() / 2)
+        distances = {
+            name: distance(embeddings(quantized, batches), exact[name])
+            for name, batches in texts.items()
+        }
         rows.append({"bits": bits, "method": method, "layers": len(layers)} | distances)
     return rows
 
@@ -49,8 +48,14 @@ def _replace(layer: nn.Linear, rounding: Rounding) -> None:
         layer.bias.copy_(rounding.bias)
 
 
+def distance(found: Tensor, exact: Tensor) -> float:
+    """Mean 1 - cosine of two sets of :func:`embeddings`."""
+    # Of unit vectors it is half the squared distance, without cancellation.
+    return float((found - exact).square().sum(1).mean() / 2)
+
+
 @torch.no_grad()
-def _embeddings(model: nn.Module, batches: Batches) -> Tensor:
+def embeddings(model: nn.Module, batches: Batches) -> Tensor:
     """float64 [sequences, features]: the mean over tokens, at length 1; no token is padding."""
     device = next(model.parameters()).device
     found = []

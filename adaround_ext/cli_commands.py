@@ -1,0 +1,169 @@
+"""The commands: each takes parsed arguments and returns its JSON document and its text."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaround_ext import cli_show as show
+from adaround_ext.cache import ActivationCache
+from adaround_ext.calibration import Calibration
+from adaround_ext.cli_options import DTYPES
+from adaround_ext.cli_output import save, staged
+from adaround_ext.cli_show import Output
+from adaround_ext.cli_sources import Source, load_data, load_model
+from adaround_ext.layers import SUPPORTED
+from adaround_ext.model import quantize_
+from adaround_ext.model_report import ModelReport
+from adaround_ext.native import build_info
+from adaround_ext.plan import make_plan
+from adaround_ext.trace import ModuleCall, Trace, Value, evaluation, trace
+
+
+def quantize(args: Namespace) -> Output:
+    """Quantizes a model and writes it with its report; the report is the document."""
+    inputs = [Path(args.model), Path(args.data)]
+    if args.checkpoint_dir is not None:
+        inputs.append(Path(args.checkpoint_dir))
+    if args.html is not None and not Path(args.html).absolute().parent.is_dir():
+        raise FileNotFoundError(f"--html must be in a directory that exists, got {args.html}")
+    with staged(Path(args.output), args.overwrite, inputs) as folder:
+        torch.manual_seed(args.seed)
+        source = _source(args)
+        data = load_data(
+            args.data,
+            source,
+            nsamples=args.nsamples,
+            seqlen=args.seqlen,
+            batch_size=args.batch_size,
+        )
+        with source.without_cache():
+            report = quantize_(
+                source.model,
+                data,
+                args.config,
+                mode=args.mode,
+                overrides=args.overrides,
+                batch_norm="keep",  # the files must fit the model's class, which has them
+                memory_budget=args.memory_budget,
+                checkpoint_dir=args.checkpoint_dir,
+                progress=not args.quiet,
+            )
+        if not report.layers:
+            raise ValueError("MODEL must have layers to quantize that run, got none")
+        save(source, report, folder)
+        written = sorted(path.name for path in folder.iterdir())
+    if args.html is not None:
+        report.to_html(args.html)
+    text = "" if args.quiet else f"{report}\nwritten to {args.output}: {', '.join(written)}"
+    return report.to_dict(), text
+
+
+def inspect(args: Namespace) -> Output:
+    """What would be quantized of a model, or what a report says."""
+    if Path(args.model).is_file():
+        return show.of_report(ModelReport.load(args.model))
+    torch.manual_seed(args.seed)
+    source = _source(args)
+    order, notes = "definition", list[str]()
+    if args.data is None:
+        seen = _as_defined(source.model)
+    else:
+        data = load_data(args.data, source, nsamples=1, seqlen=args.seqlen, batch_size=1)
+        seen, notes = _traced(source, data)
+        order = "execution"
+    plan = make_plan(source.model, seen, args.config, args.overrides, None, False)
+    return show.of_plan(source.model, plan, order, notes)
+
+
+def compare(args: Namespace) -> Output:
+    """Two reports, layer by layer."""
+    first, second = (ModelReport.load(_report_path(path)) for path in (args.a, args.b))
+    return show.of_two_reports((args.a, args.b), first, second)
+
+
+def env(args: Namespace) -> Output:
+    """Versions and what of this machine is in use."""
+    build = build_info()
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        known = torch.cuda.get_device_properties(index)
+        capability = f"{known.major}.{known.minor}"
+        devices.append({"name": known.name, "memory": known.total_memory, "capability": capability})
+    document = {
+        "adaround_ext": build["version"],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": build["instruction_set"],
+        "cuda_devices": devices,
+        "build": build,
+    }
+    rows = [[name, _plain(value)] for name, value in document.items() if name != "build"]
+    rows += [[f"build: {name}", _plain(value)] for name, value in build.items()]
+    return document, show.table(rows, left=2)
+
+
+def _source(args: Namespace) -> Source:
+    dtype = None if args.dtype is None else DTYPES[args.dtype]
+    return load_model(
+        args.model,
+        auto_class=args.auto_class,
+        dtype=dtype,
+        device=args.device,
+        quiet=args.quiet,
+    )
+
+
+def _traced(source: Source, data: Iterable[Any]) -> tuple[Trace, list[str]]:
+    """A run on the first batch, and what was noted about it."""
+    model = source.model
+    if not isinstance(data, (Tensor, Mapping)):
+        data = islice(data, 1)
+    devices = {parameter.device for parameter in model.parameters()}
+    device = devices.pop() if len(devices) == 1 else None
+    with ActivationCache(1 << 29) as cache, evaluation(model), source.without_cache():
+        batches = Calibration(model, data, None, None, cache, device)
+        return trace(model, lambda: batches.run(0)), batches.notes
+
+
+def _as_defined(model: nn.Module) -> Trace:
+    """As if each layer ran once, in the order in which the model defines them."""
+    layers = [module for module in model.modules() if isinstance(module, SUPPORTED)]
+    calls = [
+        ModuleCall(layer, 0, 2 * time, 2 * time + 1, (Value(time, 0, 0, (), ()),), ())
+        for time, layer in enumerate(layers)
+    ]
+    return Trace(calls, [], (), {})
+
+
+def _report_path(path: str) -> Path:
+    """A report, or that of a directory which quantize wrote."""
+    return Path(path) / "report.json" if Path(path).is_dir() else Path(path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "; ".join(map(_plain, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {item}" for name, item in value.items())
+    return "none" if value in (None, "") else str(value)

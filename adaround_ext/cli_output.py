@@ -1,0 +1,112 @@
+"""What ``adaround-ext quantize`` writes: a directory, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor, nn
+
+from adaround_ext.cli_sources import Source
+from adaround_ext.model_report import ModelReport
+from adaround_ext.result import QuantizedWeight
+
+CODES_FORMAT = "adaround_ext.codes.1"
+_REPORT = "report.json"
+_OTHER_INPUTS = ("preprocessor_config.json", "processor_config.json")
+
+
+@contextmanager
+def staged(output: Path, overwrite: bool, inputs: Iterable[Path]) -> Iterator[Path]:
+    """An empty directory beside ``output`` that takes its place at the end, or goes on an error.
+
+    overwrite: replaces a directory that an earlier run wrote, which a report.json shows; nothing
+    else is ever deleted. inputs: files and directories that must not lie in it. Raises ValueError
+    naming --output.
+    """
+    output = output.resolve()
+    _check(output, overwrite, inputs)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = output.with_name(f".{output.name}.{secrets.token_hex(4)}.part")
+    folder.mkdir()
+    try:
+        yield folder
+        _check(output, overwrite, inputs)  # hours may have passed
+        _replace(folder, output)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _check(output: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
+    for path in inputs:
+        if path.resolve().is_relative_to(output):
+            raise ValueError(f"--output must not hold what is read or kept, got {output}")
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise ValueError(f"--output must be a directory, got the file {output}")
+    if not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(f"--output must be empty or new without --overwrite, got {output}")
+    if not (output / _REPORT).is_file():
+        rule = f"--output must be a directory of an earlier run, with a {_REPORT}, to be replaced"
+        raise ValueError(f"{rule}, got {output}")
+
+
+def _replace(folder: Path, output: Path) -> None:
+    if not output.exists() or not any(output.iterdir()):
+        os.replace(folder, output)
+        return
+    old = output.with_name(f"{folder.name}.old")
+    os.replace(output, old)
+    try:
+        os.replace(folder, output)
+    except BaseException:
+        os.replace(old, output)
+        raise
+    shutil.rmtree(old)
+
+
+def save(source: Source, report: ModelReport, folder: Path) -> None:
+    """Model, codes and report of a quantized model; a Hugging Face model with its tokenizer."""
+    if source.directory is None:
+        safetensors.torch.save_model(source.model, str(folder / "model.safetensors"))
+    else:
+        source.model.save_pretrained(folder)  # type: ignore[operator]
+        tokenizer = source.tokenizer()
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        for name in _OTHER_INPUTS:
+            if (source.directory / name).exists():
+                shutil.copy(source.directory / name, folder)
+    _save_codes(source.model, report, folder / "codes.safetensors")
+    report.to_html(folder / "report.html")
+    report.save(folder / _REPORT)
+
+
+def _save_codes(model: nn.Module, report: ModelReport, path: Path) -> None:
+    """Saves "<layer>.codes", ".scale" and ".zero_point" of each layer, its bits in the metadata.
+
+    As :class:`adaround_ext.QuantizedWeight` has them. Tied layers are there once, by the name that
+    the report has.
+    """
+    tensors: dict[str, Tensor] = {}
+    bits: dict[str, int] = {}
+    for entry in report.layers:
+        weight = model.get_submodule(entry.name).quantized_weight
+        assert isinstance(weight, QuantizedWeight)
+        prefix = f"{entry.name}." if entry.name else ""
+        for name in ("codes", "scale", "zero_point"):
+            # Copies: layers that were solved together share memory, which the format refuses.
+            tensors[prefix + name] = getattr(weight, name).cpu().contiguous().clone()
+        bits[entry.name] = weight.bits
+    metadata = {"format": CODES_FORMAT, "bits": json.dumps(bits)}
+    safetensors.torch.save_file(tensors, path, metadata)

@@ -1,0 +1,223 @@
+"""Two small networks trained on handwritten digits, quantized as wholes: accuracy and time.
+
+A residual and a depthwise-separable network with BatchNorm are trained here with several seeds and
+quantized with the first 512 training images as calibration: to the nearest value of the grid of
+least squared weight error, by the paper's AdaRound in plain PyTorch
+(benchmarks/reference_model.py), and by quantize_ with the presets "fast" and "balanced". All layers
+are quantized, the first and the last as well. The error is that of the logits, relative, on the
+788 training images that are not calibration.
+
+    python -m examples.digits [--nets NET ...] [--bits BITS ...] [--seeds SEEDS] [--output FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from adaround_ext import AdaRoundConfig, quantize_
+from adaround_ext.config import Granularity
+from adaround_ext.reference import ReferenceConfig
+from benchmarks import common, digits, reference_model
+
+CALIBRATION_IMAGES = 512
+REFERENCE = ReferenceConfig(steps=2000, learning_rate=1e-2)
+METHODS = ("full", "nearest", "reference", "fast", "balanced")
+OURS = "balanced"
+# Points of accuracy that ours may lose with a scale a channel, by bits.
+MOST_LOST = {4: 0.5, 3: 2.0}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network, quantized in one way; "full" is not quantized and the same for all settings.
+
+    accuracy: of the test images, in percent. error: of the logits. cpu_seconds: the processor's
+    time, which on one thread is what the clock shows on a machine that does nothing else.
+    """
+
+    net: digits.Kind
+    seed: int
+    bits: int
+    granularity: Granularity
+    method: str
+    accuracy: float
+    error: float
+    seconds: float
+    cpu_seconds: float
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A trained network, and its logits for the images that the error is measured on."""
+
+    model: nn.Module
+    data: digits.Digits
+    logits: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def load(cls, net: digits.Kind, seed: int) -> Workload:
+        model, data = digits.trained(net, seed), digits.load()
+        return cls(model, data, model(data.training_images[CALIBRATION_IMAGES:]))
+
+    @property
+    def calibration(self) -> Tensor:
+        return self.data.training_images[:CALIBRATION_IMAGES]
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module) -> tuple[float, float]:
+        """(accuracy in percent, relative squared error of the logits)."""
+        accuracy = digits.accuracy(model, self.data.test_images, self.data.test_labels)
+        logits = model(self.data.training_images[CALIBRATION_IMAGES:])
+        error = (logits - self.logits).square().sum() / self.logits.square().sum()
+        return 100 * accuracy, float(error)
+
+
+def rows_of(
+    work: Workload, net: digits.Kind, seed: int, config: AdaRoundConfig, reference: ReferenceConfig
+) -> Iterator[Row]:
+    """A row for every method, each of which gets its own copy of the network."""
+    images = work.calibration
+
+    def ours(preset: str) -> Callable[[nn.Module], object]:
+        return lambda model: quantize_(model, images, config, preset=preset, progress=False)
+
+    ways: tuple[Callable[[nn.Module], object], ...] = (
+        lambda model: None,
+        lambda model: reference_model.nearest_(model, images, config),
+        lambda model: reference_model.adaround_(model, images, config, reference),
+        ours("fast"),
+        ours("balanced"),
+    )
+    for method, way in zip(METHODS, ways, strict=True):
+        model = copy.deepcopy(work.model)
+        started, cpu_started = time.perf_counter(), time.process_time()
+        way(model)
+        seconds = time.perf_counter() - started
+        cpu_seconds = time.process_time() - cpu_started
+        row = Row(
+            net, seed, config.bits, config.granularity, method, *work.measure(model), seconds,
+            cpu_seconds,
+        )  # fmt: skip
+        common.note(
+            f"{net}, seed {seed}, {row.bits} bits {row.granularity}, {method}: "
+            f"{row.accuracy:.2f} %, error {row.error:.2g}, {seconds:.1f} s"
+        )
+        yield row
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error, which is 0 for one value."""
+    if len(values) == 1:
+        return values[0], 0.0
+    return statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
+
+
+class Results:
+    """Rows by net, bits, granularity and method, seeds in order."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+        self.settings = list(dict.fromkeys((r.net, r.bits, r.granularity) for r in rows))
+
+    def of(self, setting: tuple[str, int, str], method: str, name: str) -> list[float]:
+        """One number of each seed's row."""
+        return [
+            getattr(row, name)
+            for row in self.rows
+            if (row.net, row.bits, row.granularity) == setting and row.method == method
+        ]
+
+    def differences(self, setting: tuple[str, int, str], method: str, other: str) -> list[float]:
+        """Points of accuracy of the method above the other, seed by seed."""
+        pairs = zip(*(self.of(setting, m, "accuracy") for m in (method, other)), strict=True)
+        return [mine - its for mine, its in pairs]
+
+
+def targets(results: Results) -> list[common.Target]:
+    """Ours close to full precision, and not below the reference by over one standard error."""
+    found = []
+    for setting in results.settings:
+        net, bits, granularity = setting
+        where = f"{net}, {bits} bits {granularity}: points"
+        if granularity == "per_channel" and bits in MOST_LOST:
+            lost, _ = mean_and_error(results.differences(setting, "full", OURS))
+            found.append(common.Target(f"{where} below full", lost, most=MOST_LOST[bits]))
+        gained, error = mean_and_error(results.differences(setting, OURS, "reference"))
+        found.append(common.Target(f"{where} above the reference", gained, least=0.0 - error))
+    return found
+
+
+def show(results: Results) -> None:
+    """Accuracy, error of the logits and seconds, as tables for people."""
+
+    def accuracy(setting: tuple[str, int, str], method: str) -> str:
+        mean, error = mean_and_error(results.of(setting, method, "accuracy"))
+        return f"{mean:.2f} ± {error:.2f}"
+
+    def mean(name: str) -> Callable[[tuple[str, int, str], str], float]:
+        return lambda setting, method: statistics.fmean(results.of(setting, method, name))
+
+    tables: tuple[tuple[str, Callable[[tuple[str, int, str], str], object], int], ...] = (
+        ("Test accuracy in percent, mean ± standard error over seeds", accuracy, 0),
+        ("Relative squared error of the logits on other images, mean", mean("error"), 1),
+        ("Seconds of the processor, mean", mean("cpu_seconds"), 2),
+    )
+    for title, cell, first in tables:
+        shown = METHODS[first:]
+        rows = [(*setting, *(cell(setting, m) for m in shown)) for setting in results.settings]
+        common.print_table(title, ("network", "bits", "granularity", *shown), rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m examples.digits", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    nets, granularities = get_args(digits.Kind), ("per_tensor", "per_channel")
+    parser.add_argument("--nets", nargs="+", default=nets, choices=nets)
+    parser.add_argument("--bits", nargs="+", default=(4, 3, 2), type=int)
+    parser.add_argument("--granularity", nargs="+", default=granularities, choices=granularities)
+    parser.add_argument("--seeds", type=int, default=5, help="how many networks; default 5")
+    parser.add_argument("--reference-steps", type=int, default=REFERENCE.steps)
+    parser.add_argument("--reference-rate", type=float, default=REFERENCE.learning_rate)
+    parser.add_argument("--output", type=Path, metavar="FILE.json")
+    options = parser.parse_args(arguments)
+    if options.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {options.seeds}")
+    facts = common.machine_facts(torch.device("cpu"))
+    reference = ReferenceConfig(steps=options.reference_steps, learning_rate=options.reference_rate)
+    rows: list[Row] = []
+    for net in options.nets:
+        for seed in range(options.seeds):
+            work = Workload.load(net, seed)
+            for bits in options.bits:
+                for granularity in options.granularity:
+                    config = AdaRoundConfig(bits=bits, granularity=granularity, seed=seed)
+                    rows += rows_of(work, net, seed, config, reference)
+    results = Results(rows)
+    held = targets(results)
+    show(results)
+    print()
+    common.print_targets(held)
+    if options.output is not None:
+        found: dict[str, Any] = {
+            "calibration_images": CALIBRATION_IMAGES,
+            "test_images": len(digits.load().test_labels),
+            "reference": asdict(reference),
+            "rows": [asdict(row) for row in rows],
+        }
+        device = common.Options(torch.device("cpu"))
+        common.write_json(options.output, common.document("digits", device, facts, found, held))
+
+
+if __name__ == "__main__":
+    main()
