@@ -8,6 +8,8 @@ from adaround_ext.native import build_info
 from adaround_ext.reconstruct import optimize_layer
 from adaround_ext.report import LayerReport
 from adaround_ext.result import LayerResult, QuantizedWeight
+from adaround_ext.sensitivities import sensitivity
+from adaround_ext.sensitivity_report import Sensitivity
 
 __all__ = [
     "ActivationConfig",
@@ -17,8 +19,10 @@ __all__ = [
     "LayerResult",
     "ModelReport",
     "QuantizedWeight",
+    "Sensitivity",
     "build_info",
     "optimize_layer",
     "quantize_",
+    "sensitivity",
 ]
 __version__ = build_info()["version"]

@@ -201,3 +201,9 @@ def unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
     if x.dim() == 2 and mask.numel() > len(mask) and len(x) == mask.numel():
         return x[mask.to(x.device).reshape(-1)]
     return x
+
+
+def single_device(model: nn.Module) -> torch.device | None:
+    """Where batches go: the one device of all parameters, or None."""
+    devices = {p.device for p in model.parameters() if not p.is_meta}
+    return devices.pop() if len(devices) == 1 else None

@@ -58,8 +58,6 @@ def quantize(args: Namespace) -> Output:
                 checkpoint_dir=args.checkpoint_dir,
                 progress=not args.quiet,
             )
-        if not report.layers:
-            raise ValueError("MODEL must have layers to quantize that run, got none")
         save(source, report, folder)
         written = sorted(path.name for path in folder.iterdir())
     if args.html is not None:

@@ -135,7 +135,7 @@ class Fitter:
             taken = {stream: watch.taken[stream] for stream, (watch, _) in streams.items()}
             for collector in collectors:
                 unit = collector.unit
-                x = _of_calls(unit.targets[0], taken[source])
+                x = of_calls(unit.targets[0], taken[source])
                 wanted = [_outputs(t, taken["full"]) for t in unit.targets] if two else None
                 collector.add(batch, x, wanted, mask)
         for collector in collectors:
@@ -177,7 +177,7 @@ class Fitter:
         return swapped([(t, r.weight_q, r.bias) for t, r in self._pending.items()])
 
 
-def _of_calls(target: Target, taken: Mapping[nn.Module, list[Tensor]]) -> list[Tensor]:
+def of_calls(target: Target, taken: Mapping[nn.Module, list[Tensor]]) -> list[Tensor]:
     """What was taken at a target, in the order of its calls."""
     found = [(taken.get(call.module, []), call.index) for call in target.calls]
     return [tensors[index] for tensors, index in found if index < len(tensors)]
@@ -185,7 +185,7 @@ def _of_calls(target: Target, taken: Mapping[nn.Module, list[Tensor]]) -> list[T
 
 def _outputs(target: Target, taken: Mapping[nn.Module, list[Tensor]]) -> list[Tensor]:
     """The same for outputs, of tied layers as if they had the first one's bias."""
-    outputs = _of_calls(target, taken)
+    outputs = of_calls(target, taken)
     if not target.tied:
         return outputs
     shape = (-1, *[1] * (target.matrix.weight.dim() - 2))  # of a channel, for a convolution

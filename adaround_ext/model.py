@@ -17,7 +17,7 @@ from adaround_ext.apply import apply_
 from adaround_ext.attachment import full_precision_activations
 from adaround_ext.blocks import BlockCall, Blocks, block_calls, find_blocks
 from adaround_ext.cache import ActivationCache
-from adaround_ext.calibration import Calibration, ForwardFn, PaddingMask
+from adaround_ext.calibration import Calibration, ForwardFn, PaddingMask, single_device
 from adaround_ext.capture import Replay
 from adaround_ext.checkpoint import Checkpoint
 from adaround_ext.collect import Unit, make_units, parallel_segments, sequential_segments
@@ -111,7 +111,7 @@ def quantize_(
     with ExitStack() as stack:
         cache = stack.enter_context(ActivationCache(memory_budget, cache_dir, dtype=cache_dtype))
         stack.enter_context(evaluation(model, config.seed))
-        device = _device(model)
+        device = single_device(model)
         data = Calibration(model, calibration, forward_fn, padding_mask, cache, device)
         laps = {"calibration": time.perf_counter() - started}
         undo = stack.enter_context(ExitStack())
@@ -181,12 +181,6 @@ def _check(
         raise TypeError(f"activations must be an ActivationConfig or None, got {came}")
     if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 0:
         raise ValueError(f"memory_budget must be a number of bytes, got {memory_budget!r}")
-
-
-def _device(model: nn.Module) -> torch.device | None:
-    """Where batches go: the one device of all parameters, or None."""
-    devices = {p.device for p in model.parameters() if not p.is_meta}
-    return devices.pop() if len(devices) == 1 else None
 
 
 def _common(calls: list[BlockCall], plan: Plan) -> int:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import secrets
-import types
-import typing
 from collections.abc import Iterator, Mapping
 from math import exp, fsum, inf, isfinite, log, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaround_ext.config import AdaRoundConfig
+from adaround_ext.json_values import check_keys, check_type, read_value, write_atomically
 from adaround_ext.report import LayerReport
 from adaround_ext.report_plot import as_bytes, as_count, as_percent, as_time
 
@@ -45,6 +43,13 @@ class LayerEntry:
     config: dict[str, Any]
     report: LayerReport
     rows: int | None = None
+
+    @staticmethod
+    def check_plain(values: Mapping[str, Any], where: str) -> None:
+        """ValueError where the configuration, as JSON has it, has other settings."""
+        known = {field.name for field in dataclasses.fields(AdaRoundConfig)}
+        check_type(values["config"], Mapping, f"{where}.config", "a dict")
+        check_keys(values["config"], known, f"{where}.config")
 
     @property
     def weights(self) -> int:
@@ -158,7 +163,7 @@ class ModelReport:
             got = repr(values.get("format")) if isinstance(values, Mapping) else repr(type(values))
             raise ValueError(f"values must be a dict of format {_FORMAT!r}, got {got}")
         plain = {name: value for name, value in values.items() if name != "format"}
-        report: ModelReport = _read(cls, plain, "report")
+        report: ModelReport = read_value(cls, plain, "report")
         return report
 
     def to_json(self) -> str:
@@ -167,7 +172,7 @@ class ModelReport:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a JSON file, whole or not at all."""
-        _write(Path(path), self.to_json() + "\n")
+        write_atomically(Path(path), self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ModelReport:
@@ -195,7 +200,7 @@ class ModelReport:
 
         text = page(self)
         if path is not None:
-            _write(Path(path), text)
+            write_atomically(Path(path), text)
         return text
 
     def __str__(self) -> str:
@@ -258,54 +263,3 @@ class ModelReport:
             if entry.name not in seen:
                 seen |= {entry.name, *entry.tied}
                 yield entry
-
-
-def _write(path: Path, text: str) -> None:
-    # Beside the target, so that the rename is atomic.
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def _read(hint: Any, value: Any, where: str) -> Any:
-    """``value``, as JSON has it, as what the annotation ``hint`` says; ValueError if it is not."""
-    if hint is Any:
-        return value
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):  # with None: there are no others here
-        return None if value is None else _read(inner[0], value, where)
-    if origin is tuple:
-        _check_type(value, (list, tuple), where, "a list")
-        return tuple(_read(inner[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is dict:
-        _check_type(value, Mapping, where, "a dict")
-        return {str(key): _read(inner[1], item, f"{where}.{key}") for key, item in value.items()}
-    if not dataclasses.is_dataclass(hint):
-        _check_type(value, (int, float) if hint is float else hint, where, hint.__name__)
-        return value
-    _check_type(value, Mapping, where, "a dict")
-    if hint is LayerReport:  # relative is computed
-        value = {name: item for name, item in value.items() if name != "relative"}
-    hints = typing.get_type_hints(hint)
-    _check_keys(value, set(hints), where)
-    if hint is LayerEntry:
-        known = {field.name for field in dataclasses.fields(AdaRoundConfig)}
-        _check_type(value["config"], Mapping, f"{where}.config", "a dict")
-        _check_keys(value["config"], known, f"{where}.config")
-    return hint(**{name: _read(h, value[name], f"{where}.{name}") for name, h in hints.items()})
-
-
-def _check_type(value: Any, kinds: Any, where: str, rule: str) -> None:
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        raise ValueError(f"{where} must be {rule}, got {type(value).__name__}")
-
-
-def _check_keys(values: Mapping[str, Any], known: set[str], where: str) -> None:
-    for title, names in (("unknown", set(values) - known), ("missing", known - set(values))):
-        if names:
-            rule = f"{where} must have the keys {', '.join(sorted(known))}"
-            raise ValueError(f"{rule}, got {title} {', '.join(map(repr, sorted(names, key=str)))}")

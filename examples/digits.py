@@ -65,10 +65,10 @@ class Workload:
     logits: Tensor
 
     @classmethod
-    @torch.no_grad()
     def load(cls, net: digits.Kind, seed: int) -> Workload:
         model, data = digits.trained(net, seed), digits.load()
-        return cls(model, data, model(data.training_images[CALIBRATION_IMAGES:]))
+        with torch.no_grad():
+            return cls(model, data, model(data.training_images[CALIBRATION_IMAGES:]))
 
     @property
     def calibration(self) -> Tensor:

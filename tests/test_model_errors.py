@@ -105,7 +105,7 @@ def with_nan(value: float) -> list[Tensor]:
             "group_size must divide the 27 columns of 0, got 8: give it another by overrides",
         ),
         (images(), {"activations": 8}, TypeError, "activations must be an ActivationConfig"),
-        (images(), {"filter_fn": lambda m, n: False}, ValueError, "model must have a layer .* none .0: filter_fn"),
+        (images(), {"filter_fn": lambda m, n: False}, ValueError, r"got none \(0: filter_fn"),
         ([torch.randn(4, 1, 8, 8)], {}, RuntimeError, "channels"),
     ],
 )  # fmt: skip
