@@ -7,7 +7,7 @@ import os
 import secrets
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ def read_value(hint: Any, value: Any, where: str) -> Any:
         return {
             str(key): read_value(inner[1], item, f"{where}.{key}") for key, item in value.items()
         }
-    if not dataclasses.is_dataclass(hint):
+    fields: Any = getattr(hint, "__dataclass_fields__", None)
+    if fields is None:
         check_type(value, (int, float) if hint is float else hint, where, hint.__name__)
         return value
     check_type(value, Mapping, where, "a dict")

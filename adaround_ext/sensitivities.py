@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
-from itertools import islice
 from math import ceil, inf, isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -97,9 +96,6 @@ def sensitivity(
         prepared = prepare_(model, lambda: data.run(0), undo, batch_norm, False)
         seen = prepared.trace
         plan = make_plan(model, seen, config, overrides, filter_fn, False)
-        if not plan.targets:
-            why = "; ".join(f"{n}: {reason}" for n, reason in islice(plan.skipped.items(), 3))
-            raise ValueError(f"model must have layers to quantize, got none: {why or 'no layers'}")
         if batches is None:
             batches = ceil(_SAMPLES * data.batches / max(data.samples, data.batches))
         batches = min(batches, data.batches)
