@@ -21,7 +21,7 @@ help:  ## this list
 demo: build $(DONE)/demo  ## round a block of a trained encoder: a table, and a picture in demo_output
 	$(BIN)/python -m examples.demo $(ARGS)
 
-test: build $(DONE)/test  ## all tests; ARGS goes to pytest
+test: build $(DONE)/demo $(DONE)/test  ## all tests; ARGS goes to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(DONE)/lint  ## check style and types

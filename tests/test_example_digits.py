@@ -15,7 +15,7 @@ from adaround_ext import AdaRoundConfig
 from adaround_ext.grid import make_grid, nearest_codes
 from adaround_ext.ops import dequantize
 from adaround_ext.reference import ReferenceConfig, optimize
-from benchmarks import reference_model
+from benchmarks import digits, reference_model
 
 pytest.importorskip("sklearn")  # the digits
 examples = pytest.importorskip("examples.digits")
@@ -141,14 +141,18 @@ def test_targets_are_paired_over_seeds() -> None:
     assert not gained.holds
 
 
-def test_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_example(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = digits.trained
+    monkeypatch.setattr(digits, "trained", lambda net, seed: trained(net, seed, epochs=3))
     path = tmp_path / "digits.json"
     few = ["--nets", "residual", "--bits", "3", "--granularity", "per_channel", "--seeds", "1"]
     examples.main([*few, "--reference-steps", "20", "--output", str(path)])
     document = json.loads(path.read_text())
     rows = {row["method"]: row for row in document["results"]["rows"]}
     assert list(rows) == list(examples.METHODS)
-    assert rows["full"]["accuracy"] > 98 and rows["full"]["error"] == 0
+    assert rows["full"]["accuracy"] > 95 and rows["full"]["error"] == 0
     assert rows["nearest"]["error"] > 5 * rows["balanced"]["error"] > 0
     assert document["results"]["reference"]["steps"] == 20
     assert len(document["targets"]) == 2
