@@ -20,14 +20,14 @@ def swapped(weights: Iterable[tuple[Target, Tensor, Tensor | None]]) -> Iterator
 
     def swap(parameter: nn.Parameter, value: Tensor) -> None:
         before.append((parameter, parameter.data))
-        parameter.data = value
+        parameter.data = value.to(parameter.device)
 
     try:
         for target, weight, bias in weights:
             layer = target.matrix.layer
             swap(layer.get_parameter("weight"), weight)
             if bias is not None and layer.bias is None:
-                layer.bias = nn.Parameter(bias, requires_grad=False)
+                layer.bias = nn.Parameter(bias.to(layer.weight.device), requires_grad=False)
                 made.append(layer)
             elif bias is not None:
                 swap(layer.get_parameter("bias"), bias)

@@ -45,7 +45,7 @@ class Calibration:
         self._forward_fn = forward_fn
         self._padding_mask = padding_mask
         self._cache = cache
-        self._device = device
+        self.device = device
         self._signature = _signature(model)
         self._own: list[Any] | None = None
         self._first_of_tuple = False
@@ -129,9 +129,9 @@ class Calibration:
             item = self._cache.get(("batch", index))
         else:
             item = self._own[index]
-        if self._device is None:
+        if self.device is None:
             return item
-        return pytree.tree_map_only(Tensor, lambda t: t.to(self._device), _plain(item))
+        return pytree.tree_map_only(Tensor, lambda t: t.to(self.device), _plain(item))
 
     def run(self, index: int) -> object:
         """The model on one batch."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,6 +20,8 @@ from torch.utils import _pytree as pytree
 from adaround_ext.blocks import BlockCall
 from adaround_ext.cache import ActivationCache
 from adaround_ext.calibration import Calibration
+from adaround_ext.residence import Residence
+from adaround_ext.trace import ModuleCall
 
 Stream = Literal["full", "quantized"]
 Context = Callable[[], AbstractContextManager[object]]
@@ -70,10 +72,12 @@ class Replay:
         calibration: Calibration,
         calls: list[BlockCall],
         cache: ActivationCache,
+        residence: Residence,
         common: int,
         seed: int,
     ) -> None:
         """common: how many leading calls give the same in all streams."""
+        self._residence = residence
         self._model, self._calibration, self._cache, self._seed = model, calibration, cache, seed
         self._common = common
         self._calls = calls
@@ -81,7 +85,8 @@ class Replay:
         self._templates: dict[tuple[Stream, int, int], tuple[list[Any], Any]] = {}
         self._recording: frozenset[int] = frozenset()
         self._needed: frozenset[int] = frozenset()
-        self._ready = 0  # leading calls whose layers are all done
+        self._ready = 0  # leading calls whose layers are all done, and that are recorded
+        self._end = 0  # of the calls that this pass runs
         self._stream: Stream = "full"
         self._batch = 0
         self._seen: dict[nn.Module, int] = {}
@@ -103,16 +108,38 @@ class Replay:
     def sweep(
         self,
         waiting: set[nn.Module],
-        counts: Mapping[nn.Module, int],
+        calls: Sequence[ModuleCall],
         streams: Mapping[Stream, tuple[Watch, Context]],
     ) -> Iterator[int]:
         """All batches through all streams, up to the last call that is watched.
 
-        waiting: the layers that are not done. counts: of the calls of a layer. Yields each batch's
-        number, when the watches hold what was taken. What is done by now is recorded on the way.
+        waiting: the layers that are not done. calls: of the layers that are watched. Yields each
+        batch's number, when the watches hold what was taken. What is done by now is recorded on
+        the way; of several blocks, as when a run is resumed, all but the last on own passes.
         """
         ready = self._leading(waiting)
+        record = {stream: (Watch(), context) for stream, (_, context) in streams.items()}
+        for index in range(self._ready + 1, ready):
+            for _ in self._pass(index, index, {}, record):
+                pass
+        counts = {call.module: call.index + 1 for call in calls}  # the last of a module's counts
+        until = max(call.end for call in calls)
+        end = sum(c.call.begin < until for c in self._calls)
+        yield from self._pass(ready, end, counts, streams)
+
+    def _pass(
+        self,
+        ready: int,
+        end: int,
+        counts: Mapping[nn.Module, int],
+        streams: Mapping[Stream, tuple[Watch, Context]],
+    ) -> Iterator[int]:
+        """One pass over all batches up to block call ``end``, the first ``ready`` recorded."""
         newly = range(self._ready, ready)
+        self._end = end
+        running = [c for c in self._calls[self._ready : end]]
+        running += [c for c in self._calls[: self._ready] if not c.replaceable]
+        self._residence.only(c.call.module for c in running)
         self._recording = frozenset(i for i in newly if self._calls[i].replaceable)
         users = [c for i, c in enumerate(self._calls) if i >= ready or not c.replaceable]
         self._needed = frozenset(i for c in users for i in c.needs)
@@ -184,6 +211,8 @@ class Replay:
     def _wrapped(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def replaced(*args: Any, **kwargs: Any) -> Any:
             index = self._numbers.get((module, self._seen[module]))
+            if index is not None and index >= self._end:
+                raise _Stop
             key = self._key(-1 if index is None else index)
             if index is not None and key in self._templates:
                 for inner, calls in self._calls[index].inside.items():

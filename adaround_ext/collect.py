@@ -101,10 +101,7 @@ class Collector:
         self.seconds = 0.0
         self.unpaired = 0
         self._sequences = 0
-        config = unit.targets[0].config
-        self._statistics = (
-            None if unit.sampled else GramStatistics(unit.layers, config.positions, config.seed)
-        )
+        self._statistics: GramStatistics | None = None
         self._inputs = GrowingTensor(folder)
         self._targets = [GrowingTensor(folder) for _ in unit.targets]
 
@@ -144,10 +141,13 @@ class Collector:
                     layer.output_samples(self._checked("outputs", unpadded(y, mask), batch))
                     for layer, y in zip(layers, wanted, strict=True)
                 )
-            if self._statistics is None:
+            if self.unit.sampled:
                 self._keep(x, outputs)
-            else:
-                self._statistics.add(x, outputs)
+                continue
+            if self._statistics is None:  # not before: the layer may have been elsewhere
+                config = self.unit.targets[0].config
+                self._statistics = GramStatistics(layers, config.positions, config.seed)
+            self._statistics.add(x, outputs)
 
     def _paired(self, x: Tensor, y: Tensor) -> bool:
         """Whether an output [..., features] or [samples, channels, *size] fits an input."""
@@ -172,7 +172,7 @@ class Collector:
         ValueError where no data came.
         """
         started = time.perf_counter()
-        count = self._sequences
+        count = self._sequences if self.unit.sampled else 0
         if self._statistics is not None:
             self._statistics.finish()
             count = self._statistics.count

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -41,7 +42,8 @@ class Fitter:
 
     sequential: inputs come from the model with what is done quantized, targets from the
     full-precision model. without_quantizers: switches activation quantizers off, None where there
-    are none. folder: for what does not fit into memory, None if it does.
+    are none. folder: for what does not fit into memory, None if it does. home: the device that
+    results go to, None for that of their layers.
     """
 
     replay: Replay
@@ -51,6 +53,7 @@ class Fitter:
     checkpoint: Checkpoint | None
     without_quantizers: Switch | None
     folder: str | None
+    home: torch.device | None
     progress: bool
     fitted: dict[Target, Fitted] = field(default_factory=dict)
     seconds: dict[str, float] = field(
@@ -92,7 +95,7 @@ class Fitter:
         found: dict[Unit, list[LayerResult]] = {}
         for unit in segment if self.checkpoint is not None else ():
             assert self.checkpoint is not None
-            device = unit.layers[0].weight.device
+            device = self.home or unit.layers[0].weight.device
             results = self.checkpoint.load([self._index[t] for t in unit.targets], device)
             if results is not None:
                 found[unit] = results
@@ -129,8 +132,8 @@ class Fitter:
             streams["quantized"] = Watch(inputs=inputs), self._quantized
         else:
             streams["full"] = Watch(inputs=inputs), switch
-        counts = {call.module: call.index + 1 for target in every for call in target.calls}
-        for batch in self.replay.sweep(self._waiting, counts, streams):
+        calls = sorted((c for t in every for c in t.calls), key=lambda call: call.begin)
+        for batch in self.replay.sweep(self._waiting, calls, streams):
             mask = self.calibration.mask(batch)
             taken = {stream: watch.taken[stream] for stream, (watch, _) in streams.items()}
             for collector in collectors:
@@ -161,6 +164,8 @@ class Fitter:
         return [results[index] for index in range(len(unit.targets))]
 
     def _finish(self, target: Target, result: LayerResult) -> None:
+        if self.home is not None:
+            result = result.to(self.home)
         weight = QuantizedWeight(result.codes, result.scale, result.zero_point, target.config.bits)
         self.fitted[target] = Fitted(weight, result.bias, result.report)
         self._waiting.difference_update(target.modules)

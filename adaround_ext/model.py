@@ -29,6 +29,7 @@ from adaround_ext.model_report import LayerEntry, ModelReport
 from adaround_ext.native import build_info
 from adaround_ext.plan import FilterFn, Overrides, Plan, Target, make_plan
 from adaround_ext.prepare import BatchNorm, prepare_, quantize_activations_
+from adaround_ext.residence import Residence
 from adaround_ext.trace import evaluation
 
 _MEMORY_BUDGET = 1 << 29
@@ -51,6 +52,7 @@ def quantize_(
     activations: ActivationConfig | None = None,
     activation_aware: bool = False,
     padding_mask: PaddingMask = "attention_mask",
+    device: torch.device | str | None = None,
     memory_budget: int = _MEMORY_BUDGET,
     cache_dir: str | None = None,
     cache_dtype: torch.dtype | None = None,
@@ -90,6 +92,8 @@ def quantize_(
     padding_mask: name of the argument [batch, tokens] that is 0 at padding, or a function from a
     batch to such a tensor; padding is left out of the statistics. None: all counts.
 
+    device: where the fitting runs; None: where the model is. Of a model on the CPU only what is in
+    no block and the blocks at hand are brought to another device, so it may be larger than that.
     memory_budget: bytes that kept batches and activations may take in memory; what does not fit
     goes to files under ``cache_dir`` (None: the system's folder for temporary files). Statistics of
     a layer (about 8 columns^2 bytes) come on top; in parallel mode they are what is budgeted.
@@ -111,8 +115,12 @@ def quantize_(
     with ExitStack() as stack:
         cache = stack.enter_context(ActivationCache(memory_budget, cache_dir, dtype=cache_dtype))
         stack.enter_context(evaluation(model, config.seed))
-        device = single_device(model)
-        data = Calibration(model, calibration, forward_fn, padding_mask, cache, device)
+        home = single_device(model)
+        device = home if device is None else torch.device(device)
+        moves = device != home
+        if moves and home is None:
+            raise ValueError(f"device must be None for a model on several devices, got {device}")
+        data = Calibration(model, calibration, forward_fn, padding_mask, cache, home)
         laps = {"calibration": time.perf_counter() - started}
         undo = stack.enter_context(ExitStack())
         digest = model_digest(model) if checkpoint_dir is not None else ""
@@ -137,10 +145,17 @@ def quantize_(
             parts |= {"cache_dtype": str(cache_dtype)}
             parts |= {"activations": None if activations is None else activations.to_dict()}
             checkpoint = Checkpoint(checkpoint_dir, parts)
-        replay = Replay(model, data, calls, cache, common, config.seed)
+        modules = [call.call.module for call in calls]
+        residence = Residence(model, modules, device if moves else None)
+        replay = Replay(model, data, calls, cache, residence, common, config.seed)
         laps["tracing"] = time.perf_counter() - started - laps["calibration"]
-        fitter = Fitter(replay, data, segments, sequential, checkpoint, switch, cache_dir, progress)
-        fitter.run()
+        fitter = Fitter(
+            replay, data, segments, sequential, checkpoint, switch, cache_dir,
+            home if moves else None, progress,
+        )  # fmt: skip
+        with residence:
+            data.device = device
+            fitter.run()
         for target, fitted in fitter.fitted.items():
             apply_(target, fitted.weight, fitted.bias)
         undo.pop_all()  # from here on the changes stay

@@ -80,6 +80,11 @@ class LayerResult:
             elif self.bias is not None:
                 layer.get_parameter("bias").copy_(self.bias)
 
+    def to(self, device: torch.device) -> LayerResult:
+        """The same with its tensors on ``device``."""
+        tensors = {name: tensor.to(device) for name, tensor in self._tensors().items()}
+        return LayerResult(bias=tensors.pop("bias", None), report=self.report, **tensors)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file, whole or not at all."""
         path = Path(path)

@@ -24,6 +24,7 @@ from adaround_ext.fitting import of_calls
 from adaround_ext.plan import FilterFn, Overrides, Target, make_plan
 from adaround_ext.precision import full_precision
 from adaround_ext.prepare import BatchNorm, prepare_
+from adaround_ext.residence import Residence
 from adaround_ext.result import LayerResult, QuantizedWeight
 from adaround_ext.sensitivity_report import Errors, Sensitivity
 from adaround_ext.solve import solve
@@ -102,7 +103,9 @@ def sensitivity(
         units = make_units(plan.targets)
         with ActivationCache(_MEMORY_BUDGET) as recordings:
             calls = block_calls(model, seen, find_blocks(model, seen, None))
-            replay = Replay(model, data, calls, recordings, 0, config.seed)
+            replay = Replay(
+                model, data, calls, recordings, Residence(model, [], None), 0, config.seed
+            )
             local = _quantized(replay, data, units, widths, cache, progress)
         network = _measured(data, plan.targets, widths, cache, batches, config.seed, progress)
     layers = tuple(target.name for target in plan.targets)
@@ -167,8 +170,8 @@ def _collect(
 ) -> None:
     first = [collector.unit.targets[0] for collector in collectors]
     watch = Watch(inputs=frozenset(module for target in first for module in target.modules))
-    counts = {call.module: call.index + 1 for target in first for call in target.calls}
-    for batch in replay.sweep(waiting, counts, {"full": (watch, nullcontext)}):
+    calls = sorted((c for t in first for c in t.calls), key=lambda call: call.begin)
+    for batch in replay.sweep(waiting, calls, {"full": (watch, nullcontext)}):
         mask = data.mask(batch)
         for collector, target in zip(collectors, first, strict=True):
             collector.add(batch, of_calls(target, watch.taken["full"]), None, mask)

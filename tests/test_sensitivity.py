@@ -411,7 +411,11 @@ def test_budgets_out_of_range(branches: tuple[Branches, Tensor, Sensitivity], bu
         ({"batch_norm": "no"}, ValueError, "batch_norm must be fold or keep, got 'no'"),
         ({"overrides": {"first": {"bits": 8}}}, ValueError, "'first'.* must not set bits"),
         ({"overrides": {"nothing": "skip"}}, ValueError, "overrides must match"),
-        ({"filter_fn": lambda *_: False}, ValueError, r"got none \(first: filter_fn returned False"),
+        (
+            {"filter_fn": lambda *_: False},
+            ValueError,
+            r"got none \(first: filter_fn returned False",
+        ),
         ({"forward_fn": lambda m, x: None}, ValueError, r"got none \(first: it was not called"),
         (
             {"forward_fn": lambda m, x: m(x).argmax(1)},
