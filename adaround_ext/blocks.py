@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from adaround_ext.layers import SUPPORTED
-from adaround_ext.trace import ModuleCall, Trace
+from adaround_ext.trace import ModuleCall, Trace, Value
 
 _MOST_LAYERS = 16  # in one block: a layer's statistics cost a run through half of its block
 Blocks = Sequence[str | type[nn.Module]] | None
@@ -101,6 +102,7 @@ def block_calls(model: nn.Module, trace: Trace, blocks: list[nn.Module]) -> list
         if call.module in wanted and not (calls and call.begin < calls[-1].end):
             calls.append(call)
     needs = _needs(trace, calls)
+    layers, outside = _weights(trace)
     return [
         BlockCall(
             names[call.module],
@@ -112,10 +114,31 @@ def block_calls(model: nn.Module, trace: Trace, blocks: list[nn.Module]) -> list
                 if c.module in wanted and call.begin <= c.begin < call.end
             ),
             frozenset(needs[index]),
-            _replaceable(trace, call),
+            _replaceable(trace, call)
+            # Else its weights must stay as they are quantized although it does not run.
+            and not any(layers[m] & outside for m in call.module.modules() if m in layers),
         )
         for index, call in enumerate(calls)
     ]
+
+
+def _weights(trace: Trace) -> tuple[dict[nn.Module, set[Value]], set[Value]]:
+    """What layers read beside their inputs, and what is read of that by others than layers."""
+    found: dict[nn.Module, set[Value]] = {}
+    times = [operator.time for operator in trace.operators]
+    inner = [False] * len(times)
+    for call in trace.calls:
+        if isinstance(call.module, SUPPORTED):
+            span = range(bisect_right(times, call.begin), bisect_left(times, call.end))
+            read = {v for i in span for v in trace.operators[i].inputs} - set(call.inputs)
+            read -= {v for i in span for v in trace.operators[i].outputs}
+            found[call.module] = found.get(call.module, set()) | read
+            for i in span:
+                inner[i] = True
+    outside = {
+        v for op, own in zip(trace.operators, inner, strict=True) if not own for v in op.inputs
+    }
+    return found, outside
 
 
 def _needs(trace: Trace, calls: list[ModuleCall]) -> list[set[int]]:

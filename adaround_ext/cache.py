@@ -72,6 +72,11 @@ class ActivationCache:
         if self._folder is not None:
             self._folder.cleanup()
 
+    @property
+    def rounds(self) -> bool:
+        """Whether float32 tensors lose bits."""
+        return self._dtype is not None
+
     def rounded(self, tree: Any) -> Any:
         """The tree as it is after :meth:`put` and :meth:`get`; itself, where nothing is rounded."""
         if self._dtype is None:
@@ -79,17 +84,17 @@ class ActivationCache:
         return pytree.tree_map_only(Tensor, lambda t: self._stored(t).to(t.dtype), tree)
 
     def _stored(self, tensor: Tensor) -> Tensor:
-        half = self._dtype is not None and tensor.dtype == torch.float32
+        half = self._dtype is not None and tensor.dtype == torch.float32 and _dense(tensor)
         return tensor.to(self._dtype) if half else tensor
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._trees
 
     def put(self, key: Hashable, tree: object) -> None:
-        """Copies the tree's tensors; what else is in it is kept as it is."""
+        """Copies the tree's tensors; what else is in it, and sparse ones, are kept as they are."""
         self.drop(key)
         leaves, spec = pytree.tree_flatten(tree)
-        held = [self._hold(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        held = [self._hold(leaf) if _dense(leaf) else leaf for leaf in leaves]
         self._trees[key] = held, spec
 
     def get(self, key: Hashable) -> Any:
@@ -157,6 +162,10 @@ class ActivationCache:
             assert held.flat is not None
             flat = held.flat.to(held.device, held.original, copy=True)
         return flat.as_strided(held.shape, held.stride)
+
+
+def _dense(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.layout == torch.strided
 
 
 class GrowingTensor:

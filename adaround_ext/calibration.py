@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -66,7 +67,9 @@ class Calibration:
         for item in source:
             self._check(count, item)
             if self._own is None:
-                self._cache.put(("batch", count), _plain(item))
+                # A loader may fill the same array again.
+                own = pytree.tree_map_only(np.ndarray, np.copy, _plain(item))
+                self._cache.put(("batch", count), own)
             count += 1
         if count == 0:
             raise ValueError("calibration must hold at least one batch, got none")
@@ -74,6 +77,10 @@ class Calibration:
 
     def _check(self, index: int, item: Any) -> None:
         found = list(tensors(_plain(item)))
+        for leaf in pytree.tree_leaves(_plain(item)):
+            if isinstance(leaf, (np.ndarray, str, bytes, int, float)):
+                content = leaf.tobytes() if isinstance(leaf, np.ndarray) else repr(leaf).encode()
+                self._hash.update(content + b";")
         for tensor in found:
             add_tensor(self._hash, tensor)
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum())):
@@ -129,9 +136,9 @@ class Calibration:
             item = self._cache.get(("batch", index))
         else:
             item = self._own[index]
-        if self.device is None:
-            return item
-        return pytree.tree_map_only(Tensor, lambda t: t.to(self.device), _plain(item))
+        # Copies of what the caller holds: a model may write to its inputs.
+        copy = self._own is not None
+        return pytree.tree_map_only(Tensor, lambda t: t.to(self.device, copy=copy), _plain(item))
 
     def run(self, index: int) -> object:
         """The model on one batch."""

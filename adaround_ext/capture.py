@@ -1,7 +1,8 @@
 """Runs the model again and again up to some layers, with what is finished replaced by recordings.
 
 A block whose layers are all done never runs again: its outputs were recorded, for each batch and
-each stream, and stand for it, while the model's own code between the blocks runs as always.
+each stream, and stand for it, while the model's own code between the blocks runs as always. Where
+that turns out to change what the model does, everything runs again for every layer instead.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,9 @@ from torch.utils import _pytree as pytree
 from adaround_ext.blocks import BlockCall
 from adaround_ext.cache import ActivationCache
 from adaround_ext.calibration import Calibration
+from adaround_ext.marks import Marks
 from adaround_ext.residence import Residence
-from adaround_ext.trace import ModuleCall
+from adaround_ext.trace import ModuleCall, version
 
 Stream = Literal["full", "quantized"]
 Context = Callable[[], AbstractContextManager[object]]
@@ -90,10 +92,19 @@ class Replay:
         self._stream: Stream = "full"
         self._batch = 0
         self._seen: dict[nn.Module, int] = {}
+        self._last = -1  # of the calls in this run
+        self._depth = 0  # blocks that are running
+        self._waiting: set[nn.Module] = set()
+        self._marks: Marks | None = None
+        self._reference = False
+        self._trouble = ""
+        self.diverged = ""  # why recordings cannot stand for blocks, if they cannot
         self.passes = 0
 
     def finished(self) -> set[nn.Module]:
         """The layers that will not run again."""
+        if self.diverged:
+            return set()
         ready = self._ready
         running = {m for c in self._calls[ready:] for m in c.layers}
         running |= {m for c in self._calls[:ready] if not c.replaceable for m in c.layers}
@@ -117,9 +128,12 @@ class Replay:
         batch's number, when the watches hold what was taken. What is done by now is recorded on
         the way; of several blocks, as when a run is resumed, all but the last on own passes.
         """
+        self._waiting = waiting
         ready = self._leading(waiting)
         record = {stream: (Watch(), context) for stream, (_, context) in streams.items()}
         for index in range(self._ready + 1, ready):
+            if self.diverged:
+                break
             for _ in self._pass(index, index, {}, record):
                 pass
         counts = {call.module: call.index + 1 for call in calls}  # the last of a module's counts
@@ -136,23 +150,51 @@ class Replay:
     ) -> Iterator[int]:
         """One pass over all batches up to block call ``end``, the first ``ready`` recorded."""
         newly = range(self._ready, ready)
+        # Once all runs as far as it goes, to see what every layer gets; not where only a part of
+        # the model can be on the device.
+        self._reference = self._marks is None and not self._residence.moves
+        if self._reference:
+            self._marks = Marks(self._cache.rounds)
         self._end = end
         running = [c for c in self._calls[self._ready : end]]
         running += [c for c in self._calls[: self._ready] if not c.replaceable]
-        self._residence.only(c.call.module for c in running)
+        self._residence.only(c.call.module for c in (self._calls if self.diverged else running))
         self._recording = frozenset(i for i in newly if self._calls[i].replaceable)
         users = [c for i, c in enumerate(self._calls) if i >= ready or not c.replaceable]
         self._needed = frozenset(i for c in users for i in c.needs)
         self.passes += len(streams)
         for batch in range(self._calibration.batches):
-            for stream, (watch, context) in streams.items():
-                with context():
-                    watch.taken[stream] = self._run(batch, stream, watch, counts)
+            self._streams(batch, counts, streams)
+            if self._trouble and not self.diverged:
+                self._give_up()
+                self._streams(batch, counts, streams)  # as if there had never been recordings
             yield batch
             for watch, _ in streams.values():
                 watch.taken.clear()
         self._ready = ready
         self._forget()
+
+    def _streams(
+        self,
+        batch: int,
+        counts: Mapping[nn.Module, int],
+        streams: Mapping[Stream, tuple[Watch, Context]],
+    ) -> None:
+        for stream, (watch, context) in streams.items():
+            with context():
+                watch.taken[stream] = self._run(batch, stream, watch, counts)
+
+    def _give_up(self) -> None:
+        """From now on nothing is replaced. The batches before were as they should be."""
+        self.diverged = self._trouble
+        for key in self._templates:
+            self._cache.drop(key)
+        self._templates.clear()
+        self._residence.only(c.call.module for c in self._calls)
+
+    def _stop(self, trouble: str) -> NoReturn:
+        self._trouble = trouble
+        raise _Stop
 
     def _forget(self) -> None:
         """Drops the recordings that nothing needs, but for their shapes."""
@@ -167,8 +209,14 @@ class Replay:
         taken: dict[nn.Module, list[Tensor]] = defaultdict(list)
         left = {m: counts[m] for m in watch.inputs | watch.outputs}
         self._batch, self._stream, self._seen = batch, stream, defaultdict(int)
+        self._last, self._depth = -1, 0
+        whole = self._reference and stream == "full"
+        times: dict[nn.Module, int] = defaultdict(int)
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if stream == "full" and not self.diverged:
+                self._compare(module, times[module], _argument(args, kwargs))
+            times[module] += 1
             if module in watch.inputs:
                 taken[module].append(_argument(args, kwargs).detach().clone())
             if module not in watch.outputs:
@@ -179,39 +227,60 @@ class Replay:
             count(module)
 
         def count(module: nn.Module) -> None:
-            left[module] -= 1
-            if not any(n > 0 for n in left.values()):
+            left[module] = left.get(module, 0) - 1
+            if not whole and not any(n > 0 for n in left.values()):
                 raise _Stop
 
         torch.manual_seed(self._seed + batch)  # both streams see the same draws
         with ExitStack() as hooks:
-            for module in left:
+            for module in {**left, **dict.fromkeys(self._waiting if whole else ())}:
                 hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
                 if module in watch.outputs:
                     hooks.enter_context(module.register_forward_hook(after))
-            hooks.enter_context(self._replaced())
+            if not self.diverged:
+                hooks.enter_context(self._replaced(whole))
             with suppress(_Stop):
                 self._calibration.run(batch)
         return taken
 
+    def _compare(self, layer: nn.Module, call: int, x: Tensor) -> None:
+        if self._marks is None:
+            return
+        if self._reference:
+            self._marks.note(self._batch, layer, call, x)
+        elif not self._marks.same(self._batch, layer, call, x):
+            names = {module: name for name, module in self._model.named_modules()}
+            self._stop(f"{names[layer]} gets other inputs then in batch {self._batch}")
+
     @contextmanager
-    def _replaced(self) -> Iterator[None]:
-        """Every block goes through :meth:`_call`."""
+    def _replaced(self, whole: bool) -> Iterator[None]:
+        """Every block goes through :meth:`_wrapped`; ``whole``: also those behind the last one."""
         modules = {c.call.module: c.call.module.__dict__.get("forward") for c in self._calls}
         try:
             for module in modules:
-                module.forward = self._wrapped(module, module.forward)
+                # Past a __setattr__ that the model's class may have.
+                module.__dict__["forward"] = self._wrapped(module, module.forward, whole)
             yield
         finally:
             for module, own in modules.items():
                 module.__dict__.pop("forward", None)
                 if own is not None:
-                    module.forward = own
+                    module.__dict__["forward"] = own
 
-    def _wrapped(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _wrapped(
+        self, module: nn.Module, forward: Callable[..., Any], whole: bool
+    ) -> Callable[..., Any]:
+        def live(*args: Any, **kwargs: Any) -> Any:
+            self._depth += 1
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self._depth -= 1
+
         def replaced(*args: Any, **kwargs: Any) -> Any:
             index = self._numbers.get((module, self._seen[module]))
-            if index is not None and index >= self._end:
+            self._check_order(module, index)
+            if index is not None and index >= self._end and not whole:
                 raise _Stop
             key = self._key(-1 if index is None else index)
             if index is not None and key in self._templates:
@@ -220,14 +289,26 @@ class Replay:
                 return self._play(key, (args, kwargs))
             self._seen[module] += 1
             if index is None or index not in self._recording:
-                return forward(*args, **kwargs)
+                return live(*args, **kwargs)
             given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-            versions = [_version(t) for t in given]
-            output = forward(*args, **kwargs)
+            versions = [version(t) for t in given]
+            output = live(*args, **kwargs)
             self._record(key, output, given, versions)
             return self._cache.rounded(output)  # the same now as when it will be read
 
         return replaced
+
+    def _check_order(self, module: nn.Module, index: int | None) -> None:
+        """That a batch takes the way that the first one took, or leaves out a part of it."""
+        if index is None and self._depth:  # inside a block that runs
+            return
+        if index is not None and index > self._last and not self._depth:
+            self._last = index
+            done = index < self._ready and self._calls[index].replaceable
+            if not done or self._key(index) in self._templates:
+                return
+        name = next(c.name for c in self._calls if c.call.module is module)
+        self._stop(f"{name} is called in another order or more often in batch {self._batch}")
 
     def _key(self, index: int) -> tuple[Stream, int, int]:
         return ("full" if index < self._common else self._stream), self._batch, index
@@ -242,7 +323,7 @@ class Replay:
             place = next((i for i, t in enumerate(given) if t is leaf), None)
             needed = isinstance(leaf, Tensor) and key[2] in self._needed
             if place is not None:
-                written = needed and _version(leaf) != versions[place]
+                written = needed and version(leaf) != versions[place]
                 template.append(_Given(place, written))
                 kept += [leaf] if written else []
             elif isinstance(leaf, Tensor):
@@ -279,10 +360,6 @@ def _dropped(item: object) -> object:
     if isinstance(item, _Output):
         return dataclasses.replace(item, recorded=False)
     return dataclasses.replace(item, written=False) if isinstance(item, _Given) else item
-
-
-def _version(tensor: object) -> int:
-    return tensor._version if isinstance(tensor, Tensor) and not tensor.is_inference() else 0
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

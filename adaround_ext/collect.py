@@ -126,6 +126,8 @@ class Collector:
         mask: Tensor | None,
     ) -> None:
         layers = self.unit.layers
+        if not isinstance(layers[0].layer, nn.Linear):
+            mask = None  # of tokens, which only a linear layer has
         for call, x in enumerate(inputs):
             wanted = None
             if targets is not None:
@@ -151,8 +153,12 @@ class Collector:
 
     def _paired(self, x: Tensor, y: Tensor) -> bool:
         """Whether an output [..., features] or [samples, channels, *size] fits an input."""
-        dims = slice(-1) if isinstance(self.unit.layers[0].layer, nn.Linear) else slice(1)
-        return x.shape[dims] == y.shape[dims]
+        layer = self.unit.layers[0]
+        if isinstance(layer.layer, nn.Linear):
+            return x.shape[:-1] == y.shape[:-1]
+        if x.dim() < layer.weight.dim():  # no dimension of samples
+            return x.dim() == y.dim()
+        return x.shape[:1] == y.shape[:1]
 
     def _checked(self, kind: str, value: Tensor, batch: int) -> Tensor:
         name = f"{self.unit.names} in calibration batch {batch}"

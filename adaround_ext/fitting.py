@@ -67,7 +67,8 @@ class Fitter:
         targets = [t for segment in self.segments for unit in segment for t in unit.targets]
         self._index = {target: i for i, target in enumerate(targets)}
         self._waiting = {module for target in targets for module in target.modules}
-        self._pending: dict[Target, LayerResult] = {}  # done, and still running
+        # Weights and biases of layers that are done, and still run.
+        self._pending: dict[Target, tuple[Tensor, Tensor | None]] = {}
         with tqdm(
             total=sum(target.cost for target in targets),
             disable=not self.progress,
@@ -90,6 +91,11 @@ class Fitter:
                 self._release()
         if self.resumed:
             self.notes.append(f"{self.resumed} layers from checkpoint_dir")
+        if self.replay.diverged:
+            self.notes.append(
+                "the model ran from its start for every layer, as recorded outputs cannot stand "
+                f"for blocks that are done: {self.replay.diverged}"
+            )
 
     def _restored(self, segment: list[Unit]) -> dict[Unit, list[LayerResult]]:
         found: dict[Unit, list[LayerResult]] = {}
@@ -170,7 +176,7 @@ class Fitter:
         self.fitted[target] = Fitted(weight, result.bias, result.report)
         self._waiting.difference_update(target.modules)
         if self.sequential:
-            self._pending[target] = result
+            self._pending[target] = result.weight_q, result.bias
 
     def _release(self) -> None:
         """Floating-point weights of layers that will not run again are not needed."""
@@ -179,7 +185,11 @@ class Fitter:
             del self._pending[target]
 
     def _quantized(self) -> AbstractContextManager[None]:
-        return swapped([(t, r.weight_q, r.bias) for t, r in self._pending.items()])
+        if self.replay.diverged:  # then all of them run
+            for target in self.fitted.keys() - self._pending.keys():
+                fitted = self.fitted[target]
+                self._pending[target] = fitted.weight.dequantize(target.matrix), fitted.bias
+        return swapped([(t, weight, bias) for t, (weight, bias) in self._pending.items()])
 
 
 def of_calls(target: Target, taken: Mapping[nn.Module, list[Tensor]]) -> list[Tensor]:

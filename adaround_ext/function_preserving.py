@@ -72,8 +72,8 @@ class TracedLayers:
             for kind in (module._parameters, module._buffers):
                 for key, tensor in kind.items():
                     if tensor is not None and tensor.numel() and not tensor.is_meta:
-                        extent = (*_extent(tensor), module, key)
-                        self._memory[tensor.device].append(extent)
+                        place = (*extent(tensor), module, key)
+                        self._memory[tensor.device].append(place)
 
     def __getitem__(self, layer: nn.Module) -> MatrixLayer:
         """A layer without an obstacle as a matrix product."""
@@ -110,7 +110,7 @@ class TracedLayers:
             tensor = layer._parameters[key]
             if tensor is None or not tensor.numel():
                 continue
-            begin, end = _extent(tensor)
+            begin, end = extent(tensor)
             for other_begin, other_end, module, other in self._memory[tensor.device]:
                 mine = module is layer and other == key
                 if not mine and begin < other_end and other_begin < end:
@@ -200,7 +200,7 @@ def _is_half(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dtype.itemsize < 4
 
 
-def _extent(tensor: Tensor) -> tuple[int, int]:
+def extent(tensor: Tensor) -> tuple[int, int]:
     """The addresses from the tensor's first byte to behind its last."""
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     entries = 1 + sum((size - 1) * stride for size, stride in steps)

@@ -28,11 +28,11 @@ from adaround_ext.memory import device_memory, host_memory
 from adaround_ext.model_report import LayerEntry, ModelReport
 from adaround_ext.native import build_info
 from adaround_ext.plan import FilterFn, Overrides, Plan, Target, make_plan
-from adaround_ext.prepare import BatchNorm, prepare_, quantize_activations_
+from adaround_ext.prepare import BatchNorm, prepare_, quantize_activations_, unlike_layers
 from adaround_ext.residence import Residence
 from adaround_ext.trace import evaluation
 
-_MEMORY_BUDGET = 1 << 29
+_MEMORY_BUDGET = 1 << 28
 _MODES = ("sequential", "parallel")
 _BATCH_NORM = ("fold", "keep")
 
@@ -126,7 +126,8 @@ def quantize_(
         digest = model_digest(model) if checkpoint_dir is not None else ""
         prepared = prepare_(model, lambda: data.run(0), undo, batch_norm, equalize)
         seen = prepared.trace
-        plan = make_plan(model, seen, config, overrides, filter_fn, activation_aware)
+        refused = unlike_layers(model, seen, lambda: data.run(0))
+        plan = make_plan(model, seen, config, overrides, filter_fn, activation_aware, refused)
         units = make_units(plan.targets)
         calls = block_calls(model, seen, find_blocks(model, seen, blocks))
         switch, common = None, _common(calls, plan)

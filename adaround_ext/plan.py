@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from adaround_ext.config import AdaRoundConfig, make_config
+from adaround_ext.function_preserving import extent
 from adaround_ext.layers import SUPPORTED, MatrixLayer, matrix_layer
 from adaround_ext.trace import ModuleCall, Trace, Value
 
@@ -63,8 +66,12 @@ def make_plan(
     overrides: Overrides | None,
     filter_fn: FilterFn | None,
     activation_aware: bool,
+    refused: Mapping[nn.Module, str] | None = None,
 ) -> Plan:
-    """Raises ValueError and TypeError that name ``overrides``, ``filter_fn`` or the layer."""
+    """refused: layers that cannot be quantized, and why.
+
+    Raises ValueError and TypeError that name ``overrides``, ``filter_fn`` or the layer.
+    """
     names: dict[nn.Module, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         names[module].append(name)
@@ -77,6 +84,8 @@ def make_plan(
     notes: list[str] = []
     found: list[tuple[str, MatrixLayer, tuple[tuple[str, nn.Module], ...]]] = []
     done: set[nn.Module] = set()
+    refused = refused or {}
+    shared = _shared_memory(model)
     for module, (name, *_) in names.items():
         if module in done:
             continue
@@ -91,7 +100,9 @@ def make_plan(
             skipped[name] = str(error)
             continue
         tied = tuple((other, m) for other, m in owners[id(module.weight)] if m is not module)
-        reason = _untied(matrix, tied)
+        reason = _untied(matrix, tied) or shared.get(id(module.weight))
+        for layer in (module, *(m for _, m in tied)):
+            reason = reason or refused.get(layer)
         if reason is not None:
             skipped[name] = reason
             continue
@@ -237,6 +248,30 @@ def _untied(matrix: MatrixLayer, tied: tuple[tuple[str, nn.Module], ...]) -> str
         if other.geometry != matrix.geometry or type(module) is not type(matrix.layer):
             return f"its weight is also that of {name}, which uses it in another way"
     return None
+
+
+def _shared_memory(model: nn.Module) -> dict[int, str]:
+    """By id, the parameters whose entries lie in other ones' memory, or on each other."""
+    found: dict[int, str] = {}
+    extents = []
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.layout != torch.strided or tensor.is_meta or is_lazy(tensor):
+            continue
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        if any(size > 1 and step == 0 for size, step in steps):
+            found[id(tensor)] = "entries of its weight share memory"
+        if tensor.numel() and tensor.data_ptr():
+            extents.append((str(tensor.device), *extent(tensor), name, id(tensor)))
+    extents.sort()
+    last = None  # of those before, the one that ends last
+    for item in extents:
+        device, begin, end, name, key = item
+        if last is not None and last[0] == device and begin < last[2]:
+            found.setdefault(key, f"its weight shares memory with {last[3]}")
+            found.setdefault(last[4], f"its weight shares memory with {name}")
+        if last is None or last[0] != device or end > last[2]:
+            last = item
+    return found
 
 
 def _activation(trace: Trace, calls: list[ModuleCall]) -> str | None:

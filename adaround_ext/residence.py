@@ -35,6 +35,11 @@ class Residence:
         self._model = model
         self._home: dict[int, tuple[Tensor, Tensor]] = {}  # by id: the tensor, and its data at home
 
+    @property
+    def moves(self) -> bool:
+        """Whether only a part of the model is on its device at a time."""
+        return self._device is not None
+
     def __enter__(self) -> Residence:
         if self._device is not None:
             self._bring(t for t in _tensors(self._model) if id(t) not in self._own)

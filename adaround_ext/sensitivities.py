@@ -33,7 +33,7 @@ from adaround_ext.trace import evaluation, tensors
 if TYPE_CHECKING:
     pass
 
-_MEMORY_BUDGET = 1 << 29  # bytes, before files are used
+_MEMORY_BUDGET = 1 << 28  # bytes, before files are used
 _SAMPLES = 64  # that the network's error is measured on, about
 
 

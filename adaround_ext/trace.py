@@ -103,6 +103,9 @@ class Trace:
         return readers[0] if len(readers) == 1 else None
 
 
+_Begun = tuple[int, int, int, tuple[Value, ...]]  # a call's place, index, time and inputs
+
+
 @dataclass
 class _Recorder(TorchDispatchMode):
     """Numbers the storages and writes every event down."""
@@ -117,7 +120,7 @@ class _Recorder(TorchDispatchMode):
         self._storages: dict[int, tuple[weakref.ref[Any], int]] = {}
         self._writes: dict[int, int] = defaultdict(int)
         self._count: dict[nn.Module, int] = defaultdict(int)
-        self._open: dict[nn.Module, list[tuple[int, int, tuple[Value, ...]]]] = defaultdict(list)
+        self._open: dict[nn.Module, list[_Begun]] = defaultdict(list)
 
     def tick(self) -> int:
         self._time += 1
@@ -165,14 +168,13 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        place = len(self.calls)
+        place, index = len(self.calls), self._count[module]
         self.calls.append(None)  # filled in when it ends
-        self._open[module].append((place, self.tick(), self.values((args, kwargs))))
+        self._count[module] += 1
+        self._open[module].append((place, index, self.tick(), self.values((args, kwargs))))
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        place, begin, inputs = self._open[module].pop()
-        index = self._count[module]
-        self._count[module] += 1
+        place, index, begin, inputs = self._open[module].pop()
         outputs = self.values(output)
         self.calls[place] = ModuleCall(module, index, begin, self.tick(), inputs, outputs)
 
@@ -180,8 +182,14 @@ class _Recorder(TorchDispatchMode):
 def tensors(tree: object) -> Iterator[Tensor]:
     """The plain tensors in nested tuples, lists, dicts and what else torch registers."""
     for leaf in pytree.tree_leaves(tree):
-        if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+        plain = isinstance(leaf, Tensor) and leaf.layout == torch.strided
+        if plain and not nn.parameter.is_lazy(leaf):
             yield leaf
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written to; 0 where torch does not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def trace(model: nn.Module, run: Callable[[], object]) -> Trace:
@@ -189,6 +197,8 @@ def trace(model: nn.Module, run: Callable[[], object]) -> Trace:
     recorder = _Recorder()
     with ExitStack() as hooks:
         for module in model.modules():
+            if isinstance(module, torch.jit.ScriptModule):  # takes no such hooks
+                continue
             hooks.enter_context(
                 module.register_forward_pre_hook(recorder.enter, with_kwargs=True, prepend=True)
             )
@@ -204,12 +214,23 @@ def evaluation(model: nn.Module, seed: int = 0) -> Iterator[None]:
     """Eval mode, no gradients, no compiled graphs, a fixed random state; all as it was afterwards.
 
     Fused paths that go around a module's own submodules are off, so that hooks see every layer.
+    Autocast keeps no copies of weights, which would outlive a change of them. Buffers that the
+    model writes to get their values back.
     """
+    buffers = [
+        (module._buffers, name, buffer, buffer.detach().clone(), version(buffer))
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not nn.parameter.is_lazy(buffer)
+    ]
+    autocast_cache = torch.is_autocast_cache_enabled()
     training = {module: module.training for module in model.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     devices = list({t.device.index for t in model.parameters() if t.device.type == "cuda"})
     try:
         torch.backends.mha.set_fastpath_enabled(False)
+        torch.set_autocast_cache_enabled(False)
+        torch.clear_autocast_cache()
         with (
             torch.inference_mode(False),
             torch.no_grad(),
@@ -222,5 +243,11 @@ def evaluation(model: nn.Module, seed: int = 0) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+        torch.set_autocast_cache_enabled(autocast_cache)
+        for owner, name, buffer, before, writes in buffers:
+            if owner.get(name) is not buffer:
+                owner[name] = buffer
+            if version(buffer) != writes:
+                buffer.detach().copy_(before)
         for module in {*training, *model.modules()}:  # there may be new ones
             module.training = training.get(module, training[model])

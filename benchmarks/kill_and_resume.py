@@ -1,0 +1,113 @@
+"""SIGKILL at random moments of a whole-model run, which is then resumed: are the codes the same?
+
+The MiniLM encoder, all 36 layers of it, preset "fast". A run that nothing disturbs gives the
+expected codes and the time within which the moments are drawn. Each other run has a folder of its
+own, is killed once, and is started again with the same call.
+
+    python -m benchmarks.kill_and_resume [--rounds 10] [--seed 0] [--output FILE.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from adaround_ext import quantize_
+from benchmarks import common, minilm
+from benchmarks.common import Options, Target
+
+_READY = "ready"
+
+
+def child(folder: Path, result: Path) -> None:
+    """One run, resumed where it can be; writes all codes and parameters."""
+    model, tokenizer = minilm.load_encoder()
+    batches = minilm.text_batches(tokenizer)
+    print(_READY, flush=True)
+    quantize_(model, batches, preset="fast", checkpoint_dir=str(folder), progress=False)
+    found = {
+        f"{name}.codes": module.quantized_weight.codes
+        for name, module in model.named_modules()
+        if hasattr(module, "quantized_weight")
+    }
+    save_file(found | {n: t.contiguous() for n, t in model.state_dict().items()}, result)
+
+
+def start(folder: Path, result: Path) -> subprocess.Popen[str]:
+    """A run that has loaded its model."""
+    command = [sys.executable, "-m", "benchmarks.kill_and_resume", "--child", folder, result]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    if process.stdout.readline().strip() != _READY:
+        raise RuntimeError("the run did not start")
+    return process
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    if process.wait() != 0:
+        raise RuntimeError(f"the run ended with {process.returncode}")
+
+
+def rounds(count: int, seed: int, folder: Path) -> tuple[float, list[dict[str, Any]]]:
+    """Seconds of the undisturbed run, and what came of each kill."""
+    process = start(folder / "whole", folder / "whole.safetensors")
+    began = time.perf_counter()
+    finish(process)
+    seconds = time.perf_counter() - began
+    expected = load_file(folder / "whole.safetensors")
+    drawn = random.Random(seed)
+    rows = []
+    for index in range(count):
+        run, result = folder / str(index), folder / f"{index}.safetensors"
+        moment = drawn.uniform(0, seconds)
+        process = start(run, result)
+        time.sleep(moment)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kept = len(list(run.glob("layer_*.safetensors")))
+        finish(start(run, result))
+        got = load_file(result)
+        same = got.keys() == expected.keys() and all(
+            torch.equal(tensor, got[name]) for name, tensor in expected.items()
+        )
+        rows.append({"killed_after_seconds": moment, "layers_kept": kept, "identical": same})
+        common.note(f"killed after {moment:.1f} s with {kept} layers: identical {same}")
+    return seconds, rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kill_and_resume")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, metavar="FILE.json")
+    parser.add_argument("--child", type=Path, nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.child:
+        child(*options.child)
+        return
+    facts = common.machine_facts(torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        seconds, rows = rounds(options.rounds, options.seed, Path(folder))
+    differing = sum(not row["identical"] for row in rows)
+    targets = [Target("runs that ended with other bits", differing, most=0)]
+    common.print_targets(targets)
+    if options.output is not None:
+        plain = common.document(
+            "kill_and_resume", Options(torch.device("cpu")), facts, rows, targets
+        )
+        common.write_json(options.output, plain | {"undisturbed_seconds": seconds})
+
+
+if __name__ == "__main__":
+    main()
