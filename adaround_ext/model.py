@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from adaround_ext.activations import ActivationConfig
 from adaround_ext.apply import apply_
@@ -81,6 +82,8 @@ def quantize_(
     blocks: names, patterns or types of the modules that are carried forward: once its layers are
     done a block does not run again, its outputs are kept. None finds them. Without blocks every
     layer is one, and what lies between layers runs again for every layer.
+    Where kept outputs would change what a model does (it counts calls, or takes another way for
+    some batches), all of it runs again for every layer, and a note in the report says so.
     batch_norm: "fold" puts batch norms that follow a layer into it first, "keep" leaves them.
     equalize: cross-layer equalization (Nagel et al. 2019) first, for per-tensor grids.
     activations: quantizes activations too (simulated): see :class:`ActivationConfig`. Their ranges
@@ -144,6 +147,7 @@ def quantize_(
             parts = _fingerprint(digest, data, plan, calls)
             parts |= {"mode": mode, "batch_norm": batch_norm, "equalize": equalize}
             parts |= {"cache_dtype": str(cache_dtype)}
+            parts |= {"forward_fn": _name(forward_fn), "padding_mask": _name(padding_mask)}
             parts |= {"activations": None if activations is None else activations.to_dict()}
             checkpoint = Checkpoint(checkpoint_dir, parts)
         modules = [call.call.module for call in calls]
@@ -188,6 +192,11 @@ def _check(
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch module, got {type(model).__name__}")
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(f"model must have been run once, got {name} without a shape")
+        if parameter.is_inference():
+            raise ValueError(f"model must not be made in inference_mode, as {name} was")
     choices = {"mode": (mode, _MODES), "batch_norm": (batch_norm, _BATCH_NORM)}
     for name, (value, allowed) in choices.items():
         if value not in allowed:
@@ -227,7 +236,14 @@ def _plain(target: Target) -> dict[str, Any]:
     if not callable(activation):
         return target.config.to_dict()
     plain = make_config(target.config, {"activation": None}).to_dict()
-    return plain | {"activation": getattr(activation, "__qualname__", repr(activation))}
+    return plain | {"activation": _name(activation)}
+
+
+def _name(value: object) -> str | None:
+    """A function's name, or what is given instead of one."""
+    if value is None or isinstance(value, str):
+        return value
+    return str(getattr(value, "__qualname__", type(value).__qualname__))
 
 
 def _versions() -> dict[str, str]:

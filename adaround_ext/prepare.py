@@ -25,7 +25,9 @@ BatchNorm = Literal["fold", "keep"]
 
 
 _FORWARDS = {kind.forward for kind in SUPPORTED}
-_CONVOLUTIONS = {kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+_CONVOLUTIONS = {
+    nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._conv_forward
+}  # fmt: skip
 _SAMPLES = 16  # of a layer's input, or one of a convolution's
 _REASON = "its output is not that of its weight and bias alone, as it was called"
 
@@ -104,7 +106,7 @@ def _is_plain(module: nn.Module) -> bool:
     kind = type(module)
     if kind.forward not in _FORWARDS or isinstance(module, _ConvTransposeNd):
         return False
-    return not isinstance(module, _ConvNd) or kind._conv_forward in _CONVOLUTIONS
+    return not isinstance(module, _ConvNd) or getattr(kind, "_conv_forward", None) in _CONVOLUTIONS
 
 
 def _computes(layer: MatrixLayer, x: Tensor, output: object) -> bool:

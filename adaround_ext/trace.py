@@ -148,6 +148,8 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if not self.calls:  # what prepares the model's inputs is no part of it
+            return func(*args, **kwargs)
         leaves = pytree.tree_leaves((args, kwargs))
         inputs = self.values(leaves)
         result = func(*args, **kwargs)
