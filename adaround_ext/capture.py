@@ -7,7 +7,6 @@ that turns out to change what the model does, everything runs again for every la
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -16,12 +15,12 @@ from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from adaround_ext.blocks import BlockCall
 from adaround_ext.cache import ActivationCache
 from adaround_ext.calibration import Calibration
 from adaround_ext.marks import Marks
+from adaround_ext.recording import Template, given_tensors
 from adaround_ext.residence import Residence
 from adaround_ext.trace import ModuleCall, version
 
@@ -31,29 +30,6 @@ Context = Callable[[], AbstractContextManager[object]]
 
 class _Stop(BaseException):
     """All was seen; not an Exception, so that no model's own handler stops it."""
-
-
-@dataclass(frozen=True)
-class _Given:
-    """An output that is one of the call's own arguments; ``written`` if it was changed."""
-
-    place: int
-    written: bool
-
-
-@dataclass(frozen=True)
-class _Output:
-    """A tensor: recorded, or no longer, where nothing reads it any more."""
-
-    recorded: bool
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    def blank(self) -> Tensor:
-        empty = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
-        return empty.zero_()
 
 
 @dataclass
@@ -84,7 +60,7 @@ class Replay:
         self._common = common
         self._calls = calls
         self._numbers = {(c.call.module, c.call.index): i for i, c in enumerate(calls)}
-        self._templates: dict[tuple[Stream, int, int], tuple[list[Any], Any]] = {}
+        self._templates: dict[tuple[Stream, int, int], Template] = {}
         self._recording: frozenset[int] = frozenset()
         self._needed: frozenset[int] = frozenset()
         self._ready = 0  # leading calls whose layers are all done, and that are recorded
@@ -198,10 +174,10 @@ class Replay:
 
     def _forget(self) -> None:
         """Drops the recordings that nothing needs, but for their shapes."""
-        for key, (template, spec) in self._templates.items():
+        for key, template in self._templates.items():
             if key[2] not in self._needed and key in self._cache:
                 self._cache.drop(key)
-                self._templates[key] = [_dropped(item) for item in template], spec
+                self._templates[key] = template.without_recordings()
 
     def _run(
         self, batch: int, stream: Stream, watch: Watch, counts: Mapping[nn.Module, int]
@@ -286,14 +262,17 @@ class Replay:
             if index is not None and key in self._templates:
                 for inner, calls in self._calls[index].inside.items():
                     self._seen[inner] += calls
-                return self._play(key, (args, kwargs))
+                kept = self._cache.get(key) if key in self._cache else []
+                return self._templates[key].play((args, kwargs), kept)
             self._seen[module] += 1
             if index is None or index not in self._recording:
                 return live(*args, **kwargs)
-            given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            given = given_tensors((args, kwargs))
             versions = [version(t) for t in given]
             output = live(*args, **kwargs)
-            self._record(key, output, given, versions)
+            self._templates[key], kept = Template.of(output, given, versions, index in self._needed)
+            if kept:
+                self._cache.put(key, kept)
             return self._cache.rounded(output)  # the same now as when it will be read
 
         return replaced
@@ -312,54 +291,6 @@ class Replay:
 
     def _key(self, index: int) -> tuple[Stream, int, int]:
         return ("full" if index < self._common else self._stream), self._batch, index
-
-    def _record(
-        self, key: tuple[Stream, int, int], output: Any, given: list[Tensor], versions: list[int]
-    ) -> None:
-        leaves, spec = pytree.tree_flatten(output)
-        template: list[Any] = []
-        kept: list[Tensor] = []
-        for leaf in leaves:
-            place = next((i for i, t in enumerate(given) if t is leaf), None)
-            needed = isinstance(leaf, Tensor) and key[2] in self._needed
-            if place is not None:
-                written = needed and version(leaf) != versions[place]
-                template.append(_Given(place, written))
-                kept += [leaf] if written else []
-            elif isinstance(leaf, Tensor):
-                template.append(_output(leaf, recorded=needed))
-                kept += [leaf] if needed else []
-            else:
-                template.append(leaf)
-        self._templates[key] = template, spec
-        if kept:
-            self._cache.put(key, kept)
-
-    def _play(self, key: tuple[Stream, int, int], arguments: object) -> Any:
-        template, spec = self._templates[key]
-        given = [t for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor)]
-        kept = iter(self._cache.get(key) if key in self._cache else ())
-        leaves: list[Any] = []
-        for item in template:
-            if isinstance(item, _Output):
-                leaves.append(next(kept) if item.recorded else item.blank())
-            elif isinstance(item, _Given):
-                tensor = given[item.place]
-                leaves.append(tensor.copy_(next(kept)) if item.written else tensor)
-            else:
-                leaves.append(item)
-        return pytree.tree_unflatten(leaves, spec)
-
-
-def _output(tensor: Tensor, recorded: bool) -> _Output:
-    dense = torch.empty_like(tensor, device="meta")
-    return _Output(recorded, tensor.shape, dense.stride(), tensor.dtype, tensor.device)
-
-
-def _dropped(item: object) -> object:
-    if isinstance(item, _Output):
-        return dataclasses.replace(item, recorded=False)
-    return dataclasses.replace(item, written=False) if isinstance(item, _Given) else item
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

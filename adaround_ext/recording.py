@@ -1,0 +1,104 @@
+"""What a block returned, kept so that it can be returned again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from adaround_ext.trace import version
+
+
+@dataclass(frozen=True)
+class _Given:
+    """An output that is one of the call's own arguments; ``written`` if it was changed."""
+
+    place: int
+    written: bool
+
+
+@dataclass(frozen=True)
+class _Output:
+    """A tensor: recorded, or no longer, where nothing reads it any more."""
+
+    recorded: bool
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor, recorded: bool) -> _Output:
+        dense = torch.empty_like(tensor, device="meta")
+        return cls(recorded, tensor.shape, dense.stride(), tensor.dtype, tensor.device)
+
+    def blank(self) -> Tensor:
+        empty = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+        return empty.zero_()
+
+
+@dataclass(frozen=True)
+class Template:
+    """The outputs of one call, without the tensors that are kept elsewhere."""
+
+    leaves: list[Any]
+    spec: Any
+
+    @staticmethod
+    def of(
+        output: Any, given: Sequence[Tensor], versions: Sequence[int], needed: bool
+    ) -> tuple[Template, list[Tensor]]:
+        """The template of an output, and the tensors to keep for it.
+
+        given, versions: the tensors among the arguments, and how often each had been written to
+        before the call. needed: whether anything reads the outputs later; else nothing is kept.
+        """
+        leaves, spec = pytree.tree_flatten(output)
+        template: list[Any] = []
+        kept: list[Tensor] = []
+        for leaf in leaves:
+            place = next((i for i, t in enumerate(given) if t is leaf), None)
+            if place is not None:
+                written = needed and version(leaf) != versions[place]
+                template.append(_Given(place, written))
+                kept += [leaf] if written else []
+            elif isinstance(leaf, Tensor):
+                template.append(_Output.of(leaf, recorded=needed))
+                kept += [leaf] if needed else []
+            else:
+                template.append(leaf)
+        return Template(template, spec), kept
+
+    def play(self, arguments: object, kept: Sequence[Tensor]) -> Any:
+        """The outputs again, for a call with these arguments; zeros for what nothing reads."""
+        given, tensors = given_tensors(arguments), iter(kept)
+        leaves: list[Any] = []
+        for item in self.leaves:
+            if isinstance(item, _Output):
+                leaves.append(next(tensors) if item.recorded else item.blank())
+            elif isinstance(item, _Given):
+                tensor = given[item.place]
+                leaves.append(tensor.copy_(next(tensors)) if item.written else tensor)
+            else:
+                leaves.append(item)
+        return pytree.tree_unflatten(leaves, self.spec)
+
+    def without_recordings(self) -> Template:
+        """The template where nothing is kept any more."""
+        return Template([_dropped(item) for item in self.leaves], self.spec)
+
+
+def given_tensors(arguments: object) -> list[Tensor]:
+    """The tensors among a call's arguments, in a fixed order."""
+    return [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
+
+
+def _dropped(item: object) -> object:
+    if isinstance(item, _Output):
+        return dataclasses.replace(item, recorded=False)
+    return dataclasses.replace(item, written=False) if isinstance(item, _Given) else item
