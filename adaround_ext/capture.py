@@ -77,6 +77,15 @@ class Replay:
         self.diverged = ""  # why recordings cannot stand for blocks, if they cannot
         self.passes = 0
 
+    def notes(self) -> list[str]:
+        """What whoever reads the result should know of the walk."""
+        if not self.diverged:
+            return []
+        return [
+            "the model ran from its start for every layer, as recorded outputs cannot stand "
+            f"for blocks that are done: {self.diverged}"
+        ]
+
     def finished(self) -> set[nn.Module]:
         """The layers that will not run again."""
         if self.diverged:

@@ -91,11 +91,7 @@ class Fitter:
                 self._release()
         if self.resumed:
             self.notes.append(f"{self.resumed} layers from checkpoint_dir")
-        if self.replay.diverged:
-            self.notes.append(
-                "the model ran from its start for every layer, as recorded outputs cannot stand "
-                f"for blocks that are done: {self.replay.diverged}"
-            )
+        self.notes += self.replay.notes()
 
     def _restored(self, segment: list[Unit]) -> dict[Unit, list[LayerResult]]:
         found: dict[Unit, list[LayerResult]] = {}

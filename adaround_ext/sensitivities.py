@@ -23,7 +23,7 @@ from adaround_ext.config import AdaRoundConfig, check_int, make_config
 from adaround_ext.fitting import of_calls
 from adaround_ext.plan import FilterFn, Overrides, Target, make_plan
 from adaround_ext.precision import full_precision
-from adaround_ext.prepare import BatchNorm, prepare_
+from adaround_ext.prepare import BatchNorm, prepare_, unlike_layers
 from adaround_ext.residence import Residence
 from adaround_ext.result import LayerResult, QuantizedWeight
 from adaround_ext.sensitivity_report import Errors, Sensitivity
@@ -96,7 +96,8 @@ def sensitivity(
         )
         prepared = prepare_(model, lambda: data.run(0), undo, batch_norm, False)
         seen = prepared.trace
-        plan = make_plan(model, seen, config, overrides, filter_fn, False)
+        refused = unlike_layers(model, seen, lambda: data.run(0))
+        plan = make_plan(model, seen, config, overrides, filter_fn, False, refused)
         if batches is None:
             batches = ceil(_SAMPLES * data.batches / max(data.samples, data.batches))
         batches = min(batches, data.batches)
@@ -118,7 +119,7 @@ def sensitivity(
         network=network,
         average_bits=average_bits,
         batches=batches,
-        notes=tuple(data.notes + prepared.notes + plan.notes),
+        notes=tuple(data.notes + prepared.notes + plan.notes + replay.notes()),
     )
 
 
