@@ -145,16 +145,18 @@ def test_example(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = digits.trained
-    monkeypatch.setattr(digits, "trained", lambda net, seed: trained(net, seed, epochs=3))
+    monkeypatch.setattr(digits, "trained", lambda net, seed: trained(net, seed, epochs=2))
+    monkeypatch.setattr(examples, "CALIBRATION_IMAGES", 128)
     path = tmp_path / "digits.json"
     few = ["--nets", "residual", "--bits", "3", "--granularity", "per_channel", "--seeds", "1"]
     examples.main([*few, "--reference-steps", "20", "--output", str(path)])
     document = json.loads(path.read_text())
     rows = {row["method"]: row for row in document["results"]["rows"]}
     assert list(rows) == list(examples.METHODS)
-    assert rows["full"]["accuracy"] > 95 and rows["full"]["error"] == 0
+    assert rows["full"]["accuracy"] > 80 and rows["full"]["error"] == 0
     assert rows["nearest"]["error"] > 5 * rows["balanced"]["error"] > 0
     assert document["results"]["reference"]["steps"] == 20
+    assert document["results"]["calibration_images"] == 128
     assert len(document["targets"]) == 2
     table = capsys.readouterr().out
     assert f"{rows['balanced']['accuracy']:.2f} ± 0.00" in table
