@@ -28,7 +28,8 @@ from adaround_ext.fitting import Fitter
 from adaround_ext.memory import device_memory, host_memory
 from adaround_ext.model_report import LayerEntry, ModelReport
 from adaround_ext.native import build_info
-from adaround_ext.plan import FilterFn, Overrides, Plan, Target, make_plan
+from adaround_ext.overrides import Overrides
+from adaround_ext.plan import FilterFn, Plan, Target, make_plan
 from adaround_ext.prepare import BatchNorm, prepare_, quantize_activations_, unlike_layers
 from adaround_ext.residence import Residence
 from adaround_ext.trace import evaluation

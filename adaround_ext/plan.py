@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from adaround_ext.config import AdaRoundConfig, make_config
+from adaround_ext.config import AdaRoundConfig
 from adaround_ext.function_preserving import extent
 from adaround_ext.layers import SUPPORTED, MatrixLayer, matrix_layer
+from adaround_ext.overrides import RESERVED, LayerSettings, Overrides
 from adaround_ext.trace import ModuleCall, Trace, Value
 
-Overrides = Mapping[str | type[nn.Module], Mapping[str, Any] | str]
 FilterFn = Callable[[nn.Module, str], bool]
-_RESERVED = ("<first>", "<last>")
 _NORMS = "Norm"
 # The activation functions that config.activation knows, by ATen's name.
 _ACTIVATIONS = {"relu": "relu", "relu_": "relu", "gelu": "gelu", "silu": "silu", "silu_": "silu"}
@@ -34,7 +32,6 @@ class Target:
     tied: tuple[tuple[str, nn.Module], ...]
     calls: tuple[ModuleCall, ...]  # of the layer and of those tied to it, in order
     config: AdaRoundConfig
-    changes: tuple[str, ...]  # settings that are not those of the whole model
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -75,16 +72,65 @@ def make_plan(
     names: dict[nn.Module, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         names[module].append(name)
+    found, skipped = _find(model, trace, names, filter_fn, refused or {})
+    notes: list[str] = []
+
+    def calls(layer: _Layer) -> list[ModuleCall]:
+        modules = (layer.matrix.layer, *(m for _, m in layer.tied))
+        return sorted((c for m in modules for c in trace.calls_of(m)), key=lambda c: c.begin)
+
+    ordered = sorted(((layer, calls(layer)) for layer in found), key=lambda pair: pair[1][0].begin)
+    changes = LayerSettings(overrides or {}, config, names)
+    targets: list[Target] = []
+    last = len(ordered) - 1
+    for index, (layer, own) in enumerate(ordered):
+        name, matrix, tied = layer.name, layer.matrix, layer.tied
+        known = names[matrix.layer] + [other for other, _ in tied]
+        known += [RESERVED[0]] * (index == 0) + [RESERVED[1]] * (index == last)
+        settings = changes.of(known, matrix.layer)
+        if settings is None:
+            skipped[name] = "overrides say skip"
+            continue
+        if len(tied) and settings.get("bias", config.bias) != "keep":
+            settings = {**settings, "bias": "keep"}
+            notes.append(f"{name}: biases are kept, its weight is tied")
+        if activation_aware and "activation" not in settings:
+            activation = _activation(trace, own)
+            if activation is not None:
+                settings = {**settings, "activation": activation}
+        target = Target(name, matrix, tied, tuple(own), changes.config(settings))
+        _check_groups(target)
+        targets.append(target)
+    changes.check_used()
+    if not targets:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:5])
+        raise ValueError(
+            f"model must have a layer to quantize, got none ({reasons or 'no layers'})"
+        )
+    return Plan(targets, skipped, notes)
+
+
+class _Layer(NamedTuple):
+    name: str
+    matrix: MatrixLayer
+    tied: tuple[tuple[str, nn.Module], ...]
+
+
+def _find(
+    model: nn.Module,
+    trace: Trace,
+    names: Mapping[nn.Module, list[str]],
+    filter_fn: FilterFn | None,
+    refused: Mapping[nn.Module, str],
+) -> tuple[list[_Layer], dict[str, str]]:
+    """The layers that can and shall be quantized, and why others are not."""
     owners: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
     for module, known in names.items():
         for _, parameter in module.named_parameters(recurse=False):
             owners[id(parameter)].append((known[0], module))
-
     skipped: dict[str, str] = {}
-    notes: list[str] = []
-    found: list[tuple[str, MatrixLayer, tuple[tuple[str, nn.Module], ...]]] = []
+    found: list[_Layer] = []
     done: set[nn.Module] = set()
-    refused = refused or {}
     shared = _shared_memory(model)
     for module, (name, *_) in names.items():
         if module in done:
@@ -112,115 +158,8 @@ def make_plan(
         if filter_fn is not None and not filter_fn(module, name):
             skipped[name] = "filter_fn returned False"
             continue
-        found.append((name, matrix, tied))
-
-    def calls(matrix: MatrixLayer, tied: tuple[tuple[str, nn.Module], ...]) -> list[ModuleCall]:
-        modules = (matrix.layer, *(m for _, m in tied))
-        return sorted((c for m in modules for c in trace.calls_of(m)), key=lambda c: c.begin)
-
-    ordered = sorted(
-        ((item, calls(item[1], item[2])) for item in found), key=lambda pair: pair[1][0].begin
-    )
-    changes = _Overrides(overrides or {}, config, names)
-    targets: list[Target] = []
-    last = len(ordered) - 1
-    for index, ((name, matrix, tied), own) in enumerate(ordered):
-        known = names[matrix.layer] + [other for other, _ in tied]
-        known += [_RESERVED[0]] * (index == 0) + [_RESERVED[1]] * (index == last)
-        settings = changes.of(known, matrix.layer)
-        if settings is None:
-            skipped[name] = "overrides say skip"
-            continue
-        if len(tied) and settings.get("bias", config.bias) != "keep":
-            settings = {**settings, "bias": "keep"}
-            notes.append(f"{name}: biases are kept, its weight is tied")
-        if activation_aware and "activation" not in settings:
-            activation = _activation(trace, own)
-            if activation is not None:
-                settings = {**settings, "activation": activation}
-        target = Target(
-            name, matrix, tied, tuple(own), changes.config(settings), tuple(sorted(settings))
-        )
-        _check_groups(target)
-        targets.append(target)
-    changes.check_used()
-    if not targets:
-        reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:5])
-        raise ValueError(
-            f"model must have a layer to quantize, got none ({reasons or 'no layers'})"
-        )
-    return Plan(targets, skipped, notes)
-
-
-class _Overrides:
-    """The overrides of a model; one config object for layers with the same settings."""
-
-    def __init__(
-        self, overrides: Overrides, config: AdaRoundConfig, names: Mapping[nn.Module, list[str]]
-    ) -> None:
-        if not isinstance(overrides, Mapping):
-            raise TypeError(f"overrides must be a mapping, got {type(overrides).__name__}")
-        self._base = config
-        self._items = list(overrides.items())
-        self._configs: dict[tuple[tuple[str, int], ...], AdaRoundConfig] = {(): config}
-        self._kept: list[object] = []  # so that ids stay
-        everything = [name for known in names.values() for name in known] + list(_RESERVED)
-        for key, value in self._items:
-            if isinstance(key, str):
-                matched = any(fnmatchcase(name, key) for name in everything)
-            elif isinstance(key, type) and issubclass(key, nn.Module):
-                matched = any(isinstance(module, key) for module in names)
-            else:
-                raise TypeError(
-                    f"overrides must have patterns or module types as keys, got {key!r}"
-                )
-            if not matched:
-                raise ValueError(f"overrides must match modules of the model, got {key!r}")
-            if value != "skip" and not isinstance(value, Mapping):
-                raise TypeError(f"overrides[{key!r}] must be settings or 'skip', got {value!r}")
-            if isinstance(value, Mapping):
-                try:
-                    make_config(config, value)
-                except (TypeError, ValueError) as error:
-                    raise type(error)(f"overrides[{key!r}]: {error}") from None
-        self._used: set[int] = set()
-
-    def of(self, names: list[str], module: nn.Module) -> dict[str, Any] | None:
-        """The settings for a module, of all that match it: later ones win. None to skip it."""
-        settings: dict[str, Any] | None = {}
-        for index, (key, value) in enumerate(self._items):
-            if isinstance(key, str):
-                # A pattern that names a module means all inside it.
-                hit = any(fnmatchcase(n, key) or fnmatchcase(n, f"{key}.*") for n in names)
-            else:
-                hit = isinstance(module, key)
-            if not hit:
-                continue
-            self._used.add(index)
-            if isinstance(value, str):
-                settings = None
-            else:
-                settings = {**(settings or {}), **value}
-        return settings
-
-    def config(self, settings: Mapping[str, Any]) -> AdaRoundConfig:
-        key = tuple(sorted((name, _identity(value)) for name, value in settings.items()))
-        if key not in self._configs:
-            self._kept.append(dict(settings))
-            self._configs[key] = make_config(self._base, settings)
-        return self._configs[key]
-
-    def check_used(self) -> None:
-        for index, (key, _) in enumerate(self._items):
-            if index not in self._used:
-                raise ValueError(f"overrides must match layers to quantize, {key!r} matches none")
-
-
-def _identity(value: object) -> int:
-    try:
-        return hash((type(value), value))
-    except TypeError:
-        return id(value)
+        found.append(_Layer(name, matrix, tied))
+    return found, skipped
 
 
 def _no_layer(module: nn.Module, trace: Trace) -> str | None:

@@ -21,7 +21,8 @@ from adaround_ext.capture import Replay, Watch
 from adaround_ext.collect import Collector, Unit, make_units, parallel_segments
 from adaround_ext.config import AdaRoundConfig, check_int, make_config
 from adaround_ext.fitting import of_calls
-from adaround_ext.plan import FilterFn, Overrides, Target, make_plan
+from adaround_ext.overrides import Overrides
+from adaround_ext.plan import FilterFn, Target, make_plan
 from adaround_ext.precision import full_precision
 from adaround_ext.prepare import BatchNorm, prepare_, unlike_layers
 from adaround_ext.residence import Residence
