@@ -141,6 +141,16 @@ def test_targets_are_paired_over_seeds() -> None:
     assert not gained.holds
 
 
+def test_a_difference_of_exactly_one_standard_error_holds() -> None:
+    images = {"full": [495] * 5, "reference": [495] * 5, "balanced": [494, 494, 496, 494, 495]}
+    results = examples.Results(
+        [_row(i, m, 100 * n[i] / 497) for i in range(5) for m, n in images.items()]
+    )
+    _, gained = examples.targets(results)
+    assert gained.value == gained.least == pytest.approx(-0.4 * 100 / 497)
+    assert gained.holds
+
+
 def test_example(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
