@@ -18,7 +18,9 @@ those 788 images, with the networks of seed 0 and a scale a channel:
     separable, 2 bits           0.198           -          0.124         0.114        0.119
 
 3e-2 and 3e-1 came close to 1e-1 with as many steps or fewer. Only the separable network at 2 bits
-gains from more: 10,000 steps at 1e-2 have 4 % less error, in seven times the time.
+gains from more. There, over five seeds, 10,000 steps at 1e-2 take over six times as long for an
+error of 0.128 instead of 0.130, and 97.22 % of the test images instead of 96.78 %; "balanced" has
+0.059 and 97.75 %.
 
     python -m examples.digits [--nets NET ...] [--bits BITS ...] [--seeds SEEDS] [--output FILE]
 """
@@ -130,13 +132,10 @@ def rows_of(
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and its standard error, which is 0 for one value.
-
-    Both to nine digits after the point: with few test images a difference can be exactly one
-    standard error, where otherwise the last bit would decide.
-    """
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return round(statistics.fmean(values), 9), round(error, 9)
+    """The mean and its standard error, which is 0 for one value."""
+    if len(values) == 1:
+        return values[0], 0.0
+    return statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
 
 
 class Results:
@@ -170,8 +169,8 @@ def targets(results: Results) -> list[common.Target]:
             lost, _ = mean_and_error(results.differences(setting, "full", OURS))
             found.append(common.Target(f"{where} below full", lost, most=MOST_LOST[bits]))
         gained, error = mean_and_error(results.differences(setting, OURS, "reference"))
-        # One image in one seed makes both the same number, but for the last bits.
-        least = -round(error, 9)
+        # Both can be the same number but for the last bits: accuracies are counts of few images.
+        least = 0.0 - round(error, 9)
         found.append(common.Target(f"{where} above the reference", round(gained, 9), least=least))
     return found
 
