@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from adaround_ext.config import check_int, check_number, fail
+from adaround_ext.config import check_int, check_number, fail, refuse_unknown
 from adaround_ext.grid import quant_range
 
 _RANGES = ("mse", "min_max", "percentile")
@@ -46,12 +46,7 @@ class ActivationConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ActivationConfig:
         """The inverse of :meth:`to_dict`; unknown keys are refused with ValueError."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(
-                f"ActivationConfig has no {unknown[0]!r}; it has {', '.join(sorted(known))}"
-            )
+        refuse_unknown(cls, values)
         return cls(**values)
 
 

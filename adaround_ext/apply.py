@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from adaround_ext.plan import Target
-from adaround_ext.result import QuantizedWeight
+from adaround_ext.result import QuantizedWeight, write_
 
 
 @contextmanager
@@ -39,18 +38,8 @@ def swapped(weights: Iterable[tuple[Target, Tensor, Tensor | None]]) -> Iterator
             layer.register_parameter("bias", None)
 
 
-@torch.no_grad()
 def apply_(target: Target, weight: QuantizedWeight, bias: Tensor | None) -> None:
-    """Writes weight and bias into the target's parameters, and leaves the codes at its modules.
-
-    Parameters keep their identity; a layer that was made without a bias gets one if there is one.
-    """
-    layer = target.matrix.layer
-    parameter = layer.get_parameter("weight")
-    parameter.copy_(weight.dequantize(target.matrix))
-    if bias is not None and layer.bias is None:
-        layer.bias = nn.Parameter(bias.to(parameter), parameter.requires_grad)
-    elif bias is not None:
-        layer.get_parameter("bias").copy_(bias)
+    """Writes weight and bias into the target's parameters, and leaves the codes at its modules."""
+    write_(target.matrix.layer, weight.dequantize(target.matrix), bias)
     for module in target.modules:
         module.quantized_weight = weight  # type: ignore[assignment]  # no tensor: an attribute

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+MEMORY_BUDGET = 1 << 28  # bytes, where the caller says nothing
+
 
 @dataclass(frozen=True)
 class _Held:

@@ -50,6 +50,7 @@ class Calibration:
         self._signature = _signature(model)
         self._own: list[Any] | None = None
         self._first_of_tuple = False
+        self._masks: dict[int, Tensor | None] = {}  # asked for on every pass
         self.notes: list[str] = []
         self.samples = 0
         self._hash = hashlib.blake2b(digest_size=16)
@@ -152,14 +153,18 @@ class Calibration:
         """bool [batch, tokens], True where there is no padding; None without a mask."""
         if self._padding_mask is None:
             return None
-        item = self._item(index)
-        if callable(self._padding_mask):
-            mask = self._padding_mask(item)
+        if index not in self._masks:
+            self._masks[index] = self._find_mask(self._padding_mask, self._item(index))
+        return self._masks[index]
+
+    def _find_mask(self, padding_mask: PaddingMask, item: Any) -> Tensor | None:
+        if callable(padding_mask):
+            mask = padding_mask(item)
         elif isinstance(item, Mapping):
-            mask = item.get(self._padding_mask)
+            mask = item.get(padding_mask)
         elif self._forward_fn is None and self._signature is not None:
             args, kwargs = self._arguments(item)
-            mask = self._signature.bind(*args, **kwargs).arguments.get(self._padding_mask)
+            mask = self._signature.bind(*args, **kwargs).arguments.get(str(padding_mask))
         else:
             mask = None
         if not isinstance(mask, Tensor) or mask.dim() != 2:

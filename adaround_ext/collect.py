@@ -12,15 +12,14 @@ from torch import Tensor, nn
 
 from adaround_ext.cache import GrowingTensor
 from adaround_ext.calibration import unpadded
+from adaround_ext.choice import choose_objective
 from adaround_ext.data import check
 from adaround_ext.layers import MatrixLayer
 from adaround_ext.plan import Target
 from adaround_ext.pose import gram_problems, sampled_problems
 from adaround_ext.precision import full_precision
 from adaround_ext.problem import Problem
-from adaround_ext.statistics import GramStatistics
-
-_HELD_TOKENS = 8192  # that statistics hold back, see statistics.py
+from adaround_ext.statistics import TOKENS, GramStatistics
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +27,10 @@ class Unit:
     """Targets that see the same patches, and so share statistics."""
 
     targets: tuple[Target, ...]
-    sampled: bool
+
+    @property
+    def sampled(self) -> bool:
+        return _objective(self.targets[0])[0] == "sampled"
 
     @property
     def names(self) -> str:
@@ -43,7 +45,7 @@ class Unit:
         first = self.targets[0].matrix
         rows = sum(layer.rows for layer in self.layers)
         moments = 8 * first.cols * (first.groups * first.cols + rows)
-        return moments + 4 * _HELD_TOKENS * first.cols
+        return moments + 4 * TOKENS * first.cols
 
     def same_settings(self) -> Iterator[list[int]]:
         """Indices of the targets that are solved in one go."""
@@ -60,15 +62,15 @@ def make_units(targets: Iterable[Target]) -> list[Unit]:
         matrix, config = target.matrix, target.config
         key = (
             target.inputs, type(matrix), matrix.geometry, matrix.weight.dtype, matrix.weight.device,
-            config.positions, config.seed, _sampled(target),
+            config.positions, config.seed, _objective(target)[0],
         )  # fmt: skip
         found[key].append(target)
-    return [Unit(tuple(group), _sampled(group[0])) for group in found.values()]
+    return [Unit(tuple(group)) for group in found.values()]
 
 
-def _sampled(target: Target) -> bool:
-    config = target.config
-    return config.objective == "sampled" or config.activation is not None
+def _objective(target: Target) -> tuple[str, str]:
+    """Which objective, and why, for data that come batch by batch."""
+    return choose_objective(target.config, [target.matrix], ())
 
 
 def sequential_segments(units: Sequence[Unit]) -> list[list[Unit]]:
@@ -190,15 +192,14 @@ class Collector:
         for part in self.unit.same_settings():
             targets = [self.unit.targets[i] for i in part]
             layers, config = [t.matrix for t in targets], targets[0].config
+            reason = _objective(targets[0])[1]
             if self._statistics is None:
                 outputs = tuple(self._targets[i].tensor() for i in part)
                 yield part, sampled_problems(
-                    layers, self._inputs.tensor(), outputs, self._sequences, config,
-                    "the activation function is part of the loss" if config.activation is not None
-                    else "as set", seconds,
+                    layers, self._inputs.tensor(), outputs, self._sequences, config, reason,
+                    seconds,
                 )  # fmt: skip
             else:
                 own = self._statistics.rows(torch.cat([split[i] for i in part]))
-                reason = "no activation function, data streamed"
                 yield part, gram_problems(layers, own, config, reason, seconds)
             seconds = 0.0

@@ -186,12 +186,7 @@ class AdaRoundConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AdaRoundConfig:
         """The inverse of :meth:`to_dict`; unknown keys are refused with ValueError."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(
-                f"AdaRoundConfig has no {unknown[0]!r}; it has {', '.join(sorted(known))}"
-            )
+        refuse_unknown(cls, values)
         values = dict(values)
         if isinstance(values.get("scale"), list):
             values["scale"] = torch.tensor(values["scale"], dtype=torch.float64)
@@ -221,6 +216,16 @@ def _plain(config: AdaRoundConfig) -> dict[str, Any]:
     values["beta"] = list(config.beta)
     values["starts"] = None if config.starts is None else list(config.starts)
     return values
+
+
+def refuse_unknown(kind: type[Any], values: Mapping[str, Any]) -> None:
+    """ValueError for a key that is no field of the dataclass ``kind``."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(
+            f"{kind.__name__} has no {unknown[0]!r}; it has {', '.join(sorted(known))}"
+        )
 
 
 def fail(name: str, rule: str, got: object) -> None:

@@ -17,7 +17,7 @@ from adaround_ext.activations import ActivationConfig
 from adaround_ext.apply import apply_
 from adaround_ext.attachment import full_precision_activations
 from adaround_ext.blocks import BlockCall, Blocks, block_calls, find_blocks
-from adaround_ext.cache import ActivationCache
+from adaround_ext.cache import MEMORY_BUDGET, ActivationCache
 from adaround_ext.calibration import Calibration, ForwardFn, PaddingMask, single_device
 from adaround_ext.capture import Replay
 from adaround_ext.checkpoint import Checkpoint
@@ -34,7 +34,6 @@ from adaround_ext.prepare import BatchNorm, prepare_, quantize_activations_, unl
 from adaround_ext.residence import Residence
 from adaround_ext.trace import evaluation
 
-_MEMORY_BUDGET = 1 << 28
 _MODES = ("sequential", "parallel")
 _BATCH_NORM = ("fold", "keep")
 
@@ -55,7 +54,7 @@ def quantize_(
     activation_aware: bool = False,
     padding_mask: PaddingMask = "attention_mask",
     device: torch.device | str | None = None,
-    memory_budget: int = _MEMORY_BUDGET,
+    memory_budget: int = MEMORY_BUDGET,
     cache_dir: str | None = None,
     cache_dtype: torch.dtype | None = None,
     checkpoint_dir: str | None = None,

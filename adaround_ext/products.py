@@ -58,7 +58,7 @@ def annealing_dtype(products: str, device: torch.device) -> torch.dtype:
         has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
     else:  # a processor without the instructions emulates them slowly; old torch cannot say
         capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-        # Intel's AVX-512 instruction has half the rate of float32's: 0.2 to 0.5 times as fast.
+        # Intel's AVX-512 instruction has half the rate of float32's: it was slower.
         intel = "Intel" in str(capabilities.get("cpu_name"))
         avx512 = bool(capabilities.get("avx512_bf16")) and not intel
         has_bfloat16 = avx512 or bool(capabilities.get("amx_bf16"))

@@ -20,6 +20,21 @@ from adaround_ext.report import LayerReport
 _FORMAT = "adaround_ext.layer.2"
 
 
+@torch.no_grad()
+def write_(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    """Copies weight and bias into a layer's parameters, which keep their identity.
+
+    A layer that was made without a bias gets one, where there is one to write.
+    """
+    parameter = layer.get_parameter("weight")
+    parameter.copy_(weight)
+    if bias is not None and getattr(layer, "bias", None) is None:
+        made = nn.Parameter(bias.to(parameter, copy=True), parameter.requires_grad)
+        layer.register_parameter("bias", made)
+    elif bias is not None:
+        layer.get_parameter("bias").copy_(bias)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedWeight:
     """What a weight was quantized to; ``quantize_`` leaves it at a layer as ``quantized_weight``.
@@ -72,13 +87,7 @@ class LayerResult:
         if self.bias is not None and own is not None and own.shape != self.bias.shape:
             rule = f"layer must have a bias of shape {list(self.bias.shape)} or none"
             raise ValueError(f"{rule}, got {list(own.shape)}")
-        with torch.no_grad():
-            weight.copy_(self.weight_q)
-            if self.bias is not None and own is None:
-                bias = self.bias.to(weight, copy=True)
-                layer.register_parameter("bias", nn.Parameter(bias, weight.requires_grad))
-            elif self.bias is not None:
-                layer.get_parameter("bias").copy_(self.bias)
+        write_(layer, self.weight_q, self.bias)
 
     def to(self, device: torch.device) -> LayerResult:
         """The same with its tensors on ``device``."""

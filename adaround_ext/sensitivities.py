@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from math import ceil, inf, isfinite
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from adaround_ext.apply import swapped
 from adaround_ext.assignment import check_budget
 from adaround_ext.blocks import block_calls, find_blocks
-from adaround_ext.cache import ActivationCache
+from adaround_ext.cache import MEMORY_BUDGET, ActivationCache
 from adaround_ext.calibration import Calibration, ForwardFn, PaddingMask, single_device
 from adaround_ext.capture import Replay, Watch
 from adaround_ext.collect import Collector, Unit, make_units, parallel_segments
@@ -31,10 +31,6 @@ from adaround_ext.sensitivity_report import Errors, Sensitivity
 from adaround_ext.solve import solve
 from adaround_ext.trace import evaluation, tensors
 
-if TYPE_CHECKING:
-    pass
-
-_MEMORY_BUDGET = 1 << 28  # bytes, before files are used
 _SAMPLES = 64  # that the network's error is measured on, about
 
 
@@ -71,7 +67,7 @@ def sensitivity(
 
     Cost: the statistics, a solution for each layer and width, and 1 + layers x widths whole
     forwards of every measured batch. Codes of all layers and widths, a byte a weight each, wait in
-    memory up to 512 MiB and beyond it in temporary files.
+    memory up to 256 MiB and beyond it in temporary files.
 
     Raises TypeError and ValueError that name the argument, the rule and what came: also where the
     model returns no floating-point tensor, none but zeros, or other shapes when it is quantized.
@@ -88,7 +84,7 @@ def sensitivity(
     if batch_norm not in ("fold", "keep"):
         raise ValueError(f"batch_norm must be fold or keep, got {batch_norm!r}")
     with (
-        ActivationCache(_MEMORY_BUDGET) as cache,
+        ActivationCache(MEMORY_BUDGET) as cache,
         evaluation(model, config.seed),
         ExitStack() as undo,
     ):
@@ -103,7 +99,7 @@ def sensitivity(
             batches = ceil(_SAMPLES * data.batches / max(data.samples, data.batches))
         batches = min(batches, data.batches)
         units = make_units(plan.targets)
-        with ActivationCache(_MEMORY_BUDGET) as recordings:
+        with ActivationCache(MEMORY_BUDGET) as recordings:
             calls = block_calls(model, seen, find_blocks(model, seen, None))
             replay = Replay(
                 model, data, calls, recordings, Residence(model, [], None), 0, config.seed
@@ -153,7 +149,7 @@ def _quantized(
     local: Errors = {target.name: {} for unit in units for target in unit.targets}
     waiting = {m for unit in units for target in unit.targets for m in target.modules}
     with tqdm(total=len(local), disable=not progress, desc="quantizing", unit="layer") as bar:
-        for segment in parallel_segments(units, _MEMORY_BUDGET):
+        for segment in parallel_segments(units, MEMORY_BUDGET):
             collectors = [Collector(unit, None) for unit in segment]
             _collect(collectors, replay, data, waiting)
             while collectors:

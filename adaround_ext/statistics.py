@@ -14,7 +14,7 @@ from adaround_ext.products import fixed_bmm
 
 # Inputs are cut again into this many samples (tokens of a linear layer) before X X^T, so that the
 # sums do not depend on how the caller cut the data.
-_SAMPLES, _TOKENS = 32, 8192
+_SAMPLES, TOKENS = 32, 8192
 # X X^T is symmetric: only blocks on and below the diagonal are computed, this many columns each.
 _BLOCK = 192
 _SHIFT_POSITIONS = 256  # enough for the rough mean that inputs are shifted by
@@ -56,7 +56,7 @@ class GramStatistics:
         self.has_targets = False
         self._shift: Tensor | None = None  # [groups, cols, 1]
         self._rebatcher = Rebatcher(
-            _TOKENS if isinstance(first.layer, torch.nn.Linear) else _SAMPLES
+            TOKENS if isinstance(first.layer, torch.nn.Linear) else _SAMPLES
         )
 
     def gram(self) -> Tensor:
