@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from adaround_ext.function_preserving import Journal, TracedLayers, channel_dim, make_verified
+from adaround_ext.function_preserving import (
+    Changed,
+    Journal,
+    TracedLayers,
+    channel_dim,
+    make_verified,
+)
 from adaround_ext.layers import matrix_layer
 from adaround_ext.trace import ModuleCall, Trace
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-@dataclass(frozen=True)
-class Folded:
+class Folded(Changed):
     """What was folded, by names in the model: (layer, batch norm), and why the others were not."""
-
-    pairs: tuple[tuple[str, str], ...]
-    skipped: dict[str, str]
-    _journal: Journal = field(repr=False, compare=False)
-
-    def undo(self) -> None:
-        """The model exactly as it was: the same modules and parameters, with the same bits.
-
-        Later changes of the same layers are lost, so those are to be undone before.
-        """
-        self._journal.undo()
 
 
 @dataclass(frozen=True, eq=False)

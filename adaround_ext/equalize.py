@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from adaround_ext.function_preserving import Journal, TracedLayers, channel_dim, make_verified
+from adaround_ext.function_preserving import (
+    Changed,
+    Journal,
+    TracedLayers,
+    channel_dim,
+    make_verified,
+)
 from adaround_ext.layers import MatrixLayer
 from adaround_ext.trace import Trace
 
@@ -21,20 +27,8 @@ _HOMOGENEOUS = {
 _MOST = 2.0**12
 
 
-@dataclass(frozen=True)
-class Equalized:
+class Equalized(Changed):
     """What was equalized, by names in the model: (layer, next layer), and why others were not."""
-
-    pairs: tuple[tuple[str, str], ...]
-    skipped: dict[str, str]
-    _journal: Journal = field(repr=False, compare=False)
-
-    def undo(self) -> None:
-        """All weights and biases exactly as they were, bit by bit.
-
-        Later changes of the same layers are lost, so those are to be undone before.
-        """
-        self._journal.undo()
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -48,6 +49,22 @@ class Journal:
         """Takes back all but the first ``length`` changes; harmless where there are none."""
         while len(self._steps) > length:
             self._steps.pop()()
+
+
+@dataclass(frozen=True)
+class Changed:
+    """Which pairs of modules were changed, by name, and why others were not."""
+
+    pairs: tuple[tuple[str, str], ...]
+    skipped: dict[str, str]
+    _journal: Journal = field(repr=False, compare=False)
+
+    def undo(self) -> None:
+        """The model exactly as it was: the same modules and parameters, with the same bits.
+
+        Later changes of the same layers are lost, so those are to be undone before.
+        """
+        self._journal.undo()
 
 
 class TracedLayers:

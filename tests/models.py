@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,19 @@ from torch.nn import functional as F
 
 from adaround_ext import AdaRoundConfig, optimize_layer
 from adaround_ext.result import LayerResult
+
+
+class Net(nn.Module):
+    """Submodules by name, and what to do with them."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Any], **children: nn.Module) -> None:
+        super().__init__()
+        self.run = forward
+        for name, child in children.items():
+            setattr(self, name, child)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self, x)
 
 
 class Residual(nn.Module):

@@ -17,21 +17,9 @@ from adaround_ext.equalize import Equalized, equalize_
 from adaround_ext.function_preserving import Journal
 from adaround_ext.layers import matrix_layer
 from adaround_ext.trace import evaluation, trace
+from tests.models import Net
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Net(nn.Module):
-    """Submodules by name, and what to do with them."""
-
-    def __init__(self, forward: Callable[[Any, Tensor], Any], **children: nn.Module) -> None:
-        super().__init__()
-        self.run = forward
-        for name, child in children.items():
-            setattr(self, name, child)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.run(self, x)
 
 
 def unbalance(model: nn.Module) -> nn.Module:
