@@ -49,6 +49,11 @@ class QuantizedWeight:
     zero_point: Tensor
     bits: int
 
+    def to(self, device: torch.device) -> QuantizedWeight:
+        """The same with its tensors on ``device``."""
+        tensors = (tensor.to(device) for tensor in (self.codes, self.scale, self.zero_point))
+        return QuantizedWeight(*tensors, self.bits)
+
     def dequantize(self, layer: MatrixLayer) -> Tensor:
         """The weight in the layer's own shape and dtype."""
         matrix = ops.dequantize(self.codes, self.scale, self.zero_point)

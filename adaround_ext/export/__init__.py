@@ -1,0 +1,1 @@
+"""Quantized models in the formats that runtimes load; one file a format."""

@@ -1,0 +1,98 @@
+"""What an exported directory says of itself, so that a damaged or foreign one is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adaround_ext.json_values import check_keys, check_type, write_atomically
+
+NAME = "adaround.json"
+_FORMAT = "adaround_ext.export.1"
+_KEYS = {"format", "kind", "details", "files", "digest"}
+_PIECE = 1 << 20
+_LARGEST = 1 << 28  # bytes of a manifest: far above one of any model
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """kind: the export format. details: what it says of the model, plain values for JSON."""
+
+    kind: str
+    details: dict[str, Any]
+
+
+def write_manifest(folder: Path, kind: str, details: Mapping[str, Any]) -> None:
+    """Writes the manifest of all files that are in ``folder`` now, with their sizes and hashes."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / NAME)
+    files = {str(path.relative_to(folder)): _state(path) for path in paths}
+    content = {"format": _FORMAT, "kind": kind, "details": dict(details), "files": files}
+    content["digest"] = _digest(content)
+    write_atomically(folder / NAME, _text(content))
+
+
+def read_manifest(folder: str | os.PathLike[str], kind: str | None = None) -> Manifest:
+    """The manifest of an export, after checking that every file is as it was written.
+
+    Raises FileNotFoundError without a manifest, ValueError for one that is damaged, of another
+    ``kind``, or whose files are missing, changed or cut.
+    """
+    folder = Path(folder)
+    path = folder / NAME
+    rule = f"{folder} must be a directory that an export wrote"
+    if not path.is_file():
+        raise FileNotFoundError(f"{rule}, got none with {NAME}")
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise ValueError(f"{NAME} has {path.stat().st_size} bytes")
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        check_type(content, dict, NAME, "a dict")
+        check_keys(content, _KEYS, NAME)
+        if content["format"] != _FORMAT:
+            raise ValueError(f"{NAME} is of format {content['format']!r}, not {_FORMAT!r}")
+        written = {name: value for name, value in content.items() if name != "digest"}
+        if content["digest"] != _digest(written) or text != _text(content):
+            raise ValueError(f"{NAME} is not as it was written")
+        check_type(content["kind"], str, "kind", "text")
+        check_type(content["details"], dict, "details", "a dict")
+        check_type(content["files"], dict, "files", "a dict")
+        if kind not in (None, content["kind"]):
+            raise ValueError(f"it holds the format {content['kind']!r}, not {kind!r}")
+        for name, state in content["files"].items():
+            _check_file(folder, name, state)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{rule}: {error}") from error
+    return Manifest(content["kind"], content["details"])
+
+
+def _check_file(folder: Path, name: str, state: object) -> None:
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
+        raise ValueError(f"{name} is not there")
+    if not isinstance(state, dict) or path.stat().st_size != state.get("size"):
+        raise ValueError(f"{name} has another size than when it was written")
+    if _state(path) != state:
+        raise ValueError(f"{name} has other content than when it was written")
+
+
+def _state(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1) + "\n"
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
