@@ -290,5 +290,5 @@ def packed_linear(
     """y = x W_q^T + b for x [..., cols] and packed codes of W_q = s (codes - z) [rows, cols]."""
     cols = x.shape[-1]
     codes = unpack_bits(packed, bits, cols, qmin)
-    weight = dequantize(codes, scale, zero_point).to(x.dtype)
+    weight = dequantize(codes, scale, zero_point, x.dtype)
     return torch.nn.functional.linear(x, weight, bias)

@@ -51,8 +51,8 @@ class QuantizedWeight:
 
     def to(self, device: torch.device) -> QuantizedWeight:
         """The same with its tensors on ``device``."""
-        tensors = (tensor.to(device) for tensor in (self.codes, self.scale, self.zero_point))
-        return QuantizedWeight(*tensors, self.bits)
+        names = ("codes", "scale", "zero_point")
+        return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def dequantize(self, layer: MatrixLayer) -> Tensor:
         """The weight in the layer's own shape and dtype."""
