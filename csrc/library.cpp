@@ -1,5 +1,6 @@
 // Table of contents: the schema of every op. Kernels register themselves in cpu/ and cuda/; fake
-// kernels and autograd formulas are in adaround_ext/ops.py, where every op is documented.
+// kernels and autograd formulas are in adaround_ext/ops.py and packing.py, where every op is
+// documented.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(adaround_ext, m) {
@@ -29,5 +30,7 @@ STABLE_TORCH_LIBRARY(adaround_ext, m) {
   m.def(
       "gptq(Tensor weight, Tensor feedback, Tensor order, Tensor scale, Tensor zero_point, int qmin, "
       "int qmax) -> Tensor");
+  m.def("pack_bits(Tensor codes, int bits, int qmin) -> Tensor");
+  m.def("unpack_bits(Tensor packed, int bits, int cols, int qmin) -> Tensor");
   m.def("_use_instruction_set(str name) -> str");
 }

@@ -12,10 +12,13 @@
 namespace adaround_ext::cpu {
 
 extern const Kernels<float> kBaselineKernels;
+extern const PackingKernels kBaselinePacking;
 extern const Kernels<double> kDoubleKernels;
 #if defined(__x86_64__) && defined(__GNUC__)
 extern const Kernels<float> kAvx2Kernels;
 extern const Kernels<float> kAvx512Kernels;
+extern const PackingKernels kAvx2Packing;
+extern const PackingKernels kAvx512Packing;
 #endif
 
 namespace {
@@ -23,6 +26,7 @@ namespace {
 struct Choice {
   const char* name;
   const Kernels<float>* table;
+  const PackingKernels* packing;
   bool available;
 };
 
@@ -30,12 +34,13 @@ struct Choice {
 const Choice* choices(int* count) {
   static const Choice list[] = {
 #if defined(__x86_64__) && defined(__GNUC__)
-      {"avx512", &kAvx512Kernels,
+      {"avx512", &kAvx512Kernels, &kAvx512Packing,
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")},
-      {"avx2", &kAvx2Kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+      {"avx2", &kAvx2Kernels, &kAvx2Packing,
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
-      {"baseline", &kBaselineKernels, true},
+      {"baseline", &kBaselineKernels, &kBaselinePacking, true},
   };
   *count = sizeof(list) / sizeof(list[0]);
   return list;
@@ -93,6 +98,8 @@ template <>
 const Kernels<double>& kernels<double>() {
   return kDoubleKernels;
 }
+
+const PackingKernels& packing_kernels() { return *in_use().load()->packing; }
 
 }  // namespace adaround_ext::cpu
 

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "../packing.h"
 #include "../rounding_math.h"
 
 namespace adaround_ext::cpu {
@@ -114,6 +115,30 @@ struct Kernels {
   void (*gptq_tile)(const GptqTile<T>&);
   void (*tabu_row)(const TabuRow<T>&);
 };
+
+// Codes of one row, from the first of a block on, and the bytes that they are packed into.
+struct PackSpan {
+  const uint8_t* codes;  // int8 where qmin < 0
+  uint8_t* packed;
+  int64_t size;  // codes
+  int bits;
+  int qmin;
+};
+
+struct UnpackSpan {
+  const uint8_t* packed;
+  uint8_t* codes;
+  int64_t size;
+  int bits;
+  int qmin;
+};
+
+struct PackingKernels {
+  bool (*pack)(const PackSpan&);  // returns whether all codes fit into the bits
+  void (*unpack)(const UnpackSpan&);
+};
+
+const PackingKernels& packing_kernels();
 
 // The loops in use for T. double has the baseline's only: it serves gradient checks.
 template <typename T>

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
@@ -21,11 +22,14 @@
 #include "vec.h"
 
 #include "kernels_impl.h"
+#include "packing_impl.h"
 
 namespace adaround_ext::cpu {
 
 extern const Kernels<float> kAvx2Kernels;
+extern const PackingKernels kAvx2Packing;
 const Kernels<float> kAvx2Kernels = avx2::table<avx2::Vec, float>();
+const PackingKernels kAvx2Packing = avx2::packing_table();
 
 }  // namespace adaround_ext::cpu
 

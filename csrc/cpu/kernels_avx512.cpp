@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__clang__)
 #pragma clang attribute push( \
@@ -22,11 +23,14 @@
 #include "vec.h"
 
 #include "kernels_impl.h"
+#include "packing_impl.h"
 
 namespace adaround_ext::cpu {
 
 extern const Kernels<float> kAvx512Kernels;
+extern const PackingKernels kAvx512Packing;
 const Kernels<float> kAvx512Kernels = avx512::table<avx512::Vec, float>();
+const PackingKernels kAvx512Packing = avx512::packing_table();
 
 }  // namespace adaround_ext::cpu
 

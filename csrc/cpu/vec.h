@@ -6,6 +6,7 @@ namespace adaround_ext::cpu::ADAROUND_ISA {
 
 // The overloads below would hide those for scalars.
 using ::adaround_ext::abs_;
+using ::adaround_ext::add_bytes;
 using ::adaround_ext::floor_;
 using ::adaround_ext::max_;
 using ::adaround_ext::min_;
@@ -123,6 +124,25 @@ ADAROUND_INLINE void store(float* to, Vec a, int64_t size) {
   } else {
     memcpy(to, &a, sizeof(float) * static_cast<size_t>(size));
   }
+}
+
+// Words of 64 bits, each a block of packed codes (../packing.h).
+struct Words {
+  typedef uint64_t Native __attribute__((vector_size(4 * ADAROUND_WIDTH)));
+  typedef uint8_t Bytes __attribute__((vector_size(4 * ADAROUND_WIDTH)));
+  Native x;
+
+  Words() = default;
+  ADAROUND_INLINE Words(Native native) : x(native) {}
+  ADAROUND_INLINE explicit Words(uint64_t value) : x(value | Native{}) {}
+};
+
+ADAROUND_INLINE Words operator&(Words a, Words b) { return a.x & b.x; }
+ADAROUND_INLINE Words operator|(Words a, Words b) { return a.x | b.x; }
+ADAROUND_INLINE Words operator<<(Words a, int count) { return a.x << count; }
+ADAROUND_INLINE Words operator>>(Words a, int count) { return a.x >> count; }
+ADAROUND_INLINE Words add_bytes(Words a, Words b) {
+  return (Words::Native)((Words::Bytes)a.x + (Words::Bytes)b.x);
 }
 
 // 0, 1, 2, ... a lane.
