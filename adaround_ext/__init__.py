@@ -2,6 +2,7 @@
 
 from adaround_ext.activations import ActivationConfig
 from adaround_ext.config import AdaRoundConfig
+from adaround_ext.export import load_quantized, pack_, save_quantized, verify
 from adaround_ext.model import quantize_
 from adaround_ext.model_report import LayerEntry, ModelReport
 from adaround_ext.native import build_info
@@ -21,8 +22,12 @@ __all__ = [
     "QuantizedWeight",
     "Sensitivity",
     "build_info",
+    "load_quantized",
     "optimize_layer",
+    "pack_",
     "quantize_",
+    "save_quantized",
     "sensitivity",
+    "verify",
 ]
 __version__ = build_info()["version"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from adaround_ext.activation_ranges import RangeObserver
 from adaround_ext.activations import ActivationConfig, ActivationQuantizer
-from adaround_ext.placement import Place
+from adaround_ext.placement import Kind, Place, Site
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # What a forward that runs through its own submodules, whatever they are, has to name.
@@ -78,6 +78,21 @@ def quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
     """All quantizers of activations, by their names in ``model.named_modules()``; each once."""
     found = model.named_modules()
     return {name: module for name, module in found if isinstance(module, ActivationQuantizer)}
+
+
+def attached_sites(model: nn.Module) -> dict[str, tuple[Site, ...]]:
+    """Where the quantizers of a model are called, by their names: what :func:`attach` was given."""
+    found: dict[ActivationQuantizer, list[Site]] = {q: [] for q in quantizers(model).values()}
+    for name, module in model.named_modules():
+        for kind, hooks in (
+            ("input", module._forward_pre_hooks),
+            ("output", module._forward_hooks),
+        ):
+            for hook in hooks.values():
+                if getattr(hook, "func", None) in (_quantize_inputs, _quantize_outputs):
+                    site = Site(name, cast(Kind, kind), hook.keywords["tensors"])
+                    found[getattr(module, hook.keywords["attribute"])].append(site)
+    return {name: tuple(found[quantizer]) for name, quantizer in quantizers(model).items()}
 
 
 @contextmanager

@@ -108,6 +108,7 @@ def settings(args: argparse.Namespace) -> tuple[AdaRoundConfig, dict[str, dict[s
             "preset": args.preset,
             "bits": args.bits,
             "symmetric": not args.asymmetric,
+            "narrow_range": args.narrow_range,
             "granularity": granularity if args.group_size is None else "per_group",
             "group_size": args.group_size,
             "steps": args.steps,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
@@ -11,13 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors.torch
-from torch import Tensor, nn
 
 from adaround_ext.cli_sources import Source
+from adaround_ext.export.safetensors import save_codes
 from adaround_ext.model_report import ModelReport
-from adaround_ext.result import QuantizedWeight
 
-CODES_FORMAT = "adaround_ext.codes.1"
 _REPORT = "report.json"
 _OTHER_INPUTS = ("preprocessor_config.json", "processor_config.json")
 
@@ -87,26 +84,6 @@ def save(source: Source, report: ModelReport, folder: Path) -> None:
         for name in _OTHER_INPUTS:
             if (source.directory / name).exists():
                 shutil.copy(source.directory / name, folder)
-    _save_codes(source.model, report, folder / "codes.safetensors")
+    save_codes(source.model, folder)
     report.to_html(folder / "report.html")
     report.save(folder / _REPORT)
-
-
-def _save_codes(model: nn.Module, report: ModelReport, path: Path) -> None:
-    """Saves "<layer>.codes", ".scale" and ".zero_point" of each layer, its bits in the metadata.
-
-    As :class:`adaround_ext.QuantizedWeight` has them. Tied layers are there once, by the name that
-    the report has.
-    """
-    tensors: dict[str, Tensor] = {}
-    bits: dict[str, int] = {}
-    for entry in report.layers:
-        weight = model.get_submodule(entry.name).quantized_weight
-        assert isinstance(weight, QuantizedWeight)
-        prefix = f"{entry.name}." if entry.name else ""
-        for name in ("codes", "scale", "zero_point"):
-            # Copies: layers that were solved together share memory, which the format refuses.
-            tensors[prefix + name] = getattr(weight, name).cpu().contiguous().clone()
-        bits[entry.name] = weight.bits
-    metadata = {"format": CODES_FORMAT, "bits": json.dumps(bits)}
-    safetensors.torch.save_file(tensors, path, metadata)

@@ -42,7 +42,8 @@ class AdaRoundConfig:
     preset: "fast", "balanced" or "best": how much time a lower error is worth.
 
     The grid. bits: 2 to 8. symmetric: codes in [-2^(b-1), 2^(b-1) - 1] with zero point 0, else
-    [0, 2^b - 1]. granularity: a scale per_tensor, per_channel (row) or per_group of ``group_size``
+    [0, 2^b - 1]. narrow_range: symmetric codes from -2^(b-1) + 1, as TensorRT wants 8 bits.
+    granularity: a scale per_tensor, per_channel (row) or per_group of ``group_size``
     columns. scale: "gram" (the scale, and zero point, of least output error; where the objective is
     sampled, "mse"), "mse" (of least squared weight error), "min_max" or a tensor: [1, 1] for
     per_tensor, else [rows or 1, n_groups] or, without groups, [rows]. scale_candidates*: how many
@@ -77,6 +78,7 @@ class AdaRoundConfig:
     preset: Literal["fast", "balanced", "best"] = "balanced"
     bits: int = 4
     symmetric: bool = True
+    narrow_range: bool = False
     granularity: Granularity = "per_channel"
     group_size: int | None = None
     scale: str | Tensor = "gram"
@@ -115,9 +117,11 @@ class AdaRoundConfig:
         for name in ("steps", "search_steps", "rounds"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 0, _MOST[name])
-        for name in ("symmetric", "refine", "progress", "scale_free"):
+        for name in ("symmetric", "narrow_range", "refine", "progress", "scale_free"):
             if not isinstance(getattr(self, name), bool):
                 fail(name, "True or False", getattr(self, name))
+        if self.narrow_range and not self.symmetric:
+            fail("narrow_range", "False unless symmetric", self.narrow_range)
         if (self.granularity == "per_group") != (self.group_size is not None):
             fail("group_size", "set exactly when granularity is per_group", self.group_size)
         if not isinstance(self.scale, Tensor) and self.scale not in _SCALES:

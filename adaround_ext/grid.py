@@ -41,9 +41,13 @@ class QuantGrid:
         return QuantGrid(scale, zero_point, grids[0].qmin, grids[0].qmax)
 
 
-def quant_range(bits: int, symmetric: bool) -> tuple[int, int]:
-    """(qmin, qmax): [-2^(b-1), 2^(b-1) - 1] where symmetric, else [0, 2^b - 1]."""
-    return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if symmetric else (0, (1 << bits) - 1)
+def quant_range(bits: int, symmetric: bool, narrow: bool = False) -> tuple[int, int]:
+    """(qmin, qmax): [-2^(b-1), 2^(b-1) - 1] where symmetric, else [0, 2^b - 1].
+
+    narrow: without the lowest code, so that a symmetric range has as many below 0 as above.
+    """
+    low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if symmetric else (0, (1 << bits) - 1)
+    return low + narrow, high
 
 
 def make_grid(weight: Tensor, config: AdaRoundConfig) -> QuantGrid:
@@ -56,7 +60,7 @@ def make_grid(weight: Tensor, config: AdaRoundConfig) -> QuantGrid:
     columns or a given scale does not fit.
     """
     rows, cols = weight.shape
-    qmin, qmax = quant_range(config.bits, config.symmetric)
+    qmin, qmax = quant_range(config.bits, config.symmetric, config.narrow_range)
     runs = _runs(weight, config)
     if isinstance(config.scale, Tensor):
         scale = _given_scale(config.scale, rows, cols, config).to(weight.device)

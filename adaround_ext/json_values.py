@@ -57,7 +57,7 @@ def read_value(hint: Any, value: Any, where: str) -> Any:
 
 def check_type(value: Any, kinds: Any, where: str, rule: str) -> None:
     """ValueError unless ``value`` is of these kinds."""
-    if not isinstance(value, kinds) or isinstance(value, bool):
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
         raise ValueError(f"{where} must be {rule}, got {type(value).__name__}")
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -14,10 +16,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from adaround_ext import ops
+from adaround_ext.fingerprint import add_tensor
 from adaround_ext.layers import MatrixLayer
 from adaround_ext.report import LayerReport
 
-_FORMAT = "adaround_ext.layer.2"
+_FORMAT = "adaround_ext.layer.3"
 
 
 @torch.no_grad()
@@ -103,7 +106,8 @@ class LayerResult:
         """Writes a safetensors file, whole or not at all."""
         path = Path(path)
         tensors = {name: t.contiguous().cpu() for name, t in self._tensors().items()}
-        metadata = {"format": _FORMAT, "report": json.dumps(self.report.to_dict())}
+        report = json.dumps(self.report.to_dict())
+        metadata = {"format": _FORMAT, "report": report, "digest": _digest(tensors, report)}
         # Beside the target, so that the rename is atomic.
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
         os.close(handle)
@@ -130,6 +134,8 @@ class LayerResult:
         if metadata.get("format") != _FORMAT or not needed <= set(tensors) <= needed | {"bias"}:
             got = f"format {metadata.get('format')!r} with {sorted(tensors)}"
             raise ValueError(f"{rule}, got {got}")
+        if metadata.get("digest") != _digest(tensors, metadata.get("report", "")):
+            raise ValueError(f"{rule}, got content that is not as it was written")
         try:
             report = LayerReport.from_dict(json.loads(metadata["report"]))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -141,3 +147,11 @@ class LayerResult:
         names = ("weight_q", "codes", "scale", "zero_point")
         tensors = {name: getattr(self, name) for name in names}
         return tensors if self.bias is None else tensors | {"bias": self.bias}
+
+
+def _digest(tensors: Mapping[str, Tensor], report: str) -> str:
+    digest = hashlib.blake2b(report.encode(), digest_size=16)
+    for name in sorted(tensors):
+        digest.update(f"{name}=".encode())
+        add_tensor(digest, tensors[name])
+    return digest.hexdigest()

@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from adaround_ext.native import build_info
+from tests.cli_fixtures import bert, folder, run, text  # noqa: F401  fixtures
 
 _no_cuda = not torch.cuda.is_available() or not build_info()["cuda_loaded"]
 DEVICES = [

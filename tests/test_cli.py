@@ -8,143 +8,28 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from adaround_ext import ModelReport, cli_commands, cli_options, cli_output, ops, quantize_
-from adaround_ext.cli import main
+from adaround_ext import (
+    ModelReport,
+    cli_commands,
+    cli_options,
+    cli_output,
+    load_quantized,
+    ops,
+    quantize_,
+)
 from adaround_ext.cli_sources import load_model, text_windows
+from adaround_ext.result import QuantizedWeight
+from tests.cli_fixtures import FAST, WORDS, Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-NETS = """
-import torch
-from torch import nn
-
-print("the module is imported")
-
-def net():
-    layers = [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)]
-    return nn.Sequential(*layers)
-
-class Backwards(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.last, self.first, self.idle = nn.Linear(4, 2), nn.Linear(3, 4), nn.Linear(2, 2)
-    def forward(self, x):
-        return self.last(self.first(x))
-
-def images():
-    generator = torch.Generator().manual_seed(7)
-    return [torch.randn(8, 2, 4, 4, generator=generator) for _ in range(2)]
-
-def rows():
-    return (torch.randn(5, 3) for _ in range(2))
-
-def flat():
-    return nn.Flatten()
-
-def broken():
-    raise RuntimeError("no weights\\nto be found")
-
-def number():
-    return 3
-
-def interrupted():
-    raise KeyboardInterrupt
-"""
-WORDS = [
-    *[
-        "the",
-        "a",
-        "cat",
-        "dog",
-        "bird",
-        "sees",
-        "hears",
-        "likes",
-        "small",
-        "big",
-        "red",
-        "old",
-        "house",
-        "tree",
-    ],
-    ".",
-    ",",
-]
-FAST = ["--preset", "fast", "--quiet"]
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command: (exit status, standard output, standard error)."""
-
-    def run(*argv: object) -> tuple[int, str, str]:
-        try:
-            status = main([str(arg) for arg in argv])
-        except SystemExit as stopped:
-            status = int(stopped.code or 0)
-        return status, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current directory, with a module ``nets_of_the_cli``."""
-    (tmp_path / "nets_of_the_cli.py").write_text(NETS)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "nets_of_the_cli", raising=False)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face directory: a tiny BERT and a tokenizer of words."""
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    path = tmp_path_factory.mktemp("models") / "bert"
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    vocabulary = {word: i for i, word in enumerate(special + WORDS)}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]"
-    ).save_pretrained(path)
-    torch.manual_seed(1)
-    config = transformers.BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=20,
-    )
-    transformers.BertModel(config).eval().save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """200 words."""
-    path = tmp_path_factory.mktemp("texts") / "text.txt"
-    drawn = torch.randint(len(WORDS), (200,), generator=torch.Generator().manual_seed(3))
-    path.write_text(" ".join(WORDS[int(i)] for i in drawn))
-    return path
 
 
 def report_file(folder: Path, name: str, **changes: object) -> tuple[Path, ModelReport]:
@@ -201,23 +86,24 @@ def test_codes_are_those_of_the_weights(run: Run, folder: Path) -> None:
         "quantize", "nets_of_the_cli:net", *data, *grid, "--output", "out", *FAST
     )
     assert (status, out, err) == (0, "", "the module is imported\n")
-    weights = load_file("out/model.safetensors")
-    with safe_open("out/codes.safetensors", "pt") as file:
-        metadata = file.metadata()
-        codes = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    assert metadata["format"] == cli_output.CODES_FORMAT
-    assert json.loads(metadata["bits"]) == {"0": 3, "4": 3}
-    parts = ("codes", "scale", "zero_point")
-    assert set(codes) == {f"{layer}.{part}" for layer in "04" for part in parts}
-    for layer, groups in (("0", 1), ("4", 4)):
-        code, scale, zero_point = (codes[f"{layer}.{part}"] for part in parts)
-        assert (code.dtype, int(code.max()) <= 7) == (torch.uint8, True)
-        assert scale.shape == zero_point.shape == (len(code), groups)
-        weight = ops.dequantize(code, scale, zero_point)
-        assert torch.equal(weight.view_as(weights[f"{layer}.weight"]), weights[f"{layer}.weight"])
-
-    # The same in process; batch norms are there as they were, so the file fits the model.
+    # Batch norms are there as they were, so the file fits the model.
     import nets_of_the_cli as nets
+
+    weights = load_file("out/model.safetensors")
+    loaded = nets.net()
+    loaded.load_state_dict(weights)
+    load_quantized("out", loaded)
+    for layer, groups in (("0", 1), ("4", 4)):
+        weight = loaded.get_submodule(layer).quantized_weight
+        assert isinstance(weight, QuantizedWeight)
+        assert (weight.codes.dtype, weight.bits, int(weight.codes.max()) <= 7) == (
+            torch.uint8,
+            3,
+            True,
+        )
+        assert weight.scale.shape == weight.zero_point.shape == (len(weight.codes), groups)
+        values = ops.dequantize(weight.codes, weight.scale, weight.zero_point)
+        assert torch.equal(values.view_as(weights[f"{layer}.weight"]), weights[f"{layer}.weight"])
 
     torch.manual_seed(5)
     model = nets.net()
@@ -236,7 +122,8 @@ def test_summary_and_progress(run: Run, folder: Path) -> None:
     status, out, err = run(*command, "--output", "out", "--preset", "fast")
     assert status == 0
     assert out.startswith("Backwards: 2 layers at ")
-    assert "codes.safetensors, model.safetensors, report.html, report.json" in out
+    files = "adaround.json, adaround.safetensors, model.safetensors, report.html, report.json"
+    assert files in out
     assert "100%" in err
 
 

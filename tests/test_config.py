@@ -20,6 +20,7 @@ WRONG_VALUES = [
     ("bits", 1),
     ("bits", 9),
     ("symmetric", 1),
+    ("narrow_range", 1),
     ("granularity", "per_row"),
     ("group_size", 0),
     ("group_size", 8),  # granularity is not per_group
@@ -82,6 +83,7 @@ CHANGED: dict[str, Any] = {
     "preset": "best",
     "bits": 3,
     "symmetric": False,
+    "narrow_range": False,  # goes with symmetric alone
     "granularity": "per_group",
     "group_size": 16,
     "scale": "min_max",
@@ -122,6 +124,12 @@ def test_every_field_is_tested() -> None:
 def test_wrong_value_is_refused(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"^{name} must be "):
         AdaRoundConfig(**{name: value})
+
+
+def test_narrow_range_is_for_symmetric_grids() -> None:
+    assert AdaRoundConfig(narrow_range=True) != AdaRoundConfig()
+    with pytest.raises(ValueError, match=r"^narrow_range must be False unless symmetric, got True"):
+        AdaRoundConfig(narrow_range=True, symmetric=False)
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG_TYPES, ids=str)
@@ -230,7 +238,9 @@ def test_from_dict_leaves_its_argument_alone() -> None:
     assert json.dumps(plain) == before
 
 
-@pytest.mark.parametrize("name", sorted(set(CHANGED) - {"granularity", "group_size"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(CHANGED) - {"granularity", "group_size", "narrow_range"})
+)
 def test_each_field_counts_for_equality(name: str) -> None:
     assert AdaRoundConfig(**{name: CHANGED[name]}) != AdaRoundConfig()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaround_ext import AdaRoundConfig, grid
+from adaround_ext import AdaRoundConfig, grid, optimize_layer
 from adaround_ext.grid import QuantGrid, baseline_codes, make_grid, nearest_codes, quant_range
 from adaround_ext.reference import dequantize, expand_grid
 
@@ -33,6 +33,19 @@ def test_ranges(bits: int) -> None:
     low, high = quant_range(bits, symmetric=True)
     assert (low, high) == (-(2**bits) // 2, 2**bits // 2 - 1)
     assert quant_range(bits, symmetric=False) == (0, 2**bits - 1)
+    assert quant_range(bits, symmetric=True, narrow=True) == (-high, high)
+
+
+@every_width
+def test_narrow_range_leaves_the_lowest_code_out(bits: int) -> None:
+    x = torch.randn(256, 24)
+    layer = torch.nn.Linear(24, 16)
+    layer.weight.data.sub_(0.3)  # most are negative: the lowest code is wanted
+    lowest = -(2 ** (bits - 1))
+    for narrow in (False, True):
+        result = optimize_layer(layer, x, bits=bits, narrow_range=narrow, scale="mse")
+        assert int(result.codes.min()) == lowest + narrow
+        assert int(result.codes.max()) <= 2 ** (bits - 1) - 1
 
 
 @every_width

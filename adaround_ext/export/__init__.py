@@ -1,1 +1,19 @@
-"""Quantized models in the formats that runtimes load; one file a format."""
+"""Quantized models in the formats that runtimes load; one file a format.
+
+Formats that need packages of their own are imported by their modules: ``adaround_ext.export.onnx``,
+``compressed_tensors``, ``torchao``, ``aimet`` and ``gguf``.
+"""
+
+from adaround_ext.export.modules import QuantConv, QuantLinear, pack_
+from adaround_ext.export.parity import ParityReport, verify
+from adaround_ext.export.safetensors import load_quantized, save_quantized
+
+__all__ = [
+    "ParityReport",
+    "QuantConv",
+    "QuantLinear",
+    "load_quantized",
+    "pack_",
+    "save_quantized",
+    "verify",
+]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +30,37 @@ class Manifest:
     details: dict[str, Any]
 
 
-def write_manifest(folder: Path, kind: str, details: Mapping[str, Any]) -> None:
-    """Writes the manifest of all files that are in ``folder`` now, with their sizes and hashes."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / NAME)
-    files = {str(path.relative_to(folder)): _state(path) for path in paths}
+@contextmanager
+def new_export(folder: str | os.PathLike[str], kind: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A directory to write an export to, and a dict for what the manifest is to say of it.
+
+    It becomes ``folder``, with its manifest, when all is written; after an error nothing is left.
+    ValueError unless ``folder`` is new or an empty directory.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"folder must be new or empty, got {folder}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
+    part.mkdir()
+    try:
+        details: dict[str, Any] = {}
+        yield part, details
+        write_manifest(part, kind, details)
+        os.replace(part, folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def write_manifest(
+    folder: Path, kind: str, details: Mapping[str, Any], names: Iterable[str] | None = None
+) -> None:
+    """Writes the manifest: sizes and hashes of the files ``names``, or of all that are there."""
+    if names is None:
+        found = (path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
+        names = sorted(str(path.relative_to(folder)) for path in found)
+    files = {name: _state(folder / name) for name in names}
     content = {"format": _FORMAT, "kind": kind, "details": dict(details), "files": files}
     content["digest"] = _digest(content)
     write_atomically(folder / NAME, _text(content))

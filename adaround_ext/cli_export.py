@@ -1,0 +1,130 @@
+"""The commands that deploy: ``adaround-ext export`` and ``verify``, of what ``quantize`` wrote."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from argparse import Namespace
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from adaround_ext.cli_options import DTYPES
+from adaround_ext.cli_show import Output
+from adaround_ext.cli_sources import Source, load_data, load_model
+from adaround_ext.export.manifest import NAME, read_manifest
+from adaround_ext.export.parity import FORMATS
+from adaround_ext.export.parity import verify as compare
+from adaround_ext.export.safetensors import KIND, load_quantized
+
+_EXAMPLE = "A short text, as this model may get it."
+_NEEDS_EXAMPLE = ("onnx", "aimet")
+
+
+def export(args: Namespace) -> Output:
+    """Writes a quantized model in the formats asked for; lists what was written and refused."""
+    source = load_run(args.run, args.model, args.quiet)
+    kinds = list(FORMATS) if "all" in args.format else list(dict.fromkeys(args.format))
+    if args.output is not None and len(kinds) > 1:
+        raise ValueError(f"--output must be left out for several formats, got {args.output}")
+    batch = _example(args, source)
+    written: dict[str, str] = {}
+    refused: dict[str, str] = {}
+    for kind in kinds:
+        folder = Path(args.run, kind) if args.output is None else Path(args.output)
+        try:
+            with source.without_cache():
+                _write(kind, source, folder, batch, args.target)
+        except (ImportError, TypeError, ValueError) as error:
+            if len(kinds) == 1:
+                raise
+            refused[kind] = str(error)
+        else:
+            written[kind] = str(folder)
+    lines = [f"{kind}: written to {folder}" for kind, folder in written.items()]
+    lines += [f"{kind}: refused: {reason}" for kind, reason in refused.items()]
+    return {"written": written, "refused": refused}, "" if args.quiet else "\n".join(lines)
+
+
+def verify(args: Namespace) -> tuple[dict[str, Any], str, bool]:
+    """Runs the exports of a quantized model beside it; whether all that must be equal is."""
+    source = load_run(args.run, args.model, quiet=False)
+    folders = [Path(folder) for folder in args.exports] or sorted(
+        path.parent for path in Path(args.run).glob(f"*/{NAME}")
+    )
+    if not folders:
+        raise FileNotFoundError(f"RUN must hold exports, got none in {args.run}: export some first")
+    data = load_data(
+        args.data, source, nsamples=args.nsamples, seqlen=args.seqlen, batch_size=args.batch_size
+    )
+    batches = [_with_mask(source, batch) for batch in islice(data, args.nsamples)]
+    with source.without_cache():
+        report = compare(source.model, folders, batches, tolerance=args.tolerance)
+    return report.to_dict(), str(report), report.ok
+
+
+def load_run(run: str, model: str | None, quiet: bool) -> Source:
+    """The quantized model in a directory that ``quantize`` wrote.
+
+    model: the ``module:factory`` that it came from; not for Hugging Face directories. Raises
+    FileNotFoundError and ValueError naming RUN or --model.
+    """
+    folder = Path(run)
+    if not (folder / NAME).is_file():
+        raise FileNotFoundError(f"RUN must be a directory that quantize wrote, got {run}")
+    details = read_manifest(folder, KIND).details
+    dtypes = {layer.get("dtype", "") for layer in details.get("layers", {}).values()}
+    dtype = DTYPES.get(dtypes.pop().removeprefix("torch.")) if len(dtypes) == 1 else None
+    if (folder / "config.json").exists():
+        source = load_model(run, dtype=dtype, quiet=quiet)
+    elif model is None:
+        raise ValueError(f"--model must name the module:factory that {run} came from")
+    else:
+        source = load_model(model, dtype=dtype, quiet=quiet)
+        safetensors.torch.load_model(source.model, folder / "model.safetensors")
+    load_quantized(folder, source.model)
+    source.model.eval()
+    return source
+
+
+def _write(kind: str, source: Source, folder: Path, batch: Any, target: str) -> None:
+    if batch is None and kind in _NEEDS_EXAMPLE:
+        raise ValueError(f"--data must be given for {kind}, to show what the model takes")
+    model, module = source.model, importlib.import_module(FORMATS[kind])
+    if kind == "safetensors":
+        module.save_quantized(model, folder)
+    elif kind == "onnx":
+        module.export_onnx(model, batch, folder, target=target)
+    elif kind == "compressed-tensors":
+        module.export_compressed_tensors(model, folder, tokenizer=source.tokenizer())
+    elif kind == "torchao":
+        module.export_torchao(model, folder, args=batch)
+    elif kind == "aimet":
+        module.export_aimet(model, batch, folder)
+    else:
+        module.export_gguf(model, folder)
+
+
+def _example(args: Namespace, source: Source) -> Any:
+    """A batch of two samples where the data has as many; None where there is none to be had."""
+    if args.data is not None:
+        data = load_data(args.data, source, nsamples=2, seqlen=args.seqlen, batch_size=2)
+        return _with_mask(source, next(iter(data)))
+    tokenizer = source.tokenizer()
+    if tokenizer is None:
+        return None
+    ids = tokenizer(_EXAMPLE)["input_ids"][: args.seqlen]
+    return _with_mask(source, {"input_ids": torch.tensor([ids, ids])})
+
+
+def _with_mask(source: Source, batch: Any) -> Any:
+    """Token ids with the attention mask that goes with them, where the model takes one."""
+    if source.directory is None or not isinstance(batch, Mapping) or "attention_mask" in batch:
+        return batch
+    if "attention_mask" not in inspect.signature(source.model.forward).parameters:
+        return batch
+    return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}

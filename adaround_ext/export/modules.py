@@ -1,0 +1,134 @@
+"""Layers that hold packed codes instead of floating-point weights, for running in PyTorch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from adaround_ext.export.layers import QuantizedLayer, quantized_layers, refuse
+from adaround_ext.layers import MatrixLayer, matrix_layer
+from adaround_ext.ops import dequantize
+from adaround_ext.packing import pack_bits, packed_linear, unpack_bits
+
+
+class PackedLayer(nn.Module):
+    """A Linear or convolution whose weight is scale (codes - zero_point), the codes packed.
+
+    Buffers: packed uint8 [rows, ceil(cols bits / 8)] as :func:`adaround_ext.packing.pack_bits` has
+    them, scale float32 and zero_point int32 [rows or 1, n_groups]; bias is a parameter or None.
+    ``weight`` is computed when it is asked for, in the shape and dtype of the layer that this one
+    stands for. The buffers keep their dtypes: model.half() must not round scales.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, layer: QuantizedLayer, module: nn.Module) -> None:
+        super().__init__()
+        self.bits, (self.qmin, _) = layer.bits, layer.range
+        self.dtype = layer.matrix.weight.dtype
+        self.register_buffer("packed", pack_bits(layer.weight.codes, self.bits, self.qmin))
+        self.register_buffer("scale", layer.weight.scale.clone())
+        self.register_buffer("zero_point", layer.weight.zero_point.clone())
+        self.register_parameter("bias", module._parameters["bias"])
+        self._matrix = _without_parameters(module)
+        self._adopt(module)
+
+    def _adopt(self, module: nn.Module) -> None:
+        """Hooks and submodules of the layer: its activation quantizers."""
+        for name, value in module.__dict__.items():
+            if "hooks" in name:
+                self.__dict__[name] = value
+        self._modules.update(module._modules)
+        self.train(module.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight."""
+        codes = unpack_bits(self.packed, self.bits, self._matrix.cols, self.qmin)
+        matrix = dequantize(codes, self.scale, self.zero_point, self.dtype)
+        return self._matrix.weight_from_matrix(matrix)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the layer gave with its dequantized weight."""
+        return self._matrix.forward(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        rows, groups = self.scale.shape
+        return (
+            f"{self._matrix.rows}x{self._matrix.cols}, bias={self.bias is not None}, "
+            f"bits={self.bits}, symmetric={self.qmin < 0}, scales={rows}x{groups}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.scale = scale.to(self.scale.device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
+
+class QuantLinear(PackedLayer):
+    """A Linear with packed codes: y = x W_q^T + b by :func:`adaround_ext.packing.packed_linear`."""
+
+    def __init__(self, layer: QuantizedLayer, module: nn.Linear) -> None:
+        super().__init__(layer, module)
+        self.in_features, self.out_features = module.in_features, module.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] to [..., out_features]."""
+        return packed_linear(
+            x, self.packed, self.scale, self.zero_point, self.bias, self.bits, self.qmin
+        )
+
+
+class QuantConv(PackedLayer):
+    """A convolution, transposed or not, with packed codes, dequantized at every call."""
+
+
+def pack_(model: nn.Module) -> None:
+    """Replaces every layer that quantize_ quantized by one that holds packed codes, in place.
+
+    Linear becomes :class:`QuantLinear`, convolutions :class:`QuantConv`; hooks (of activation
+    quantizers) and biases move along. Outputs are those of the simulated model up to the order of
+    sums. Save before: packed models are for running. Raises TypeError and ValueError as
+    :func:`quantized_layers`, and for layers whose class does more than its base.
+    """
+    layers = quantized_layers(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    refuse("packing", layers, lambda layer: _obstacle(modules[layer.name]))
+    made: dict[nn.Module, PackedLayer] = {}
+    for layer in layers:
+        for name in layer.names:
+            module = modules[name]
+            if module not in made:
+                made[module] = (
+                    QuantLinear(layer, module)
+                    if isinstance(module, nn.Linear)
+                    else QuantConv(layer, module)
+                )
+    for layer in layers:
+        for name in layer.names:
+            parent, _, child = name.rpartition(".")
+            modules[parent]._modules[child] = made[modules[name]]
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    if type(module).__module__.startswith("torch.nn.modules."):
+        return None
+    return f"it must be a layer of torch itself, got {type(module).__qualname__}"
+
+
+def _without_parameters(module: nn.Module) -> MatrixLayer:
+    """The layer as a matrix product that knows how to convolve, but holds no weight."""
+    shell = copy.copy(module)
+    shell.__dict__["_parameters"] = dict(module._parameters)
+    shell.__dict__.pop("quantized_weight", None)
+    matrix = matrix_layer(shell)
+    shell._parameters.clear()
+    return matrix

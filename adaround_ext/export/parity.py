@@ -1,0 +1,176 @@
+"""Whether an exported model gives what the simulated one gives, in the runtime that loads it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+from collections.abc import Iterable, Sequence
+from math import inf, isfinite, sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaround_ext.export.manifest import read_manifest
+from adaround_ext.export.runner import Runner, arguments, module_runner
+
+TOLERANCE = 1e-5  # of the relative error: float32 sums in another order
+FORMATS = {
+    "safetensors": "adaround_ext.export.safetensors",
+    "onnx": "adaround_ext.export.onnx",
+    "compressed-tensors": "adaround_ext.export.compressed_tensors",
+    "torchao": "adaround_ext.export.torchao",
+    "aimet": "adaround_ext.export.aimet",
+    "gguf": "adaround_ext.export.gguf",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputParity:
+    """One output, over all batches, against the simulated model's.
+
+    max_error: of an element. relative_error: ||a - b||_2 / ||b||_2. agreement: share of the vectors
+    along the last dimension whose largest element is at the same place; None for integer outputs.
+    """
+
+    shape: tuple[int, ...]
+    max_error: float
+    relative_error: float
+    agreement: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RunnerParity:
+    """One way of running an export. exact: it promises equality; note: else what differs."""
+
+    kind: str
+    runner: str
+    exact: bool
+    note: str
+    outputs: tuple[OutputParity, ...]
+
+    @property
+    def relative_error(self) -> float:
+        """Of the worst output."""
+        return max((output.relative_error for output in self.outputs), default=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParityReport:
+    """All that was run; ``ok`` is whether every exact runner keeps to the tolerance."""
+
+    model: str
+    batches: int
+    tolerance: float
+    runs: tuple[RunnerParity, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether all outputs of exact runners are equal, up to the tolerance."""
+        return all(not run.exact or run.relative_error <= self.tolerance for run in self.runs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self) | {"ok": self.ok}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model}: exported and simulated model on {self.batches} batches, "
+            f"{'equal' if self.ok else 'NOT EQUAL'} where equality is promised "
+            f"(relative error at most {self.tolerance:g})"
+        ]
+        for run in self.runs:
+            within = run.relative_error <= self.tolerance
+            verdict = "differs" if not run.exact else "equal" if within else "WRONG"
+            lines.append(f"  {run.kind}, {run.runner}: {verdict}")
+            for index, output in enumerate(run.outputs):
+                agree = "" if output.agreement is None else f", argmax {output.agreement:.2%} equal"
+                lines.append(
+                    f"    output {index} {list(output.shape)}: relative error "
+                    f"{output.relative_error:.2g}, largest {output.max_error:.2g}{agree}"
+                )
+            if run.note:
+                lines.append(f"    {run.note}")
+        return "\n".join(lines)
+
+
+def verify(
+    model: nn.Module,
+    folders: Iterable[str | os.PathLike[str]],
+    data: Iterable[Any],
+    *,
+    tolerance: float = TOLERANCE,
+) -> ParityReport:
+    """Runs exported directories in their runtimes beside ``model``, the simulated one.
+
+    data: batches as the model takes them. Raises ValueError for a damaged directory, one of an
+    unknown format, and without data; ImportError where a runtime is not installed.
+    """
+    batches = [arguments(batch) for batch in data]
+    if not batches:
+        raise ValueError("data must hold at least one batch, got none")
+    training = model.training
+    try:
+        wanted = [module_runner("simulated", model).run(*batch) for batch in batches]
+        runs = [
+            _compare(kind, runner, batches, wanted)
+            for folder in folders
+            for kind, runner in _runners(Path(folder), model)
+        ]
+    finally:
+        model.train(training)
+    return ParityReport(type(model).__name__, len(batches), tolerance, tuple(runs))
+
+
+def _runners(folder: Path, model: nn.Module) -> list[tuple[str, Runner]]:
+    kind = read_manifest(folder).kind
+    if kind not in FORMATS:
+        raise ValueError(f"{folder} must be of one of {', '.join(FORMATS)}, got {kind!r}")
+    return [
+        (kind, runner) for runner in importlib.import_module(FORMATS[kind]).runners(folder, model)
+    ]
+
+
+def _compare(
+    kind: str,
+    runner: Runner,
+    batches: Sequence[tuple[tuple[Any, ...], dict[str, Any]]],
+    wanted: Sequence[list[Tensor]],
+) -> RunnerParity:
+    got = [runner.run(*batch) for batch in batches]
+    counts = {len(outputs) for outputs in (*got, *wanted)}
+    if len(counts) != 1:
+        raise ValueError(
+            f"{kind}, {runner.name} must give the {len(wanted[0])} outputs of the simulated model, "
+            f"got {len(got[0])}"
+        )
+    outputs = tuple(
+        _parity([outputs[i] for outputs in got], [outputs[i] for outputs in wanted])
+        for i in range(counts.pop())
+    )
+    return RunnerParity(kind, runner.name, runner.exact, runner.note, outputs)
+
+
+def _parity(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> OutputParity:
+    shape = tuple(wanted[0].shape)
+    if any(a.shape != b.shape for a, b in zip(got, wanted, strict=True)):
+        return OutputParity(shape, inf, inf, 0.0)
+    error = power = largest = 0.0
+    same = vectors = 0
+    for a, b in zip(got, wanted, strict=True):
+        left, right = a.detach().cpu().double(), b.detach().cpu().double()
+        # Equal infinities, as of masked logits, and NaN beside NaN are equal.
+        equal = (left == right) | (left.isnan() & right.isnan())
+        difference = torch.where(equal, 0.0, left - right)
+        error += float(difference.square().sum())
+        power += float(torch.where(right.isfinite(), right, 0.0).square().sum())
+        largest = (
+            max(largest, float(difference.abs().nan_to_num(inf).max())) if left.numel() else 0.0
+        )
+        if b.is_floating_point() and b.dim() > 0 and b.shape[-1] > 0:
+            same += int((left.argmax(-1) == right.argmax(-1)).sum())
+            vectors += left[..., 0].numel()
+    relative = sqrt(error / power) if power and isfinite(error) else (0.0 if error == 0 else inf)
+    return OutputParity(shape, largest, relative, same / vectors if vectors else None)

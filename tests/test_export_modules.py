@@ -1,0 +1,145 @@
+"""Layers with packed codes: what they give, what they weigh, and how they behave as modules."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adaround_ext import ActivationConfig, pack_
+from adaround_ext.attachment import quantizers
+from adaround_ext.export import QuantConv, QuantLinear
+from tests.export_models import convolutional, quantized, tied
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SETTINGS = [
+    pytest.param({"bits": 4}, id="4"),
+    pytest.param({"bits": 3, "granularity": "per_tensor", "symmetric": False}, id="3-tensor"),
+    pytest.param({"bits": 8, "granularity": "per_group", "group_size": 4}, id="8-groups"),
+]
+
+
+def packed(model: nn.Module) -> nn.Module:
+    """A copy with packed codes."""
+    copied = copy.deepcopy(model)
+    pack_(copied)
+    return copied
+
+
+def assert_near(got: Any, want: Any) -> None:
+    for left, right in zip(*map(torch.utils._pytree.tree_leaves, (got, want)), strict=True):
+        assert float((left - right).detach().norm()) <= 1e-5 * float(right.detach().norm())
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("make", [convolutional, tied])
+def test_outputs_and_weights(make: Any, settings: dict[str, Any], device: torch.device) -> None:
+    model, x = make()
+    model, x = model.to(device), x.to(device)
+    quantized(model, x, **settings)
+    compact = packed(model)
+    assert_near(compact(x), model(x))
+    for name, module in model.named_modules():
+        if hasattr(module, "quantized_weight"):
+            layer = compact.get_submodule(name)
+            kind = QuantLinear if isinstance(module, nn.Linear) else QuantConv
+            assert isinstance(layer, kind)
+            assert torch.equal(layer.weight, module.weight)
+            assert f"bits={settings['bits']}" in repr(layer)
+    assert not any(hasattr(module, "quantized_weight") for module in compact.modules())
+
+
+def size(module: nn.Module) -> int:
+    state = io.BytesIO()
+    torch.save(module, state)
+    return len(state.getvalue())
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_holds_codes_only(bits: int) -> None:
+    for layer, x in (
+        (nn.Linear(512, 256), torch.randn(64, 512)),
+        (nn.Conv2d(64, 64, 3), torch.randn(2, 64, 8, 8)),
+    ):
+        model = quantized(nn.Sequential(layer), x, bits=bits)
+        compact = packed(model)
+        assert size(compact) < model[0].weight.numel() * bits / 8 + 8192
+
+
+def test_moves_copies_and_pickles() -> None:
+    model, x = convolutional()
+    quantized(model, x)
+    compact = packed(model)
+    state = io.BytesIO()
+    torch.save(compact, state)
+    state.seek(0)
+    for other in (copy.deepcopy(compact), torch.load(state, weights_only=False)):
+        assert torch.equal(other(x), compact(x))
+    fresh = packed(quantized(*convolutional(), seed=1, preset="balanced", steps=2))
+    fresh.load_state_dict(compact.state_dict())
+    assert torch.equal(fresh(x), compact(x))
+
+    half = copy.deepcopy(compact).to(torch.bfloat16)
+    assert torch.equal(half[0].scale, compact[0].scale)  # scales are not rounded
+    assert half[0].weight.dtype == torch.bfloat16
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_activation_quantizers_move_along() -> None:
+    model, x = convolutional()
+    quantized(model, x, activations=ActivationConfig(bits=4))
+    compact = packed(model)
+    assert list(quantizers(compact)) == list(quantizers(model))
+    assert_near(compact(x), model(x))
+    for quantizer in quantizers(compact).values():
+        quantizer.enabled = False
+    assert float((compact(x) - model(x)).norm()) > 1e-3 * float(model(x).norm())
+
+
+def test_tied_weights_keep_their_biases() -> None:
+    model, x = tied()
+    quantized(model, x)
+    compact = packed(model)
+    assert compact.first is not compact.second
+    assert torch.equal(compact.first.bias, model.first.bias)
+    assert torch.equal(compact.second.bias, model.second.bias)
+    assert compact.last.bias is None
+
+
+def test_reused_modules_stay_one() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 6)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    x = torch.randn(64, 6)
+    quantized(model, x)
+    compact = packed(model)
+    assert compact[0] is compact[2]
+    assert_near(compact(x), model(x))
+
+
+def test_compiles() -> None:
+    model = quantized(nn.Sequential(nn.Linear(32, 16), nn.ReLU()), torch.randn(64, 32))
+    compact = packed(model)
+    x = torch.randn(3, 32)
+    program = torch.export.export(compact, (x,))
+    assert_near(program.module()(x), model(x))
+
+
+def test_refusals() -> None:
+    class Loud(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    model = nn.Sequential(Loud(4, 4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="model must hold layers that quantize_ has quantized"):
+        pack_(model)
+    quantized(model, torch.randn(32, 4))
+    before = list(model)
+    with pytest.raises(ValueError, match=r"packing cannot hold this model: 0: .*, got .*Loud"):
+        pack_(model)
+    assert list(model) == before

@@ -1,0 +1,368 @@
+"""Our own format: what comes back is what was saved, bit by bit, and nothing else is accepted."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from adaround_ext import ActivationConfig, load_quantized, save_quantized
+from adaround_ext.attachment import quantizers
+from adaround_ext.export.layers import quantized_layers
+from adaround_ext.export.manifest import NAME, read_manifest, write_manifest
+from adaround_ext.export.safetensors import FILE, KIND, save_codes
+from adaround_ext.result import QuantizedWeight
+from tests.export_models import Tied, convolutional, quantized, tied
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+GROUPS = {"granularity": "per_group", "group_size": 2, "symmetric": False}
+SETTINGS = [
+    pytest.param({"bits": 4}, id="4"),
+    pytest.param({"bits": 2, "granularity": "per_tensor"}, id="2-tensor"),
+    pytest.param({"bits": 3, **GROUPS}, id="3-groups-asymmetric"),
+    pytest.param({"bits": 8, "symmetric": False}, id="8-asymmetric"),
+    pytest.param({"bits": 5, "scale_dtype": torch.float16}, id="5-half-scales"),
+]
+
+
+def fresh(make: Callable[[], tuple[nn.Module, Tensor]]) -> nn.Module:
+    """The class with other weights."""
+    model, _ = make()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    return model
+
+
+def assert_same(got: nn.Module, want: nn.Module) -> None:
+    """All state, its names, and the codes are the same, bit by bit."""
+    states = got.state_dict(), want.state_dict()
+    assert list(states[0]) == list(states[1])
+    for key in states[1]:
+        assert torch.equal(states[0][key], states[1][key]), key
+    for left, right in zip(quantized_layers(got), quantized_layers(want), strict=True):
+        assert (left.names, left.bits) == (right.names, right.bits)
+        for name in ("codes", "scale", "zero_point"):
+            assert torch.equal(getattr(left.weight, name), getattr(right.weight, name)), name
+            assert getattr(left.weight, name).dtype == getattr(right.weight, name).dtype
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("make", [convolutional, tied])
+def test_round_trip(
+    make: Callable[[], tuple[nn.Module, Tensor]], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    model, x = make()
+    quantized(model, x, **settings)
+    before = copy.deepcopy(model)
+    save_quantized(model, tmp_path / "saved")
+    assert_same(model, before)
+    target = fresh(make)
+    if isinstance(target, Tied):
+        target.factor.copy_(model.factor)  # a constant, which is no state
+    assert load_quantized(tmp_path / "saved", target) is target
+    assert_same(target, model)
+    got, want = target.eval()(x), model(x)
+    for left, right in zip(*(torch.utils._pytree.tree_leaves(y) for y in (got, want)), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_new_biases_and_activation_quantizers(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(4)
+        return nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False))
+
+    x = torch.randn(64, 8)
+    settings = {"bias": "create", "activations": ActivationConfig(bits=6, symmetric=True)}
+    model = quantized(make(), x, **settings)
+    assert quantizers(model) and all(
+        layer.module.bias is not None for layer in quantized_layers(model)
+    )
+    save_quantized(model, tmp_path / "saved")
+    loaded = load_quantized(tmp_path / "saved", make())
+    assert_same(loaded, model)
+    assert torch.equal(loaded(x), model(x))
+    assert {n: (q.bits, q.symmetric, q.ready) for n, q in quantizers(loaded).items()} == {
+        n: (6, True, True) for n in quantizers(model)
+    }
+    # Once more into the same: there are the quantizers already.
+    assert_same(load_quantized(tmp_path / "saved", loaded), model)
+    other = quantized(make(), x, activations=ActivationConfig(bits=8), overrides={"2": "skip"})
+    with pytest.raises(ValueError, match="model must have no activation quantizers, or those"):
+        load_quantized(tmp_path / "saved", other)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_payload_is_dense(bits: int, tmp_path: Path) -> None:
+    model = quantized(nn.Sequential(nn.Linear(100, 37)), torch.randn(256, 100), bits=bits)
+    save_quantized(model, tmp_path / "saved")
+    tensors = safetensors.torch.load_file(tmp_path / "saved" / FILE)
+    assert tensors["codes/0"].shape == (37, -(-100 * bits // 8))
+    assert set(tensors) == {"codes/0", "scale/0", "bias/0"}
+    assert tensors["scale/0"].shape == (37, 1)
+
+
+def test_scales_take_the_shortest_exact_dtype(tmp_path: Path) -> None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        model = quantized(nn.Sequential(nn.Linear(12, 9)), torch.randn(64, 12), scale_dtype=dtype)
+        save_quantized(model, tmp_path / str(dtype))
+        tensors = safetensors.torch.load_file(tmp_path / str(dtype) / FILE)
+        assert tensors["scale/0"].dtype == dtype
+
+
+def test_codes_alone_belong_to_their_model(tmp_path: Path) -> None:
+    model, x = tied()
+    base = copy.deepcopy(model)
+    quantized(model, x)
+    save_quantized(model, tmp_path / "codes", complete=False)
+    assert not [k for k in safetensors.torch.load_file(tmp_path / "codes" / FILE) if "state" in k]
+    assert_same(load_quantized(tmp_path / "codes", copy.deepcopy(base)), model)
+    with torch.no_grad():
+        base.embedding.weight[0, 0] += 1
+    before = copy.deepcopy(base.state_dict())
+    with pytest.raises(ValueError, match="structure and other parameters of the Tied saved"):
+        load_quantized(tmp_path / "codes", base)
+    assert all(torch.equal(before[key], value) for key, value in base.state_dict().items())
+
+
+def test_codes_beside_other_files(tmp_path: Path) -> None:
+    model, x = tied()
+    base = copy.deepcopy(model)
+    quantized(model, x)
+    (tmp_path / "notes.txt").write_text("of somebody else")
+    save_codes(model, tmp_path)
+    (tmp_path / "notes.txt").write_text("changed")
+    assert_same(load_quantized(tmp_path, base), model)
+
+
+def wrong_class(model: nn.Module) -> None:
+    model.first = nn.Conv1d(16, 16, 1)
+
+
+def wrong_shape(model: nn.Module) -> None:
+    model.last = nn.Linear(16, 8, bias=False)
+
+
+def wrong_dtype(model: nn.Module) -> None:
+    model.double()
+
+
+def untied(model: nn.Module) -> None:
+    model.second.weight = nn.Parameter(model.second.weight.clone())
+
+
+def more_bias(model: nn.Module) -> None:
+    model.last = nn.Linear(16, 7)
+
+
+def more_layers(model: nn.Module) -> None:
+    model.extra = nn.Linear(2, 2)
+
+
+def other_constant(model: nn.Module) -> None:
+    model.factor += 1
+
+
+def no_layer(model: nn.Module) -> None:
+    del model.last
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (wrong_class, "model must have at 'first' a Linear of shape .*, got a Conv1d"),
+        (wrong_shape, r"at 'last' a Linear of shape \[7, 16\] .*, got a Linear of shape \[8, 16\]"),
+        (wrong_dtype, "in torch.float32, got a Linear .* in torch.float64"),
+        (untied, "model must share one weight among first, second"),
+        (more_bias, "model must have no bias at 'last'"),
+        (more_layers, "state/extra.bias must be .*, got absent"),
+        (other_constant, "structure and constants of the Tied saved"),
+        (no_layer, "model must have the layer 'last', got none"),
+    ],
+)
+def test_other_models_are_refused(
+    change: Callable[[nn.Module], None], message: str, tmp_path: Path
+) -> None:
+    model, x = tied()
+    quantized(model, x)
+    save_quantized(model, tmp_path / "saved")
+    target, _ = tied()
+    change(target)
+    before = copy.deepcopy(target)
+    with pytest.raises(ValueError, match=message):
+        load_quantized(tmp_path / "saved", target)
+    assert list(before.state_dict()) == list(target.state_dict())
+    assert all(torch.equal(v, target.state_dict()[k]) for k, v in before.state_dict().items())
+    assert not any(hasattr(module, "quantized_weight") for module in target.modules())
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    model, x = tied()
+    with pytest.raises(ValueError, match="model must hold layers that quantize_ has quantized"):
+        save_quantized(model, tmp_path / "saved")
+    with pytest.raises(TypeError, match="model must be a torch module, got int"):
+        save_quantized(3, tmp_path / "saved")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="model must be a torch module, got dict"):
+        load_quantized(tmp_path, {})  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match=r"got none with adaround\.json"):
+        load_quantized(tmp_path / "nowhere", model)
+    assert list(tmp_path.iterdir()) == []
+    quantized(model, x)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(ValueError, match="folder must be new or empty"):
+        save_quantized(model, tmp_path / "full")
+    with torch.no_grad():
+        model.last.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="got another weight of last than its codes give"):
+        save_quantized(model, tmp_path / "saved")
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], None]) -> None:
+    """Changes details and tensors, and makes the manifest agree: a file made with intent."""
+    details = read_manifest(folder).details
+    tensors = safetensors.torch.load_file(folder / FILE)
+    change(details, tensors)
+    safetensors.torch.save_file(tensors, folder / FILE)
+    write_manifest(folder, KIND, details)
+
+
+def forged(**changes: Any) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
+    return lambda details, tensors: details["layers"]["last"].update(changes)
+
+
+def tensor(key: str, value: Callable[[Tensor], Tensor]) -> Callable[..., None]:
+    return lambda details, tensors: tensors.update({key: value(tensors[key])})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        forged(bits=9),
+        forged(bits=1),
+        forged(bits=3),
+        forged(bits="4"),
+        forged(bits=True),
+        forged(symmetric=1),
+        forged(scales=[7, 3]),
+        forged(scales=[7, 0]),
+        forged(scales=[7]),
+        forged(scales=[-1, 1]),
+        forged(shape=[7, 1 << 62]),
+        forged(scale_dtype="int8"),
+        forged(names=[]),
+        forged(names=["last", "first"]),
+        forged(names=["nowhere"]),
+        forged(biases=["last"]),
+        forged(biases=["first"]),
+        forged(more=1),
+        tensor("scale/last", torch.zeros_like),
+        tensor("scale/last", lambda t: t * torch.nan),
+        tensor("scale/last", lambda t: t.double()),
+        tensor("codes/last", lambda t: t[:, 1:].contiguous()),
+        tensor("codes/last", lambda t: t.to(torch.int8)),
+        lambda details, tensors: tensors.pop("codes/last"),
+        lambda details, tensors: tensors.update(extra=torch.zeros(1)),
+        lambda details, tensors: details.pop("layers"),
+        lambda details, tensors: details.update(identities=["first"]),
+        lambda details, tensors: details.update(identities=["nowhere"]),
+        lambda details, tensors: details.update(quantizers={"x": {"config": {}, "sites": []}}),
+        lambda details, tensors: details.update(fingerprint="0"),
+        lambda details, tensors: details.update(complete=False),
+    ],
+)
+def test_forged_files_are_refused(change: Callable[..., None], tmp_path: Path) -> None:
+    model, x = tied()
+    quantized(model, x)
+    save_quantized(model, tmp_path / "saved")
+    rewrite(tmp_path / "saved", change)
+    target, _ = tied()
+    before = copy.deepcopy(target.state_dict())
+    with pytest.raises(ValueError, match="must"):
+        load_quantized(tmp_path / "saved", target)
+    assert all(torch.equal(before[key], value) for key, value in target.state_dict().items())
+    rewrite(
+        tmp_path / "saved", lambda details, tensors: None
+    )  # what is refused, is refused for good
+    with pytest.raises(ValueError, match="must"):
+        load_quantized(tmp_path / "saved", target)
+
+
+def test_forged_quantizers_are_refused(tmp_path: Path) -> None:
+    x = torch.randn(64, 8)
+    model = quantized(nn.Sequential(nn.Linear(8, 3)), x, activations=ActivationConfig())
+    save_quantized(model, tmp_path / "saved")
+    (name,) = quantizers(model)
+
+    def site(**changes: Any) -> Callable[..., None]:
+        return lambda details, _: details["quantizers"][name]["sites"][0].update(changes)
+
+    def row(index: int, value: float) -> Callable[..., None]:
+        return lambda _, tensors: tensors[f"quantizer/{name}"].__setitem__(index, value)
+
+    original = [(tmp_path / "saved" / file).read_bytes() for file in (NAME, FILE)]
+    for change in (
+        site(module="nowhere"),
+        site(kind="sideways"),
+        site(tensors=[]),
+        site(tensors=[-1]),
+        row(0, float("nan")),
+        row(0, 0.0),
+        row(1, 300),
+        row(3, 127),
+        lambda details, _: details["quantizers"][name].update(config={"bits": 99}),
+        lambda details, _: details["quantizers"][name].update(config={"other": 1}),
+        lambda details, _: details["quantizers"][name].update(sites=[]),
+    ):
+        for file, content in zip((NAME, FILE), original, strict=True):
+            (tmp_path / "saved" / file).write_bytes(content)
+        rewrite(tmp_path / "saved", change)
+        target = nn.Sequential(nn.Linear(8, 3))
+        with pytest.raises(ValueError, match="must"):
+            load_quantized(tmp_path / "saved", target)
+        assert not quantizers(target)
+
+
+def test_weights_follow_the_model_to_its_device(tmp_path: Path, device: torch.device) -> None:
+    model, x = convolutional()
+    quantized(model.to(device), x.to(device))
+    save_quantized(model, tmp_path / "saved")
+    loaded = load_quantized(tmp_path / "saved", fresh(convolutional).to(device))
+    for layer in quantized_layers(loaded):
+        weight = layer.module.quantized_weight
+        assert isinstance(weight, QuantizedWeight)
+        assert weight.codes.device.type == device.type
+    assert_same(loaded, model)
+
+
+def test_sidecar_reads_well(tmp_path: Path) -> None:
+    model, x = tied()
+    quantized(model, x, bits=3, **GROUPS)
+    save_quantized(model, tmp_path / "saved")
+    details = json.loads((tmp_path / "saved" / NAME).read_text())["details"]
+    assert details["model"] == "Tied"
+    assert details["layers"]["first"] == {
+        "names": ["first", "second"],
+        "kind": "Linear",
+        "shape": [16, 16],
+        "dtype": "torch.float32",
+        "bits": 3,
+        "symmetric": False,
+        "granularity": "per_group",
+        "scales": [16, 8],
+        "scale_dtype": "float32",
+        "biases": ["first", "second"],
+    }
+    assert set(details["versions"]) == {"adaround_ext", "torch"}
+    weight = model.first.quantized_weight
+    assert dataclasses.replace(weight, bits=3).bits == weight.bits
