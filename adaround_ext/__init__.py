@@ -2,7 +2,7 @@
 
 from adaround_ext.activations import ActivationConfig
 from adaround_ext.config import AdaRoundConfig
-from adaround_ext.export import load_quantized, pack_, save_quantized, verify
+from adaround_ext.export import export_model, load_quantized, pack_, save_quantized, verify
 from adaround_ext.model import quantize_
 from adaround_ext.model_report import LayerEntry, ModelReport
 from adaround_ext.native import build_info
@@ -22,6 +22,7 @@ __all__ = [
     "QuantizedWeight",
     "Sensitivity",
     "build_info",
+    "export_model",
     "load_quantized",
     "optimize_layer",
     "pack_",

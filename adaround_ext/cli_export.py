@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from argparse import Namespace
 from collections.abc import Mapping
@@ -16,13 +15,12 @@ import torch
 from adaround_ext.cli_options import DTYPES
 from adaround_ext.cli_show import Output
 from adaround_ext.cli_sources import Source, load_data, load_model
+from adaround_ext.export.formats import FORMATS, TRACED, export_model
 from adaround_ext.export.manifest import NAME, read_manifest
-from adaround_ext.export.parity import FORMATS
 from adaround_ext.export.parity import verify as compare
 from adaround_ext.export.safetensors import KIND, load_quantized
 
 _EXAMPLE = "A short text, as this model may get it."
-_NEEDS_EXAMPLE = ("onnx", "aimet")
 
 
 def export(args: Namespace) -> Output:
@@ -32,13 +30,22 @@ def export(args: Namespace) -> Output:
     if args.output is not None and len(kinds) > 1:
         raise ValueError(f"--output must be left out for several formats, got {args.output}")
     batch = _example(args, source)
+    if batch is None and len(kinds) == 1 and kinds[0] in TRACED:
+        raise ValueError(f"--data must be given for {kinds[0]}, to show what the model takes")
     written: dict[str, str] = {}
     refused: dict[str, str] = {}
     for kind in kinds:
         folder = Path(args.run, kind) if args.output is None else Path(args.output)
         try:
             with source.without_cache():
-                _write(kind, source, folder, batch, args.target)
+                export_model(
+                    source.model,
+                    folder,
+                    kind,
+                    batch=batch,
+                    target=args.target,
+                    tokenizer=source.tokenizer(),
+                )
         except (ImportError, TypeError, ValueError) as error:
             if len(kinds) == 1:
                 raise
@@ -89,24 +96,6 @@ def load_run(run: str, model: str | None, quiet: bool) -> Source:
     load_quantized(folder, source.model)
     source.model.eval()
     return source
-
-
-def _write(kind: str, source: Source, folder: Path, batch: Any, target: str) -> None:
-    if batch is None and kind in _NEEDS_EXAMPLE:
-        raise ValueError(f"--data must be given for {kind}, to show what the model takes")
-    model, module = source.model, importlib.import_module(FORMATS[kind])
-    if kind == "safetensors":
-        module.save_quantized(model, folder)
-    elif kind == "onnx":
-        module.export_onnx(model, batch, folder, target=target)
-    elif kind == "compressed-tensors":
-        module.export_compressed_tensors(model, folder, tokenizer=source.tokenizer())
-    elif kind == "torchao":
-        module.export_torchao(model, folder, args=batch)
-    elif kind == "aimet":
-        module.export_aimet(model, batch, folder)
-    else:
-        module.export_gguf(model, folder)
 
 
 def _example(args: Namespace, source: Source) -> Any:

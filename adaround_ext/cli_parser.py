@@ -7,7 +7,8 @@ from typing import Any
 
 from adaround_ext import cli_commands, cli_export
 from adaround_ext import cli_options as options
-from adaround_ext.export.parity import FORMATS, TOLERANCE
+from adaround_ext.export.formats import FORMATS
+from adaround_ext.export.parity import TOLERANCE
 from adaround_ext.native import build_info
 
 _COMMANDS = {

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from adaround_ext import save_quantized, verify
-from adaround_ext.export import parity
+from adaround_ext.export.formats import FORMATS, format_module
 from adaround_ext.export.manifest import read_manifest, write_manifest
 from adaround_ext.export.parity import _parity
 from tests.export_models import quantized, tied
@@ -90,16 +90,15 @@ def test_bad_arguments(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="must be a directory that an export wrote"):
         verify(model, [tmp_path], [x])
     write_manifest(tmp_path / "saved", "other", read_manifest(tmp_path / "saved").details)
-    with pytest.raises(ValueError, match=r"must be of one of safetensors, onnx, .*, got 'other'"):
+    with pytest.raises(
+        ValueError, match=r"format must be one of safetensors, onnx, .*, got 'other'"
+    ):
         verify(model, [tmp_path / "saved"], [x])
 
 
 def test_every_format_has_its_module() -> None:
-    import importlib
-
-    for kind, name in parity.FORMATS.items():
-        module = importlib.import_module(name)
-        assert callable(module.runners), kind
+    for kind in FORMATS:
+        assert callable(format_module(kind).runners), kind
 
 
 def test_outputs_must_be_as_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

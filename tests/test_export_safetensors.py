@@ -119,6 +119,27 @@ def test_scales_take_the_shortest_exact_dtype(tmp_path: Path) -> None:
         assert tensors["scale/0"].dtype == dtype
 
 
+class Reused(nn.Module):
+    """A convolution and its batch norm, reached by two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        self.two = self.one
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x))
+
+
+def test_modules_with_several_names(tmp_path: Path) -> None:
+    model = quantized(Reused(), torch.randn(32, 4, 3, 3))
+    assert isinstance(model.one[1], nn.Identity)
+    save_quantized(model, tmp_path / "saved")
+    loaded = load_quantized(tmp_path / "saved", Reused())
+    assert isinstance(loaded.two[1], nn.Identity)
+    assert_same(loaded, model)
+
+
 def test_codes_alone_belong_to_their_model(tmp_path: Path) -> None:
     model, x = tied()
     base = copy.deepcopy(model)
@@ -160,6 +181,10 @@ def untied(model: nn.Module) -> None:
     model.second.weight = nn.Parameter(model.second.weight.clone())
 
 
+def tied_otherwise(model: nn.Module) -> None:
+    model.second.bias = model.first.bias
+
+
 def more_bias(model: nn.Module) -> None:
     model.last = nn.Linear(16, 7)
 
@@ -182,7 +207,11 @@ def no_layer(model: nn.Module) -> None:
         (wrong_class, "model must have at 'first' a Linear of shape .*, got a Conv1d"),
         (wrong_shape, r"at 'last' a Linear of shape \[7, 16\] .*, got a Linear of shape \[8, 16\]"),
         (wrong_dtype, "in torch.float32, got a Linear .* in torch.float64"),
-        (untied, "model must share one weight among first, second"),
+        (
+            untied,
+            "model must share the same parameters .*, got first.weight, second.weight",
+        ),
+        (tied_otherwise, "got first.bias, second.bias"),
         (more_bias, "model must have no bias at 'last'"),
         (more_layers, "state/extra.bias must be .*, got absent"),
         (other_constant, "structure and constants of the Tied saved"),

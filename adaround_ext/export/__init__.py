@@ -4,14 +4,17 @@ Formats that need packages of their own are imported by their modules: ``adaroun
 ``compressed_tensors``, ``torchao``, ``aimet`` and ``gguf``.
 """
 
+from adaround_ext.export.formats import FORMATS, export_model
 from adaround_ext.export.modules import QuantConv, QuantLinear, pack_
 from adaround_ext.export.parity import ParityReport, verify
 from adaround_ext.export.safetensors import load_quantized, save_quantized
 
 __all__ = [
+    "FORMATS",
     "ParityReport",
     "QuantConv",
     "QuantLinear",
+    "export_model",
     "load_quantized",
     "pack_",
     "save_quantized",

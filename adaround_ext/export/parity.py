@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import os
 from collections.abc import Iterable, Sequence
 from math import inf, isfinite, sqrt
@@ -13,18 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaround_ext.export.formats import format_module
 from adaround_ext.export.manifest import read_manifest
 from adaround_ext.export.runner import Runner, arguments, module_runner
 
 TOLERANCE = 1e-5  # of the relative error: float32 sums in another order
-FORMATS = {
-    "safetensors": "adaround_ext.export.safetensors",
-    "onnx": "adaround_ext.export.onnx",
-    "compressed-tensors": "adaround_ext.export.compressed_tensors",
-    "torchao": "adaround_ext.export.torchao",
-    "aimet": "adaround_ext.export.aimet",
-    "gguf": "adaround_ext.export.gguf",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,11 +118,7 @@ def verify(
 
 def _runners(folder: Path, model: nn.Module) -> list[tuple[str, Runner]]:
     kind = read_manifest(folder).kind
-    if kind not in FORMATS:
-        raise ValueError(f"{folder} must be of one of {', '.join(FORMATS)}, got {kind!r}")
-    return [
-        (kind, runner) for runner in importlib.import_module(FORMATS[kind]).runners(folder, model)
-    ]
+    return [(kind, runner) for runner in format_module(kind).runners(folder, model)]
 
 
 def _compare(

@@ -71,11 +71,14 @@ def write_codes(model: nn.Module, folder: Path, complete: bool) -> dict[str, Any
         complete=complete,
         fingerprint="",
         identities=tuple(name for name, m in modules.items() if type(m) is nn.Identity),
+        shared=(),
         quantizers=_stored_quantizers(model),
         layers={layer.name: _stored_layer(layer, modules) for layer in layers},
         versions={"adaround_ext": str(build_info()["version"]), "torch": torch.__version__},
     )
-    stored = dataclasses.replace(stored, fingerprint=stored.fingerprint_of(model))
+    stored = dataclasses.replace(
+        stored, shared=stored.shared_by(model), fingerprint=stored.fingerprint_of(model)
+    )
     tensors: dict[str, Tensor] = {}
     for layer in layers:
         tensors |= _packed(layer)

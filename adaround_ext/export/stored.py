@@ -54,14 +54,16 @@ class StoredQuantizer:
 @dataclass(frozen=True)
 class StoredModel:
     """layers, quantizers: by name. identities: modules that are nn.Identity, as batch norms that
-    were folded. complete: whether all other parameters and buffers are stored too. fingerprint: of
-    what is not stored. versions: of what wrote it.
+    were folded. shared: names of parameters and buffers that are one tensor. complete: whether all
+    other parameters and buffers are stored too. fingerprint: of what is not stored. versions: of
+    what wrote it.
     """
 
     model: str
     complete: bool
     fingerprint: str
     identities: tuple[str, ...]
+    shared: tuple[tuple[str, ...], ...]
     quantizers: dict[str, StoredQuantizer]
     layers: dict[str, StoredLayer]
     versions: dict[str, str]
@@ -71,7 +73,6 @@ class StoredModel:
         modules = dict(model.named_modules(remove_duplicate=False))
         found: dict[str, MatrixLayer] = {}
         for name, layer in self.layers.items():
-            parameters = set()
             for each in layer.names:
                 if each not in modules:
                     raise ValueError(f"model must have the layer {each!r}, got none")
@@ -86,10 +87,13 @@ class StoredModel:
                     raise ValueError(f"model must have at {each!r} a {rule}, got a {got}")
                 if matrix.bias is not None and each not in layer.biases:
                     raise ValueError(f"model must have no bias at {each!r}, as when it was saved")
-                parameters.add(modules[each].get_parameter("weight"))
                 found.setdefault(name, matrix)
-            if name not in layer.names or len(parameters) != 1:
-                raise ValueError(f"model must share one weight among {', '.join(layer.names)}")
+            if name not in layer.names:
+                raise ValueError(f"model must have the layer {name!r}, got {list(layer.names)}")
+        if self.shared != (shared := self.shared_by(model)):
+            differs = set(self.shared) ^ set(shared)
+            names = ", ".join(sorted(differs)[0]) if differs else "others"
+            raise ValueError(f"model must share the same parameters as when saved, got {names}")
         return found
 
     @cached_property
@@ -114,6 +118,14 @@ class StoredModel:
                 seen.add(id(tensor))
                 found[key] = tensor.detach()
         return found
+
+    def shared_by(self, model: nn.Module) -> tuple[tuple[str, ...], ...]:
+        """The names of each parameter or buffer that has several; not of what may be replaced."""
+        names: dict[int, list[str]] = {}
+        for name, tensor in _named_tensors(model):
+            if name.rpartition(".")[0] not in (*self.identities, *self.quantizers):
+                names.setdefault(id(tensor), []).append(name)
+        return tuple(sorted(tuple(group) for group in names.values() if len(group) > 1))
 
     def fingerprint_of(self, model: nn.Module) -> str:
         """Of the modules' classes, and of all parameters and buffers that are not stored."""
