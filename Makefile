@@ -63,7 +63,7 @@ $(DONE)/build: $(DONE)/venv $(DONE)/settings $(NATIVE)
 	@touch $@
 
 $(DONE)/test: $(DONE)/venv
-	$(PIP) pytest hypothesis onnx onnxscript ml_dtypes onnxruntime openvino compressed-tensors torchao gguf
+	$(PIP) pytest hypothesis onnx onnxscript ml_dtypes onnxruntime openvino compressed-tensors accelerate torchao gguf
 	@touch $@
 
 $(DONE)/lint: $(DONE)/venv
