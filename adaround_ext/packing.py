@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from adaround_ext.ops import _code_dtype, _ops
-from adaround_ext.reference import packed_linear as packed_linear
 
 
 def _packed_bytes(cols: int, bits: int) -> int:

@@ -120,9 +120,17 @@ def _checked(names: Sequence[str], module: nn.Module) -> QuantizedLayer:
 def refuse(
     what: str, layers: Sequence[QuantizedLayer], reason: Callable[[QuantizedLayer], str | None]
 ) -> None:
-    """ValueError naming every layer for which ``what`` (a format) has a reason to refuse it."""
-    found = [(layer.name, why) for layer in layers if (why := reason(layer)) is not None]
+    """ValueError naming the layers for which ``what`` (a format) has a reason to refuse them."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for layer in layers:
+        why = reason(layer)
+        if why is not None:
+            found[why].append(layer.name)
     if found:
-        listed = "; ".join(f"{name}: {why}" for name, why in found[:5])
-        more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
-        raise ValueError(f"{what} cannot hold this model: {listed}{more}")
+        listed = "; ".join(f"{_some(names)}: {why}" for why, names in found.items())
+        raise ValueError(f"{what} cannot hold this model: {listed}")
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
