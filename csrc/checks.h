@@ -81,15 +81,10 @@ inline void check_same_device(std::initializer_list<NamedTensor> args) {
   }
 }
 
-// scale and zero_point [rows or 1, n_groups] for a weight or codes [rows, cols].
+// scale and zero_point [rows or 1, n_groups] of a matrix [rows, cols].
 inline void check_grid(
-    const NamedTensor& weight, const Tensor& scale, const Tensor& zero_point,
+    const char* matrix, int64_t rows, int64_t cols, const Tensor& scale, const Tensor& zero_point,
     ScalarType scale_dtype) {
-  ADAROUND_CHECK(
-      weight.tensor->dim() == 2, weight.name, " must be a matrix [rows, cols], got shape ",
-      shape_text(*weight.tensor));
-  const int64_t rows = weight.tensor->size(0);
-  const int64_t cols = weight.tensor->size(1);
   check_dtype({"scale", &scale}, {scale_dtype});
   check_dtype({"zero_point", &zero_point}, {ScalarType::Int});
   ADAROUND_CHECK(
@@ -97,8 +92,17 @@ inline void check_grid(
       "scale must have shape [", rows, " or 1, n_groups], got ", shape_text(scale));
   ADAROUND_CHECK(
       cols % scale.size(1) == 0, "scale must have a number of groups that divides the ", cols,
-      " columns of ", weight.name, ", got ", scale.size(1));
+      " columns of ", matrix, ", got ", scale.size(1));
   check_same_shape({"zero_point", &zero_point}, {"scale", &scale});
+}
+
+inline void check_grid(
+    const NamedTensor& matrix, const Tensor& scale, const Tensor& zero_point,
+    ScalarType scale_dtype) {
+  const Tensor& t = *matrix.tensor;
+  ADAROUND_CHECK(
+      t.dim() == 2, matrix.name, " must be a matrix [rows, cols], got shape ", shape_text(t));
+  check_grid(matrix.name, t.size(0), t.size(1), scale, zero_point, scale_dtype);
 }
 
 // A matrix over columns for every rows / groups consecutive rows of a matrix [rows, cols].

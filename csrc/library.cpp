@@ -32,5 +32,8 @@ STABLE_TORCH_LIBRARY(adaround_ext, m) {
       "int qmax) -> Tensor");
   m.def("pack_bits(Tensor codes, int bits, int qmin) -> Tensor");
   m.def("unpack_bits(Tensor packed, int bits, int cols, int qmin) -> Tensor");
+  m.def(
+      "packed_linear(Tensor x, Tensor packed, Tensor scale, Tensor zero_point, Tensor? bias, "
+      "int bits, int qmin) -> Tensor");
   m.def("_use_instruction_set(str name) -> str");
 }

@@ -63,11 +63,18 @@ ADAROUND_INLINE W join_bits(W x) {
   return (x & W(kLowBits<32, 64>)) | ((x & W(~kLowBits<32, 64>)) >> (32 - 4 * kBits));
 }
 
-// The inverse; bits beyond the first 8 kBits are ignored.
+// Two lanes of 32 bits with four codes each; bits beyond the first 8 kBits are ignored.
+template <int kBits, typename W>
+ADAROUND_INLINE W split_quads(W x) {
+  const W quad(kLowBits<4 * kBits, 64>);
+  return (x & quad) | (((x >> (4 * kBits)) & quad) << 32);
+}
+
+// The inverse of join_bits.
 template <int kBits, typename W>
 ADAROUND_INLINE W split_bits(W x) {
-  const W quad(kLowBits<4 * kBits, 64>), pair(kLowBits<2 * kBits, 32>), one(kLowBits<kBits, 16>);
-  x = (x & quad) | (((x >> (4 * kBits)) & quad) << 32);
+  const W pair(kLowBits<2 * kBits, 32>), one(kLowBits<kBits, 16>);
+  x = split_quads<kBits>(x);
   x = (x & pair) | (((x >> (2 * kBits)) & pair) << 16);
   return (x & one) | (((x >> kBits) & one) << 8);
 }

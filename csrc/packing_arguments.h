@@ -4,6 +4,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
+#include <vector>
+
 #include "checks.h"
 #include "packing.h"
 
@@ -52,6 +55,60 @@ struct UnpackArguments {
   UnpackArguments(const Tensor& packed_in, int64_t bits, int64_t cols, int64_t qmin) {
     check_packed(packed_in, bits, cols, qmin);
     packed = torch::stable::contiguous(packed_in);
+  }
+};
+
+inline Tensor contiguous_float(const Tensor& t) {
+  const bool is_float = t.scalar_type() == ScalarType::Float;
+  return torch::stable::contiguous(is_float ? t : torch::stable::to(t, ScalarType::Float));
+}
+
+// packed_linear: x [..., cols], packed for the codes of a weight [rows, cols], scale and zero_point
+// [rows or 1, n_groups], bias [rows] or none.
+struct LinearArguments {
+  int64_t positions = 1;  // rows of x
+  int64_t cols;
+  int64_t rows;
+  std::vector<int64_t> y_shape;
+  Tensor x;  // float32 [positions, cols]
+  Tensor packed;
+  Tensor scale;
+  Tensor zero_point;
+  std::optional<Tensor> bias;  // float32
+
+  LinearArguments(
+      const Tensor& x_in, const Tensor& packed_in, const Tensor& scale_in,
+      const Tensor& zero_point_in, const std::optional<Tensor>& bias_in, int64_t bits,
+      int64_t qmin) {
+    check_dtype({"x", &x_in}, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+    ADAROUND_CHECK(x_in.dim() >= 1, "x must have shape [..., cols], got []");
+    cols = x_in.size(-1);
+    check_packed(packed_in, bits, cols, qmin);
+    rows = packed_in.size(0);
+    check_grid("packed", rows, cols, scale_in, zero_point_in, ScalarType::Float);
+    check_same_device(
+        {{"x", &x_in},
+         {"packed", &packed_in},
+         {"scale", &scale_in},
+         {"zero_point", &zero_point_in}});
+    for (int64_t i = 0; i < x_in.dim() - 1; ++i) {
+      y_shape.push_back(x_in.size(i));
+      positions *= x_in.size(i);
+    }
+    y_shape.push_back(rows);
+    if (bias_in.has_value()) {
+      const NamedTensor named{"bias", &*bias_in};
+      check_dtype(named, {x_in.scalar_type()});
+      ADAROUND_CHECK(
+          bias_in->dim() == 1 && bias_in->size(0) == rows, "bias must have shape [", rows,
+          "], got ", shape_text(*bias_in));
+      check_same_device({{"x", &x_in}, named});
+      bias = contiguous_float(*bias_in);
+    }
+    x = contiguous_float(x_in);
+    packed = torch::stable::contiguous(packed_in);
+    scale = torch::stable::contiguous(scale_in);
+    zero_point = torch::stable::contiguous(zero_point_in);
   }
 };
 

@@ -133,9 +133,32 @@ struct UnpackSpan {
   int qmin;
 };
 
+// packed_linear takes kLinearRows rows of the weight and up to kLinearPositions rows of x at a
+// time.
+constexpr int kLinearRows = 4;
+constexpr int kLinearPositions = 64;
+constexpr int64_t kLinearBlock = 64;  // columns: x is filled up to whole blocks
+
+struct LinearTile {
+  const float* x;  // [positions, stride], as arrange() wrote it
+  int64_t positions;
+  int64_t stride;
+  const uint8_t* packed[kLinearRows];
+  const float* scale[kLinearRows];  // [n_groups], as zero_point
+  const int32_t* zero_point[kLinearRows];
+  int64_t cols;
+  int64_t group_size;
+  int bits;
+  int qmin;
+  float* y;  // [positions, kLinearRows]
+};
+
 struct PackingKernels {
   bool (*pack)(const PackSpan&);  // returns whether all codes fit into the bits
   void (*unpack)(const UnpackSpan&);
+  // Writes a row of x in the order in which linear_tile meets the columns, filled up with 0.
+  void (*arrange)(const float* x, float* arranged, int64_t cols);
+  void (*linear_tile)(const LinearTile&);
 };
 
 const PackingKernels& packing_kernels();

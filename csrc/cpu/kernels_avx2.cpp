@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
@@ -23,6 +24,8 @@
 
 #include "kernels_impl.h"
 #include "packing_impl.h"
+
+#include "linear_impl.h"  // uses packing_impl.h
 
 namespace adaround_ext::cpu {
 

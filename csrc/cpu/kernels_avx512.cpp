@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__clang__)
 #pragma clang attribute push( \
@@ -24,6 +25,8 @@
 
 #include "kernels_impl.h"
 #include "packing_impl.h"
+
+#include "linear_impl.h"  // uses packing_impl.h
 
 namespace adaround_ext::cpu {
 

@@ -1,6 +1,7 @@
 // What every processor of the target architecture runs (SSE2 on x86-64, NEON on 64-bit Arm), and
 // the loops in double.
 #include <type_traits>
+#include <utility>
 
 #include "kernels.h"
 
@@ -10,6 +11,8 @@
 
 #include "kernels_impl.h"
 #include "packing_impl.h"
+
+#include "linear_impl.h"  // uses packing_impl.h
 
 namespace adaround_ext::cpu {
 

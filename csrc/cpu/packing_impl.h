@@ -100,6 +100,4 @@ inline void unpack(const UnpackSpan& s) {
       s.bits, [&](auto bits) ADAROUND_INLINE_LAMBDA { unpack_span<decltype(bits)::value>(s); });
 }
 
-constexpr PackingKernels packing_table() { return {pack, unpack}; }
-
 }  // namespace adaround_ext::cpu::ADAROUND_ISA

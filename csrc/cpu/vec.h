@@ -51,6 +51,7 @@ ADAROUND_INLINE IntVec shift_left_(IntVec a, int32_t count) {
   return {(IntVec::Native)((Unsigned)a.x << count)};
 }
 ADAROUND_INLINE IntVec operator>>(IntVec a, int32_t b) { return {a.x >> b}; }
+ADAROUND_INLINE IntVec operator&(IntVec a, int32_t b) { return {a.x & b}; }
 
 ADAROUND_INLINE Vec select_(IntVec mask, Vec yes, Vec no) { return mask.x ? yes.x : no.x; }
 
@@ -67,6 +68,13 @@ ADAROUND_INLINE Vec from_bits(IntVec a) {
 ADAROUND_INLINE Vec to_float(IntVec a) { return __builtin_convertvector(a.x, Vec::Native); }
 ADAROUND_INLINE Vec abs_(Vec a) { return from_bits({to_bits(a).x & 0x7fffffff}); }
 
+// Unsigned integers, one a lane.
+ADAROUND_INLINE IntVec load_lanes(const uint32_t* from) {
+  IntVec a;
+  memcpy(&a, from, sizeof a);
+  return a;
+}
+
 #if ADAROUND_WIDTH == 16
 ADAROUND_INLINE Vec min_(Vec limit, Vec a) { return Vec::Native(_mm512_min_ps(limit.x, a.x)); }
 ADAROUND_INLINE Vec max_(Vec limit, Vec a) { return Vec::Native(_mm512_max_ps(limit.x, a.x)); }
@@ -80,11 +88,23 @@ ADAROUND_INLINE Vec exp2_(Vec a) {
       Vec::Native(_mm512_roundscale_ps(a.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   return Vec::Native(_mm512_scalef_ps(exp2_fraction(a - n).x, n.x));
 }
+ADAROUND_INLINE IntVec load_lanes(const uint16_t* from) {
+  return {(IntVec::Native)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from))};
+}
+ADAROUND_INLINE IntVec load_lanes(const uint8_t* from) {
+  return {(IntVec::Native)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from))};
+}
 #elif ADAROUND_WIDTH == 8
 ADAROUND_INLINE Vec min_(Vec limit, Vec a) { return Vec::Native(_mm256_min_ps(limit.x, a.x)); }
 ADAROUND_INLINE Vec max_(Vec limit, Vec a) { return Vec::Native(_mm256_max_ps(limit.x, a.x)); }
 ADAROUND_INLINE Vec sqrt_(Vec a) { return Vec::Native(_mm256_sqrt_ps(a.x)); }
 ADAROUND_INLINE Vec floor_(Vec a) { return Vec::Native(_mm256_floor_ps(a.x)); }
+ADAROUND_INLINE IntVec load_lanes(const uint16_t* from) {
+  return {(IntVec::Native)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from))};
+}
+ADAROUND_INLINE IntVec load_lanes(const uint8_t* from) {
+  return {(IntVec::Native)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from))};
+}
 #else
 ADAROUND_INLINE Vec min_(Vec limit, Vec a) { return limit.x < a.x ? limit.x : a.x; }
 ADAROUND_INLINE Vec max_(Vec limit, Vec a) { return limit.x > a.x ? limit.x : a.x; }
@@ -99,6 +119,13 @@ ADAROUND_INLINE Vec floor_(Vec a) {
     a.x[i] = floor_(static_cast<float>(a.x[i]));
   }
   return a;
+}
+template <typename T>
+ADAROUND_INLINE IntVec load_lanes(const T* from) {
+  typedef T Lanes __attribute__((vector_size(sizeof(T) * ADAROUND_WIDTH)));
+  Lanes lanes;
+  memcpy(&lanes, from, sizeof lanes);
+  return {__builtin_convertvector(lanes, IntVec::Native)};
 }
 #endif
 
@@ -141,6 +168,7 @@ ADAROUND_INLINE Words operator&(Words a, Words b) { return a.x & b.x; }
 ADAROUND_INLINE Words operator|(Words a, Words b) { return a.x | b.x; }
 ADAROUND_INLINE Words operator<<(Words a, int count) { return a.x << count; }
 ADAROUND_INLINE Words operator>>(Words a, int count) { return a.x >> count; }
+ADAROUND_INLINE IntVec lanes_of_32_bits(Words a) { return {(IntVec::Native)a.x}; }
 ADAROUND_INLINE Words add_bytes(Words a, Words b) {
   return (Words::Native)((Words::Bytes)a.x + (Words::Bytes)b.x);
 }
@@ -155,6 +183,20 @@ ADAROUND_INLINE V lane_numbers() {
   return a;
 }
 ADAROUND_INLINE float lane(Vec a, int64_t i) { return a.x[i]; }
+
+// The sum of N floats, halves onto each other.
+template <int N, typename Floats>
+ADAROUND_INLINE float sum_of_floats(const Floats& a) {
+  if constexpr (N == 1) {
+    return a[0];
+  } else {
+    typedef float Half __attribute__((vector_size(4 * (N / 2))));
+    Half halves[2];
+    memcpy(halves, &a, sizeof halves);
+    return sum_of_floats<N / 2>(halves[0] + halves[1]);
+  }
+}
+ADAROUND_INLINE float sum_of_lanes(Vec a) { return sum_of_floats<ADAROUND_WIDTH>(a.x); }
 
 // A sum in double, a partial sum a lane, in an order that only the sizes decide.
 template <typename V>
