@@ -62,8 +62,8 @@ def packed_linear(
     ``x`` is float32, bfloat16 or float16, as are y [..., rows] and ``bias`` [rows]; ``scale`` is
     float32 and ``zero_point`` int32, [rows or 1, n_groups]. On the CPU weights in floating point
     exist in registers and the first-level cache alone, sums are float32, and neither the number of
-    threads nor other positions of ``x`` change a row of y. On CUDA the weight is unpacked and handed
-    to PyTorch's product: a kernel of its own would have to be measured first. Differentiable in
+    threads nor other positions of ``x`` change a row of y. On CUDA the weight is unpacked and given
+    to PyTorch's product: a kernel of our own would have to be measured first. Differentiable in
     ``x`` and ``bias``.
     """
     return _ops.packed_linear(x, packed, scale, zero_point, bias, bits, qmin)  # type: ignore[no-any-return]

@@ -12,6 +12,7 @@ from benchmarks import (
     bench_layer,
     bench_memory,
     bench_ops,
+    bench_packed,
     bench_quality,
     bench_tuning,
     common,
@@ -23,6 +24,7 @@ from benchmarks.common import Options
 
 _BENCHES = {
     "ops": bench_ops.run,
+    "packed": bench_packed.run,
     "layer": bench_layer.run,
     "memory": bench_memory.run,
     "tuning": bench_tuning.run,

@@ -25,8 +25,8 @@ each_instruction_set = pytest.mark.usefixtures("instruction_set")
 
 BITS = range(1, 9)
 # (rows, cols, n_groups, positions). Rows below a tile of 4 and above; columns around vectors and
-# pieces of 512; groups that fill vectors, share them, cross them, and have fewer columns than a lane;
-# one and two positions, those left of six at a time, and more than a chunk of 64.
+# pieces of 512; groups that fill vectors, share them, cross them, and are smaller than a lane; one
+# and two positions, those left of six at a time, and more than a chunk of 64.
 SHAPES = [
     (1, 1, 1, 1),
     (3, 63, 1, 2),
@@ -95,7 +95,7 @@ def check(problem: Problem) -> None:
     exact = F.linear(x, weight, None if bias is None else bias.double())
     assert got.shape == exact.shape
     assert got.dtype == problem.x.dtype
-    # The rounding errors of lanes and partial sums are random: far less than gamma_cols sum |x| |w|.
+    # Errors of lanes and partial sums are random: far less than gamma_cols sum |x| |w|.
     size = F.linear(x.abs(), weight.abs(), None if bias is None else bias.abs().double())
     bound = 4 * torch.finfo(torch.float32).eps * size
     if problem.x.dtype != torch.float32:
