@@ -28,7 +28,7 @@ template <int kBits>
 ADAROUND_INLINE IntVec load_quads(const uint8_t* from) {
   constexpr int kLaneBytes = kBits * kLaneCodes / 8;
   if constexpr (kBits % 2 == 0 && kWholeLane<kLaneBytes>) {
-    return load_lanes(reinterpret_cast<const Lane<kLaneBytes>*>(from));
+    return load_lanes<Lane<kLaneBytes>>(from);
   } else {
     return lanes_of_32_bits(split_quads<kBits>(load_blocks<kBits>(from)));
   }

@@ -68,11 +68,25 @@ ADAROUND_INLINE Vec from_bits(IntVec a) {
 ADAROUND_INLINE Vec to_float(IntVec a) { return __builtin_convertvector(a.x, Vec::Native); }
 ADAROUND_INLINE Vec abs_(Vec a) { return from_bits({to_bits(a).x & 0x7fffffff}); }
 
-// Unsigned integers, one a lane.
-ADAROUND_INLINE IntVec load_lanes(const uint32_t* from) {
-  IntVec a;
-  memcpy(&a, from, sizeof a);
-  return a;
+// Unsigned integers of type T, side by side in memory, one a lane.
+template <typename T>
+ADAROUND_INLINE IntVec load_lanes(const uint8_t* from) {
+  typedef T Lanes __attribute__((vector_size(sizeof(T) * ADAROUND_WIDTH)));
+  Lanes lanes;
+  memcpy(&lanes, from, sizeof lanes);
+  // The compiler widens only by halves, which it then has to join.
+#if ADAROUND_WIDTH == 16
+  if constexpr (sizeof(T) == 2) {
+    return {(IntVec::Native)_mm512_cvtepu16_epi32((__m256i)lanes)};
+  } else if constexpr (sizeof(T) == 1) {
+    return {(IntVec::Native)_mm512_cvtepu8_epi32((__m128i)lanes)};
+  }
+#elif ADAROUND_WIDTH == 8
+  if constexpr (sizeof(T) == 2) {
+    return {(IntVec::Native)_mm256_cvtepu16_epi32((__m128i)lanes)};
+  }
+#endif
+  return {__builtin_convertvector(lanes, IntVec::Native)};
 }
 
 #if ADAROUND_WIDTH == 16
@@ -88,23 +102,11 @@ ADAROUND_INLINE Vec exp2_(Vec a) {
       Vec::Native(_mm512_roundscale_ps(a.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   return Vec::Native(_mm512_scalef_ps(exp2_fraction(a - n).x, n.x));
 }
-ADAROUND_INLINE IntVec load_lanes(const uint16_t* from) {
-  return {(IntVec::Native)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from))};
-}
-ADAROUND_INLINE IntVec load_lanes(const uint8_t* from) {
-  return {(IntVec::Native)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from))};
-}
 #elif ADAROUND_WIDTH == 8
 ADAROUND_INLINE Vec min_(Vec limit, Vec a) { return Vec::Native(_mm256_min_ps(limit.x, a.x)); }
 ADAROUND_INLINE Vec max_(Vec limit, Vec a) { return Vec::Native(_mm256_max_ps(limit.x, a.x)); }
 ADAROUND_INLINE Vec sqrt_(Vec a) { return Vec::Native(_mm256_sqrt_ps(a.x)); }
 ADAROUND_INLINE Vec floor_(Vec a) { return Vec::Native(_mm256_floor_ps(a.x)); }
-ADAROUND_INLINE IntVec load_lanes(const uint16_t* from) {
-  return {(IntVec::Native)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from))};
-}
-ADAROUND_INLINE IntVec load_lanes(const uint8_t* from) {
-  return {(IntVec::Native)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from))};
-}
 #else
 ADAROUND_INLINE Vec min_(Vec limit, Vec a) { return limit.x < a.x ? limit.x : a.x; }
 ADAROUND_INLINE Vec max_(Vec limit, Vec a) { return limit.x > a.x ? limit.x : a.x; }
@@ -119,13 +121,6 @@ ADAROUND_INLINE Vec floor_(Vec a) {
     a.x[i] = floor_(static_cast<float>(a.x[i]));
   }
   return a;
-}
-template <typename T>
-ADAROUND_INLINE IntVec load_lanes(const T* from) {
-  typedef T Lanes __attribute__((vector_size(sizeof(T) * ADAROUND_WIDTH)));
-  Lanes lanes;
-  memcpy(&lanes, from, sizeof lanes);
-  return {__builtin_convertvector(lanes, IntVec::Native)};
 }
 #endif
 
