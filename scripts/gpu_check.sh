@@ -20,7 +20,7 @@ for tool in memcheck racecheck initcheck synccheck; do
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 240 compute-sanitizer --tool "$tool" --error-exitcode 9 \
     "$python" -m pytest -q -x -k "cuda and (sizes or refine or gptq or tabu)" \
     tests/test_ops.py tests/test_refine.py tests/test_gptq.py tests/test_tabu_search.py \
-    tests/test_packing.py \
+    tests/test_packing.py tests/test_packed_linear.py \
     >"$out/$tool.log" 2>&1 && echo "$tool: clean" || echo "$tool: see $out/$tool.log"
 done
 
