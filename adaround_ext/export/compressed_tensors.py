@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaround_ext.attachment import quantizers
-from adaround_ext.export.hugging_face import check_alike, skeleton
+from adaround_ext.export.hugging_face import (
+    check_alike,
+    load_alike,
+    no_progress_bars,
+    skeleton,
+)
 from adaround_ext.export.layers import QuantizedLayer, quantized_layers, refuse
 from adaround_ext.export.manifest import new_export, read_manifest
 from adaround_ext.export.runner import Runner, module_runner
@@ -68,13 +73,13 @@ def export_compressed_tensors(
     built = skeleton(model)
     check_alike(model, built)
     built.config.quantization_config = _quantization_config(built, layers)
-    with new_export(folder, KIND) as (part, details), _no_progress_bars():
+    with new_export(folder, KIND) as (part, details), no_progress_bars():
         built.save_pretrained(
             part, state_dict=_state_dict(model, layers), max_shard_size=max_shard_size
         )
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
-        _check_loaded(_load(part, type(model)), model, layers)
+        _check_loaded(load_alike(part, type(model)), model, layers)
         details.update(_details(layers))
 
 
@@ -82,14 +87,14 @@ def runners(folder: Path, model: nn.Module) -> list[Runner]:
     """transformers, decompressing as config.json says, and the other way where there is one."""
     details = read_manifest(folder, KIND).details
     _import()
-    found = [module_runner("transformers", _load(folder, type(model)))]
+    found = [module_runner("transformers", load_alike(folder, type(model)))]
     if details["settings"] == 1 and details["symmetric"]:
         from transformers import CompressedTensorsConfig
 
         config = CompressedTensorsConfig(dequantize=False)
         # Some classes, as T5's, cannot be built with packed weights in transformers.
         with suppress(ValueError):
-            late = _load(folder, type(model), quantization_config=config)
+            late = load_alike(folder, type(model), quantization_config=config)
             found.append(module_runner("transformers, dequantize=False", late))
     return found
 
@@ -209,20 +214,6 @@ def _groups(layers: Sequence[QuantizedLayer]) -> dict[tuple[int, bool, int | Non
     return dict(found)
 
 
-def _load(folder: Path, kind: type[nn.Module], **settings: Any) -> PreTrainedModel:
-    """The model as transformers loads it; ValueError where the files and the class do not agree."""
-    load: Any = kind.from_pretrained  # type: ignore[attr-defined]
-    settings |= {"dtype": "auto", "local_files_only": True, "output_loading_info": True}
-    rule = f"model must be one that transformers can load with packed weights, {kind.__name__}: "
-    try:
-        loaded, info = load(folder, **settings)
-    except Exception as error:
-        raise ValueError(f"{rule}{error}") from error
-    if wrong := {key: sorted(map(str, found)) for key, found in info.items() if found}:
-        raise ValueError(f"{rule}{wrong}")
-    return loaded  # type: ignore[no-any-return]
-
-
 def _check_loaded(loaded: nn.Module, model: nn.Module, layers: Sequence[QuantizedLayer]) -> None:
     """ValueError unless the loaded model, decompressed, has the very bits of the model."""
     from compressed_tensors.compressors import decompress_module  # type: ignore[import-untyped]
@@ -245,16 +236,3 @@ def _details(layers: Sequence[QuantizedLayer]) -> dict[str, Any]:
         "symmetric": all(layer.symmetric for layer in layers),
         "layers": {layer.name: {name: getattr(layer, name) for name in names} for layer in layers},
     }
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -1,11 +1,15 @@
-"""What a class of transformers builds from its configuration."""
+"""What a class of transformers builds from its configuration, and loads from a directory."""
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,3 +41,32 @@ def check_alike(model: PreTrainedModel, built: PreTrainedModel) -> None:
             made = key.endswith(".bias") and key not in theirs
             hint = ': quantize with bias="refit" or "keep"' if made else ""
             raise ValueError(f"{rule}, got {got}{hint}")
+
+
+def load_alike(folder: Path, kind: type[nn.Module], **settings: Any) -> PreTrainedModel:
+    """What ``from_pretrained`` makes of a directory; ValueError where files and class disagree."""
+    load: Any = kind.from_pretrained  # type: ignore[attr-defined]
+    settings |= {"dtype": "auto", "local_files_only": True, "output_loading_info": True}
+    rule = f"model must be one that transformers can load quantized, {kind.__name__}: "
+    with no_progress_bars():
+        try:
+            loaded, info = load(folder, **settings)
+        except Exception as error:
+            raise ValueError(f"{rule}{error}") from error
+    if wrong := {key: sorted(map(str, found)) for key, found in info.items() if found}:
+        raise ValueError(f"{rule}{wrong}")
+    return loaded  # type: ignore[no-any-return]
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """transformers shows none inside."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
