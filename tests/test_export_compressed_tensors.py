@@ -284,7 +284,7 @@ REFUSED = {
         lambda: quantized(llama(), bits=4, overrides={Q_PROJ: {"symmetric": False}}),
         r"must all be symmetric, or share .* model\.layers\.0\.self_attn\.q_proj",
     ),
-    "experts": (mixture, "transformers can load with packed weights, MixtralForCausalLM"),
+    "experts": (mixture, "transformers can load quantized, MixtralForCausalLM"),
 }
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,7 +26,8 @@ from adaround_ext.export.hugging_face import (
 )
 from adaround_ext.export.layers import QuantizedLayer, quantized_layers, refuse
 from adaround_ext.export.manifest import new_export, read_manifest
-from adaround_ext.export.onnx_trace import automatic_shapes
+from adaround_ext.export.onnx_names import ordered
+from adaround_ext.export.onnx_trace import automatic_shapes, signature_of
 from adaround_ext.export.runner import Runner, arguments, module_runner, output_tensors
 
 if TYPE_CHECKING:
@@ -200,11 +202,20 @@ def _converted(model: nn.Module, layers: Sequence[QuantizedLayer]) -> nn.Module:
 
 
 def _save_program(model: nn.Module, batch: Any, path: Path) -> None:
-    args, kwargs = arguments(batch)
+    """The model is a copy, which nothing else uses any more."""
+    args, kwargs = ordered(model, *arguments(batch))
+    shapes = automatic_shapes(model, args, kwargs)
+    own = model.forward
+
+    @wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs)
+
+    # torch.export does not let sizes change of what goes into ``**kwargs``.
+    forward.__dict__["__signature__"] = signature_of(model, kwargs)
+    model.__dict__["forward"] = forward
     with torch.no_grad():
-        program = torch.export.export(
-            model, args, kwargs, dynamic_shapes=automatic_shapes(model, args, kwargs)
-        )
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
     torch.export.save(program, path)
 
 
