@@ -267,7 +267,7 @@ def pack_bits(codes: Tensor, bits: int, qmin: int) -> Tensor:
     stream = (values.unsqueeze(-1) >> torch.arange(bits, device=codes.device)) & 1
     stream = torch.nn.functional.pad(stream.view(rows, cols * bits), (0, -cols * bits % 8))
     places = 1 << torch.arange(8, device=codes.device)
-    return (stream.view(rows, -1, 8) * places).sum(-1).to(torch.uint8)
+    return (stream.view(rows, stream.shape[1] // 8, 8) * places).sum(-1).to(torch.uint8)
 
 
 def unpack_bits(packed: Tensor, bits: int, cols: int, qmin: int) -> Tensor:
