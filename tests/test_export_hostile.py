@@ -15,7 +15,14 @@ import pytest
 import torch
 from torch import nn
 
-from adaround_ext import LayerResult, load_quantized, optimize_layer, save_quantized
+from adaround_ext import (
+    LayerResult,
+    export_model,
+    load_quantized,
+    optimize_layer,
+    save_quantized,
+)
+from adaround_ext.export.formats import FORMATS, format_module
 from adaround_ext.export.manifest import NAME, read_manifest, write_manifest
 from adaround_ext.export.safetensors import FILE, KIND
 from tests.export_models import Tied, quantized, tied
@@ -23,6 +30,11 @@ from tests.export_models import Tied, quantized, tied
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 MUTATIONS = 1000  # of each loader
+PACKAGES = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "aimet": ("onnx", "onnxscript", "onnxruntime"),
+    "compressed-tensors": ("transformers", "compressed_tensors"),
+}
 
 
 def hostile_header(data: bytes, draw: random.Random) -> bytes:
@@ -133,6 +145,37 @@ def test_layer_result(tmp_path: Path) -> None:
     path = tmp_path / "layer.safetensors"
     result.save(path)
     assert_refused(partial(LayerResult.load, path), path, True)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind != KIND])
+def test_every_other_format(kind: str, tmp_path: Path) -> None:
+    """Damaged files do not even reach the runtime that would parse them."""
+    for package in PACKAGES.get(kind, (kind,)):
+        pytest.importorskip(package)
+    folder = tmp_path / kind
+    if kind == "compressed-tensors":
+        model, batch = bert(), torch.randint(32, (4, 8))
+    else:
+        model, batch = nn.Sequential(nn.Linear(32, 8)), torch.randn(64, 32)
+    quantized(model, batch, scale_dtype=torch.float16)
+    export_model(model, folder, kind, batch=batch)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    load = partial(format_module(kind).runners, folder, model)
+    load()
+    for path in paths:
+        count = -(-MUTATIONS // len(paths))
+        assert_refused(partial(read_manifest, folder), path, path.suffix == ".safetensors", count)
+        path.write_bytes((content := path.read_bytes())[:-1])
+        with pytest.raises(ValueError, match="must be a directory that an export wrote"):
+            load()
+        path.write_bytes(content)
+
+
+def bert() -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    return BertModel(BertConfig(vocab_size=32, num_hidden_layers=1, **sizes))
 
 
 def test_missing_links_and_escapes(saved: tuple[Path, nn.Module], tmp_path: Path) -> None:
