@@ -83,7 +83,7 @@ def export_torchao(
     held = _held(layers, others)
     converted = _converted(model, held).eval()
     with new_export(folder, KIND) as (part, details):
-        pretrained = _is_as_built(model)
+        pretrained = bool(held) and _is_as_built(model)
         if pretrained:
             _save_pretrained(converted, held, part, model)
         else:

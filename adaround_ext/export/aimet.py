@@ -1,0 +1,241 @@
+"""Quantized models for AIMET, and by it for Qualcomm's QAIRT: a float ONNX file and its encodings.
+
+The encodings fix the grid of every quantized weight, and of activations where the model quantizes
+them; AIMET (``load_encodings_to_sim``, ``set_and_freeze_param_encodings``) then computes what the
+simulated model does. What has no entry is not quantized. AIMET, unless told otherwise, gives one
+grid to all that operators like Concat and Relu read and give: where the model has several there, it
+differs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from adaround_ext.activations import ActivationQuantizer
+from adaround_ext.attachment import quantizers
+from adaround_ext.export.aimet_encodings import VERSIONS, Encoding
+from adaround_ext.export.aimet_graph import FloatGraph, operator_of
+from adaround_ext.export.aimet_runner import session_runner
+from adaround_ext.export.layers import QuantizedLayer, quantized_layers, refuse
+from adaround_ext.export.manifest import new_export, read_manifest
+from adaround_ext.export.onnx_names import (
+    bind,
+    chosen_names,
+    name_axes_,
+    name_values_,
+    ordered,
+    output_names_of,
+)
+from adaround_ext.export.onnx_trace import automatic_shapes, is_plain_linear, marked
+from adaround_ext.export.runner import Runner, arguments
+from adaround_ext.native import build_info
+from adaround_ext.trace import evaluation
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+KIND = "aimet"
+MODEL, ENCODINGS = "model.onnx", "model.encodings"
+_LARGE = 3 << 29  # bytes of all initializers: 1.5 GiB; one file cannot have 2 GiB
+
+
+def export_aimet(
+    model: nn.Module, args: Any, folder: str | os.PathLike[str], *, version: str = "1.0.0"
+) -> None:
+    """Writes a new directory with model.onnx, the simulated model, and model.encodings for it.
+
+    Weights are float initializers of their names in the model, those of Linear as [in, out], read
+    by Conv, ConvTranspose and MatMul. args: a batch as the model takes it: a tensor, a tuple, or a
+    mapping of keyword arguments; dimension 0 of inputs, and 1 of token ids and masks, may change
+    where the model lets them. version: of the encodings, "1.0.0", AIMET's default, or "2.0.0".
+
+    Raises ImportError without onnx and onnxscript; TypeError and ValueError for a model that is not
+    quantized, or changed since, and for arguments that do not fit; ValueError for another version,
+    quantized activations in 2.0.0 (AIMET refuses or moves those that it has no quantizer for),
+    layers that are not float32, Linears with a forward of their own, scales that do not lie along
+    the axes that AIMET has for an operator, and a directory that is not new.
+    """
+    if version not in VERSIONS:
+        raise ValueError(f"version must be {' or '.join(map(repr, VERSIONS))}, got {version!r}")
+    _need("onnx", "onnxscript")
+    layers = quantized_layers(model)
+    encodings = _of_layers(layers)
+    placed = {name: q for name, q in quantizers(model).items() if q.enabled}
+    if placed and version != "1.0.0":
+        rule = "version must be '1.0.0' for quantized activations"
+        raise ValueError(f"{rule}, got {version!r} and {', '.join(placed)}")
+    positional, named = ordered(model, *arguments(args))
+    with new_export(folder, KIND) as (part, details), evaluation(model):
+        inputs, outputs = _names(model, positional, named)
+        traced = _trace(model, positional, named, layers, list(placed.values()))
+        graph = FloatGraph(traced, layers)
+        name_axes_(traced)
+        name_values_(traced, inputs, outputs)
+        weights = {name: encodings[layer.name] for name, layer in graph.weights().items()}
+        places = list(placed.items())
+        activations = {name: places[index] for name, index in graph.activations().items()}
+        _save(traced, part / MODEL)
+        grids = {name: _of_quantizer(quantizer) for name, (_, quantizer) in activations.items()}
+        text = json.dumps(_content(grids, weights, version))
+        (part / ENCODINGS).write_text(text, encoding="utf-8")
+        details.update(
+            version=version,
+            layers={
+                layer.name: {
+                    "bits": layer.bits,
+                    "granularity": layer.granularity,
+                    "symmetric": layer.symmetric,
+                    "tensor": name,
+                }
+                for name, layer in graph.weights().items()
+            },
+            activations={name: quantizer for name, (quantizer, _) in activations.items()},
+        )
+
+
+def runners(folder: Path, model: nn.Module) -> list[Runner]:
+    """ONNX Runtime, after weights have been checked against their encodings, and with activations'.
+
+    Raises ImportError without onnx_ir and onnxruntime.
+    """
+    read_manifest(folder, KIND)
+    _need("onnx_ir", "onnxruntime")
+    content = json.loads((folder / ENCODINGS).read_text(encoding="utf-8"))
+    return [session_runner(folder / MODEL, content, model)]
+
+
+def _need(*packages: str) -> None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            needs = f"exports for AIMET need the package {package}"
+            raise ImportError(f'{needs}: pip install "adaround_ext[export]"')
+
+
+def _of_layers(layers: Sequence[QuantizedLayer]) -> dict[str, Encoding]:
+    """By the names of the layers; ValueError naming those that AIMET cannot hold."""
+    found = {}
+
+    def obstacle(layer: QuantizedLayer) -> str | None:
+        if layer.matrix.weight.dtype != torch.float32:
+            return f"AIMET computes in float32, got a weight in {layer.matrix.weight.dtype}"
+        if isinstance(layer.module, nn.Linear) and not is_plain_linear(layer.module):
+            return "a Linear with a forward of its own may put Transpose between weight and MatMul"
+        try:
+            found[layer.name] = _of_layer(layer)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    refuse("AIMET", layers, obstacle)
+    return found
+
+
+def _of_layer(layer: QuantizedLayer) -> Encoding:
+    """ValueError where its scales do not lie along the axes that AIMET has for its operator."""
+    operator = operator_of(layer.module)
+    # Which of all scales each weight has, as the graph has the weight.
+    runs = torch.arange(layer.weight.scale.numel(), dtype=torch.int32)
+    runs = runs.view(layer.weight.scale.shape).repeat_interleave(layer.group_size, 1)
+    own = layer.matrix.weight_from_matrix(runs.expand(layer.rows, -1))
+    return Encoding(
+        layer.bits,
+        layer.symmetric,
+        layer.weight.scale.cpu().double().numpy(),
+        layer.weight.zero_point.cpu().long().numpy(),
+    ).along(operator, (own.t() if operator == "MatMul" else own).numpy())
+
+
+def _of_quantizer(quantizer: ActivationQuantizer) -> Encoding:
+    return Encoding(
+        quantizer.bits,
+        quantizer.symmetric,
+        quantizer.scale.cpu().double().numpy(),
+        quantizer.zero_point.cpu().long().numpy(),
+    )
+
+
+def _names(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[str], list[str]]:
+    """Of the tensors that go into the model and come out of it."""
+    try:
+        output = model(*args, **kwargs)
+    except Exception as error:
+        got = f"{type(error).__name__}: {error}"
+        raise ValueError(f"args must be what the model takes, got {got}") from error
+    inputs = [name for name, x in bind(model, args, kwargs).items() if isinstance(x, Tensor)]
+    return inputs, chosen_names("outputs", None, output_names_of(output), inputs)
+
+
+def _trace(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    layers: Sequence[QuantizedLayer],
+    placed: Sequence[ActivationQuantizer],
+) -> ir.Model:
+    """The model as a graph whose quantized layers and quantizers are marked."""
+    with (
+        torch.compiler.set_stance("default"),  # torch.cond compiles its branches
+        marked(model, layers, placed, kwargs) as called,
+    ):
+        try:
+            program = torch.onnx.export(
+                model,
+                args if kwargs else (*args, {}),  # a dict at the end would be taken for kwargs
+                kwargs=kwargs,
+                dynamic_shapes=automatic_shapes(model, args, kwargs),
+                dynamo=True,
+                verbose=False,
+            )
+        except Exception as error:
+            cause = error.__cause__ or error
+            rule = "model must be one that torch.onnx.export can trace"
+            raise ValueError(f"{rule}, got {type(cause).__name__}: {cause}") from error
+    missing = [layer.name for index, layer in enumerate(layers) if index not in called]
+    if missing:
+        rule = "args must lead through every quantized layer"
+        raise ValueError(f"{rule}, got none for {', '.join(missing)}")
+    assert program is not None
+    traced: ir.Model = program.model
+    return traced
+
+
+def _content(
+    activations: Mapping[str, Encoding], weights: Mapping[str, Encoding], version: str
+) -> dict[str, Any]:
+    """Of the encodings file."""
+    kinds = {"activation_encodings": activations, "param_encodings": weights}
+    entries = {
+        kind: [encoding.entry(name, version) for name, encoding in encodings.items()]
+        for kind, encodings in kinds.items()
+    }
+    producer = {"package": "adaround_ext", "version": str(build_info()["version"])}
+    content: dict[str, Any] = {"version": version, "producer": producer}
+    if version == "1.0.0":
+        return content | entries
+    return content | {"encodings": [entry for kind in entries.values() for entry in kind]}
+
+
+def _save(traced: ir.Model, path: Path) -> None:
+    """Without traces of the machine that made it."""
+    import onnx_ir as ir
+    from onnx_ir.passes import common
+
+    common.ClearMetadataAndDocStringPass()(traced)
+    graph = traced.graph
+    for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+    traced.producer_name = "adaround_ext"
+    traced.producer_version = str(build_info()["version"])
+    constants = (value.const_value for value in graph.initializers.values())
+    size = sum(constant.nbytes for constant in constants if constant is not None)
+    ir.save(traced, path, external_data=f"{MODEL}.data" if size >= _LARGE else None)
