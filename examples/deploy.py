@@ -11,9 +11,11 @@ relative error of 1e-5.
 from __future__ import annotations
 
 import argparse
+import copy
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,9 @@ from torch import nn
 
 from adaround_ext import ActivationConfig, export_model, quantize_, verify
 from adaround_ext.export import FORMATS
+from adaround_ext.export.layers import quantized_layers
 from adaround_ext.export.parity import TOLERANCE, RunnerParity
+from adaround_ext.export.runner import arguments, module_runner
 from benchmarks import common, digits, minilm
 from benchmarks.common import Options, Target
 
@@ -48,6 +52,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "8 bits, groups of 32, float16 scales": {"bits": 8, "group_size": 32, **GROUPS},
         "3 bits, a scale a channel": {"bits": 3},
         "2 bits, a scale a channel": {"bits": 2},
+        "8 bits, quantized activations": {"bits": 8, "activations": ActivationConfig(bits=8)},
     },
     "residual": {
         "4 bits, a scale a channel": {"bits": 4},
@@ -89,11 +94,35 @@ def rows_of(name: str, quick: bool) -> Iterator[Row]:
         if name == "minilm":
             settings = settings | {"overrides": {"pooler": "skip"}}
         quantize_(model, calibration, preset="fast", progress=False, **settings)
+        if "activations" in settings:
+            yield {"model": name, "settings": title, "format": None, "drift": drift(model, batches)}
         for kind in FORMATS:
             with tempfile.TemporaryDirectory() as folder:
                 yield {"model": name, "settings": title, "format": kind} | exported(
                     model, kind, Path(folder) / kind, batches
                 )
+
+
+@torch.no_grad()
+def drift(model: nn.Module, batches: Sequence[Any], draws: int = 5) -> float:
+    """How far the simulated model's own outputs move, relatively, at most.
+
+    All parameters that are not quantized change by a relative 1e-7, the size of float32's last
+    bits: with quantized activations some values then cross a rounding threshold.
+    """
+    quantized = {id(layer.matrix.layer.weight) for layer in quantized_layers(model)}
+    want = [module_runner("", model).run(*arguments(batch)) for batch in batches]
+    found = []
+    for seed in range(draws):
+        generator = torch.Generator().manual_seed(seed)
+        other = copy.deepcopy(model)
+        for parameter, own in zip(other.parameters(), model.parameters(), strict=True):
+            if id(own) not in quantized:
+                parameter *= 1 + 1e-7 * torch.randn(own.shape, generator=generator)
+        got = [module_runner("", other).run(*arguments(batch)) for batch in batches]
+        for left, right in zip(chain(*got), chain(*want), strict=True):
+            found.append(float((left - right).norm() / right.norm()))
+    return max(found)
 
 
 def exported(model: nn.Module, kind: str, folder: Path, batches: Sequence[Any]) -> Row:
@@ -154,6 +183,11 @@ def show(rows: Sequence[Row]) -> None:
         cells,
     )
     for row in rows:
+        if "drift" in row:
+            print(
+                f"{row['model']}, {row['settings']}: parameters that change by 1e-7 move the "
+                f"simulated model's outputs by up to {row['drift']:.2g}"
+            )
         if "refused" in row:
             print(f"{row['model']}, {row['settings']}, {row['format']} refused: {row['refused']}")
 

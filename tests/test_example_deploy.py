@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from adaround_ext import ActivationConfig
 from examples import deploy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,14 +27,18 @@ def test_rows_runs_and_refusals(
 ) -> None:
     for package in deploy.PACKAGES:
         pytest.importorskip(package.replace("-", "_"))
-    settings = {"4 bits": {"bits": 4}}
+    settings = {"4 bits": {"bits": 4}, "more": {"bits": 8, "activations": ActivationConfig()}}
     monkeypatch.setattr(deploy, "load", small)
     monkeypatch.setattr(deploy, "SETTINGS", {"residual": settings})
     output = tmp_path / "result.json"
     deploy.main(["--models", "residual", "--quick", "--output", str(output)])
     document = json.loads(output.read_text())
-    rows = {row["format"]: row for row in document["results"]}
+    rows = {row["format"]: row for row in document["results"] if row["settings"] == "4 bits"}
+    others = {row["format"]: row for row in document["results"] if row["settings"] == "more"}
     assert list(rows) == list(deploy.FORMATS)
+    assert list(others) == [None, *deploy.FORMATS]
+    assert 0 <= others[None]["drift"] < 1
+    assert not any(run["exact"] for run in others["onnx"]["runs"])
     assert set(document["packages"]) == set(deploy.PACKAGES)
     assert "must be a PreTrainedModel" in rows["compressed-tensors"]["refused"]
     assert "must be a Linear, got Conv2d" in rows["gguf"]["refused"]
