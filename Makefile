@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,8 +22,8 @@ help:  ## this list
 demo: build $(DONE)/demo  ## round a block of a trained encoder: a table, and a picture in demo_output
 	$(BIN)/python -m examples.demo $(ARGS)
 
-test: build $(DONE)/demo $(DONE)/test  ## all tests; ARGS goes to pytest
-	$(BIN)/python -m pytest $(ARGS)
+test: build $(DONE)/demo $(DONE)/test  ## all tests, WORKERS (2) at a time; ARGS goes to pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(ARGS)
 
 lint: $(DONE)/lint  ## check style and types
 	$(BIN)/ruff check .
@@ -63,7 +64,7 @@ $(DONE)/build: $(DONE)/venv $(DONE)/settings $(NATIVE)
 	@touch $@
 
 $(DONE)/test: $(DONE)/venv
-	$(PIP) pytest hypothesis onnx onnxscript ml_dtypes onnxruntime openvino compressed-tensors accelerate torchao gguf
+	$(PIP) pytest pytest-xdist hypothesis onnx onnxscript ml_dtypes onnxruntime openvino compressed-tensors accelerate torchao gguf
 	@touch $@
 
 $(DONE)/lint: $(DONE)/venv
