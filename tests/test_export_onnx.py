@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaround_ext.export.manifest import read_manifest
+from adaround_ext.export.manifest import read_manifest, write_manifest
 from adaround_ext.export.onnx import export_onnx, runners
 from adaround_ext.export.onnx_runtimes import matmul_nbits
 from benchmarks.minilm import load_encoder, text_batches
@@ -109,6 +109,17 @@ def test_groups_become_blocks_that_are_fused(tmp_path: Path) -> None:
     assert_same(model, tmp_path / "out", [batch])
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.ReLU6, nn.GELU])
+def test_products_before_an_activation_function(
+    tmp_path: Path, activation: type[nn.Module]
+) -> None:
+    """ONNX Runtime would fuse ReLU and Clip with Gemm, which would not become MatMulNBits."""
+    model = rounded(nn.Sequential(nn.Linear(64, 64), activation(), nn.Linear(64, 10)))
+    exported(model, torch.randn(4, 64), tmp_path / "out")
+    assert matmul_nbits(tmp_path / "out") == {"products": 2, "matmul_nbits": 2}
+    assert_same(model, tmp_path / "out", [torch.randn(9, 64)])
+
+
 def test_channel_blocks(tmp_path: Path) -> None:
     """Scales of channels and of tensors, repeated for blocks; groups keep their own."""
     settings = [
@@ -180,10 +191,18 @@ def test_size_of_what_is_stored(tmp_path: Path) -> None:
     assert stored == {"layers.4.weight_shape": 32}
 
 
-def test_external_data(tmp_path: Path) -> None:
+@pytest.mark.parametrize("chosen", [True, None])
+def test_external_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: bool | None
+) -> None:
+    """As the caller chooses, or from a size on, which here is a small one."""
+    monkeypatch.setattr("adaround_ext.export.onnx._LARGE", 1500)
+    model = rounded(nn.Sequential(nn.Linear(64, 3)))
+    export_onnx(model, torch.randn(2, 64), tmp_path / "small", external_data=chosen)
+    assert (tmp_path / "small" / "model.onnx.data").is_file() == bool(chosen)
     model = rounded(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 3)))
     x = torch.randn(2, 64)
-    export_onnx(model, x, tmp_path / "out", external_data=True)
+    export_onnx(model, x, tmp_path / "out", external_data=chosen)
     file = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False)
     outside = [tensor.name for tensor in file.graph.initializer if tensor.external_data]
     assert outside == ["0.weight"]  # what is small stays in the graph
@@ -352,3 +371,8 @@ def test_runners_refuse_other_arguments(tmp_path: Path) -> None:
         runner.run((ids, ids), {})
     with pytest.raises(FileNotFoundError):
         runners(tmp_path, model)
+    details = read_manifest(tmp_path / "out").details
+    del details["constants"]
+    write_manifest(tmp_path / "out", "onnx", details)
+    with pytest.raises(ValueError, match=r"details must have the keys .*, got missing 'constants'"):
+        runners(tmp_path / "out", model)

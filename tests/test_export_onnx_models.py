@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adaround_ext.export.onnx import runners
 from tests import models
 from tests.onnx_exports import Many, assert_same, exported, initializers, nodes, rounded
 
@@ -91,6 +92,7 @@ def test_circular_padding(tmp_path: Path) -> None:
     model = rounded(nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"))
     exported(model, torch.randn(2, 4, 5, 5), tmp_path / "out")
     assert_same(model, tmp_path / "out", [torch.randn(3, 4, 5, 5)])
+    assert all(r.name.startswith("onnxruntime") for r in runners(tmp_path / "out", model))
     with pytest.raises(ValueError, match="it has no circular padding"):
         exported(model, torch.randn(2, 4, 5, 5), tmp_path / "openvino", target="openvino")
 
@@ -102,6 +104,7 @@ def test_linears_of_any_rank(tmp_path: Path) -> None:
     file = exported(model, batch, tmp_path / "out")
     assert_same(model, tmp_path / "out", [batch])
     assert len(nodes(file, "MatMul")) == 4
+    assert [len(nodes(file, kind)) for kind in ("Add", "Sum")] == [1, 1]
     assert not nodes(file, "Gemm") + nodes(file, "Transpose")
 
 

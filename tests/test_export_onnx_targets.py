@@ -103,7 +103,7 @@ def exact_network() -> tuple[nn.Module, Tensor]:
         x,
         bits=4,
         granularity="per_tensor",
-        scale=torch.tensor(2.0**-5),
+        scale=torch.tensor([[2.0**-5]]),
         bias="keep",
         activations=ActivationConfig(bits=8),
     )
@@ -179,12 +179,13 @@ def test_asymmetric_weights_without_zero_points(tmp_path: Path, target: str) -> 
 
 
 def test_tensorrt(tmp_path: Path) -> None:
-    """A network that it takes, with blocks in Linears only."""
+    """A network that it takes, with groups in Linears only, which OpenVINO would get wrong."""
     model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 10))
     rounded(model[0], bits=8, narrow_range=True)
     rounded(model[3], granularity="per_group", group_size=48)
     file = exported(model, torch.randn(2, 4, 6, 6), tmp_path / "out", target="tensorrt")
     assert_same(model, tmp_path / "out", [torch.randn(3, 4, 6, 6)])
+    assert {r.name.split(",")[0] for r in runners(tmp_path / "out", model)} == {"onnxruntime"}
     places = [attributes(node) for node in nodes(file, "DequantizeLinear")]
     assert places == [{"axis": 0}, {"axis": 0, "block_size": 48}]
     assert initializers(file)["0.weight"].min() >= -127
@@ -207,24 +208,28 @@ def test_qnn(tmp_path: Path) -> None:
 
 
 def test_openvino(tmp_path: Path) -> None:
-    """Groups stay as they are; every form of weights is computed right."""
+    """Groups are cut to powers of two; for one token, few and many, as it has kernels for each."""
     pytest.importorskip("openvino", reason="needs openvino")
     settings = {"granularity": "per_group", "symmetric": False}
     layers = [
         (rounded(nn.Linear(96, 8), group_size=48, **settings), (96,)),
+        (rounded(nn.Linear(960, 8), group_size=320, **settings), (960,)),
         (rounded(nn.Linear(96, 8), bits=3, group_size=6, **settings), (96,)),
+        (rounded(nn.Linear(96, 8), bits=8, group_size=6, **settings), (96,)),
+        (rounded(nn.Linear(33, 8), bits=5, symmetric=False), (33,)),
         (rounded(nn.Linear(96, 8), bits=8, granularity="per_tensor"), (96,)),
         (rounded(nn.Conv2d(8, 6, 3), group_size=18, **settings), (8, 5, 5)),
         (rounded(nn.ConvTranspose2d(8, 6, 4), group_size=8, **settings), (8, 5, 5)),
         (rounded(nn.ConvTranspose2d(8, 6, 3, groups=2), symmetric=False), (8, 5, 5)),
     ]
     model = Many(*(layer for layer, _ in layers))
-    batch = [torch.randn(2, *size) for _, size in layers]
-    file = exported(model, batch, tmp_path / "out", target="openvino")
-    assert attributes(nodes(file, "DequantizeLinear")[0]) == {"axis": 0, "block_size": 48}
+    batches = [[torch.randn(count, *size) for _, size in layers] for count in (1, 4, 9)]
+    file = exported(model, batches[1], tmp_path / "out", target="openvino")
+    places = [attributes(node) for node in nodes(file, "DequantizeLinear")]
+    assert [place.get("block_size") for place in places[:4]] == [16, 64, 2, 2]
     exact = [runner.name for runner in runners(tmp_path / "out", model) if runner.exact]
     assert "openvino, float32" in exact
-    assert_same(model, tmp_path / "out", [batch])
+    assert_same(model, tmp_path / "out", batches)
 
 
 REFUSED: list[tuple[str, nn.Module, dict[str, Any], str]] = [
@@ -242,6 +247,13 @@ REFUSED: list[tuple[str, nn.Module, dict[str, Any], str]] = [
         {"granularity": "per_group", "group_size": 4},
         "it has no scales for groups of columns; quantize with granularity='per_channel'",
     ),
+    (
+        "openvino",
+        nn.Linear(9, 4),
+        {"granularity": "per_group", "group_size": 3, "bits": 8},
+        "it computes groups of 3 inputs wrongly; quantize with an even group_size",
+    ),
+    ("openvino", nn.Linear(9, 4), {}, "it computes 4-bit products with an odd number of inputs"),
     (
         "ort",
         nn.ConvTranspose2d(8, 6, 3),
@@ -263,7 +275,8 @@ def test_refused_layers(
 
 
 def test_the_lowest_code_of_8_bits(tmp_path: Path) -> None:
-    model = rounded(nn.Sequential(nn.Linear(8, 4)), bits=8, scale=torch.tensor(2e-3))
+    scale = torch.tensor([[2e-3]])
+    model = rounded(nn.Sequential(nn.Linear(8, 4)), bits=8, scale=scale)
     assert int(model[0].quantized_weight.codes.min()) == -128
     with pytest.raises(ValueError, match=r"must be at least -127, .*narrow_range=True"):
         exported(model, torch.randn(2, 8), tmp_path / "out", target="tensorrt")

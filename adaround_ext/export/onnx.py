@@ -25,9 +25,8 @@ from adaround_ext.export.onnx_names import (
     plain_leaves,
 )
 from adaround_ext.export.onnx_runtimes import FILE, KIND, runners
-from adaround_ext.export.onnx_targets import TARGETS
+from adaround_ext.export.onnx_targets import MATMUL_BLOCKS, TARGETS
 from adaround_ext.export.onnx_trace import automatic_shapes, marked
-from adaround_ext.export.onnx_weights import MATMUL_BLOCKS
 from adaround_ext.export.runner import arguments
 from adaround_ext.native import build_info
 from adaround_ext.trace import evaluation
@@ -60,8 +59,8 @@ def export_onnx(
 
     A weight w = s (q - z) becomes DequantizeLinear of its codes: those up to 4 bits as int4
     (symmetric) or uint4, others as int8 or uint8. Linears become DequantizeLinear -> MatMul -> Add
-    of a weight [in, out], quantizers of activations QuantizeLinear -> DequantizeLinear of int8 or
-    uint8 up to 8 bits, else int16 or uint16, behind Clip where the codes are fewer.
+    (or Sum) of a weight [in, out]; quantizers of activations QuantizeLinear -> DequantizeLinear of
+    int8 or uint8 up to 8 bits, else int16 or uint16, behind Clip where the codes are fewer.
 
     args: an example of what the model takes, like a batch of ``quantize_``; kwargs: more of it.
     target: "ort" (ONNX Runtime), "openvino", "tensorrt" or "qnn", which decides what is refused
@@ -69,7 +68,7 @@ def export_onnx(
     ``forward`` and of the output's fields unless they are given. dynamic_shapes: as torch.export
     takes them; with "auto" dimension 0 of inputs, and 1 of token ids and masks, may change where
     the model lets them. channel_blocks: repeats scales of Linears that have one a channel, or one,
-    for blocks of 16, 32, 64, 128 or 256 inputs: ONNX Runtime before 1.26 makes MatMulNBits of
+    for blocks of 16, 32, 64, 128 or 256 inputs: ONNX Runtime before 1.25 makes MatMulNBits of
     blocks only. external_data: weights in model.onnx.data; from 1.5 GiB on unless given.
 
     The model is not changed. Raises ImportError without onnx and onnxscript; TypeError and
@@ -175,7 +174,7 @@ def _graph(
         )
     assert program is not None
     graph = program.model
-    expand_(graph, contents.weight_of, contents.quantizer_of)
+    expand_(graph, contents.weight_of, contents.quantizer_of, contents.target.bias_apart)
     common.ClearMetadataAndDocStringPass()(graph)
     for value in (*graph.graph.inputs, *graph.graph.outputs, *graph.graph.initializers.values()):
         value.metadata_props.clear()

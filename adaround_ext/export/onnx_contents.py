@@ -11,7 +11,7 @@ from adaround_ext.activations import ActivationQuantizer
 from adaround_ext.attachment import quantizers
 from adaround_ext.export.layers import QuantizedLayer, quantized_layers, refuse
 from adaround_ext.export.onnx_activations import StoredQuantizer, stored_quantizer
-from adaround_ext.export.onnx_targets import Target
+from adaround_ext.export.onnx_targets import TARGETS, Target
 from adaround_ext.export.onnx_trace import is_plain_linear
 from adaround_ext.export.onnx_weights import StoredWeight, stored_weight
 
@@ -30,7 +30,7 @@ class Contents:
         self.layers = quantized_layers(model)
         found = {name: q for name, q in quantizers(model).items() if q.enabled}
         self.quantizer_names, self.quantizers = list(found), list(found.values())
-        self._target, self._channel_blocks = target, channel_blocks
+        self.target, self._channel_blocks = target, channel_blocks
         self._weights: dict[tuple[int, bool], StoredWeight] = {}
         self._used: dict[int, StoredWeight] = {}
         modules = [[model.get_submodule(n) for n in layer.names] for layer in self.layers]
@@ -50,11 +50,15 @@ class Contents:
 
     def quantizer_of(self, index: int) -> tuple[str, StoredQuantizer]:
         """The same for a quantizer."""
-        unsigned = self._target.unsigned_activations
+        unsigned = self.target.unsigned_activations
         return self.quantizer_names[index], stored_quantizer(self.quantizers[index], unsigned)
 
     def details(self) -> dict[str, Any]:
-        """Of the layers that are stored and of the quantizers, plain values."""
+        """Of the layers that are stored and of the quantizers, plain values.
+
+        With "openvino", whether that runtime would compute them right, too.
+        """
+        openvino = TARGETS["openvino"]
         return {
             "layers": {
                 self.layers[index].name: _layer_details(self.layers[index], stored)
@@ -64,6 +68,8 @@ class Contents:
                 name: {"bits": q.bits, "symmetric": q.symmetric}
                 for name, q in zip(self.quantizer_names, self.quantizers, strict=True)
             },
+            "openvino": not any(self._reasons(openvino, layer) for layer in self.layers)
+            and not any(openvino.refuses_quantizer(q) for q in self.quantizers),
         }
 
     def _stored(self, index: int, transpose: bool) -> StoredWeight:
@@ -73,8 +79,8 @@ class Contents:
             self._weights[key] = stored_weight(
                 layer,
                 transpose=transpose,
-                centred=not self._target.zero_points and not layer.symmetric,
-                blocks=self._target.matmul_blocks,
+                centred=not self.target.zero_points and not layer.symmetric,
+                blocks=self.target.linear_blocks,
                 channel_blocks=self._channel_blocks,
             )
         return self._weights[key]
@@ -86,22 +92,26 @@ class Contents:
                 f"weights must be float32 or float16, got {dtype}: ONNX Runtime has no other "
                 "DequantizeLinear on CPUs; convert the model before it is quantized"
             )
+        try:
+            return next(iter(self._reasons(self.target, layer)), None)
+        except ValueError as error:  # it has no form
+            return str(error)
+
+    def _reasons(self, target: Target, layer: QuantizedLayer) -> list[str]:
+        """Why a target cannot hold a layer, as it is stored for the model's own."""
         index = self.layers.index(layer)
         transposed = self._transposed[index]
-        reason = self._target.refuses_layer(layer, False not in transposed)
+        reason = target.refuses_layer(layer, plain=False not in transposed)
         if reason is not None:
-            return reason
-        try:
-            stored = [self._stored(index, transpose) for transpose in transposed]
-        except ValueError as error:
-            return str(error)
-        reasons = [self._target.refuses_weight(form) for form in stored]
-        return next((reason for reason in reasons if reason is not None), None)
+            return [reason]  # it may not fit what it would be stored in
+        forms = [self._stored(index, transpose) for transpose in transposed]
+        reasons = [target.refuses_weight(layer, form) for form in forms]
+        return [reason for reason in reasons if reason is not None]
 
     def _refuses_quantizer(self, quantizer: ActivationQuantizer) -> str | None:
         if not quantizer.ready or quantizer.observer is not None:
             return "it has no range yet, or is observing data for one"
-        reason = self._target.refuses_quantizer(quantizer)
+        reason = self.target.refuses_quantizer(quantizer)
         half = any(layer.matrix.weight.dtype == torch.float16 for layer in self.layers)
         if reason is None and half and stored_quantizer(quantizer).largest > _HALF_MAX:
             return "its largest values are beyond those of float16"

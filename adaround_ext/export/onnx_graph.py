@@ -19,13 +19,16 @@ WeightOf = Callable[[int, bool], tuple[str, StoredWeight]]
 QuantizerOf = Callable[[int], tuple[str, StoredQuantizer]]
 
 
-def expand_(model: ir.Model, weight_of: WeightOf, quantizer_of: QuantizerOf) -> None:
+def expand_(
+    model: ir.Model, weight_of: WeightOf, quantizer_of: QuantizerOf, bias_apart: bool
+) -> None:
     """Replaces all marked operators of an onnx_ir model.
 
     weight_of(index, transpose), quantizer_of(index): the name of a weight or quantizer in the model
     and what is stored for it; asked once each. Codes become initializers of that name; what belongs
     to them has "_scale" and the like behind it. Layers that hold one weight, and uses of one layer,
-    share them, but not DequantizeLinear, as runtimes fuse one with each use.
+    share them, but not DequantizeLinear, as runtimes fuse one with each use. bias_apart: see
+    :class:`adaround_ext.export.onnx_targets.Target`.
     """
     import onnx_ir as ir
     from onnx_ir.passes import common
@@ -35,7 +38,7 @@ def expand_(model: ir.Model, weight_of: WeightOf, quantizer_of: QuantizerOf) -> 
         if node.op_type != ACTIVATION:
             node.replace_input_with(1 if node.op_type == LINEAR else 0, None)
     common.RemoveUnusedNodesPass()(model)  # with the float weights, whose names the codes take
-    expander = _Expander(model.graph, cache(weight_of), cache(quantizer_of))
+    expander = _Expander(model.graph, cache(weight_of), cache(quantizer_of), bias_apart)
     for node in nodes:
         if node.graph is not None:  # else nothing used its output
             expander.expand(node)
@@ -43,9 +46,12 @@ def expand_(model: ir.Model, weight_of: WeightOf, quantizer_of: QuantizerOf) -> 
 
 
 class _Expander:
-    def __init__(self, graph: ir.Graph, weight_of: WeightOf, quantizer_of: QuantizerOf) -> None:
+    def __init__(
+        self, graph: ir.Graph, weight_of: WeightOf, quantizer_of: QuantizerOf, bias_apart: bool
+    ) -> None:
         self._graph = graph  # subgraphs see its initializers too
         self._weight_of, self._quantizer_of = weight_of, quantizer_of
+        self._bias_apart = bias_apart
         self._made: dict[StoredWeight | StoredQuantizer, dict[str, ir.Value]] = {}
 
     def expand(self, node: ir.Node) -> None:
@@ -62,7 +68,8 @@ class _Expander:
             if linear:
                 product = chain.add("MatMul", [inputs[0], weight])
                 for bias in inputs[1:]:
-                    chain.add("Add", [product, bias])
+                    apart = self._bias_apart and _is_float_matrix(inputs[0])
+                    chain.add("Sum" if apart else "Add", [product, bias])
         assert node.graph is not None
         ir.convenience.replace_nodes_and_values(
             node.graph, node, [node], chain.nodes, node.outputs, chain.nodes[-1].outputs
@@ -119,6 +126,13 @@ class _Expander:
         )
         self._graph.register_initializer(value)
         return value
+
+
+def _is_float_matrix(x: ir.Value) -> bool:
+    """Whether it has two dimensions and is not quantized."""
+    producer = x.producer()
+    quantized = producer is not None and producer.op_type == "DequantizeLinear"
+    return not quantized and x.shape is not None and len(x.shape) == 2
 
 
 class _Chain:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from adaround_ext.export.manifest import read_manifest
 from adaround_ext.export.onnx_names import bind, plain_leaves
 from adaround_ext.export.runner import Runner
+from adaround_ext.json_values import check_keys
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 KIND = "onnx"
 FILE = "model.onnx"
+_KEYS = {"target", "opset", "inputs", "constants", "outputs", "layers", "activations", "openvino"}
 _LEVEL = "session.qdq_matmulnbits_accuracy_level"
 
 Feeds = dict[str, "np.ndarray[Any, Any]"]
@@ -33,6 +35,7 @@ _FLIPS = (
     "threshold, as they do in PyTorch between batch sizes"
 )
 _INTEGERS = "layers with quantized activations are fused to integer operators, which round anew"
+_ORT_INTEGERS = f"{_INTEGERS}; session.disable_quant_qdq=1 leaves them as they are"
 _ORT_LEVEL = f"MatMulNBits quantizes activations to int8; {_LEVEL}=0 restores equality"
 _OV_SETTINGS = (
     "linear layers quantize activations to int8, and floats are bfloat16 or float16 where the CPU "
@@ -43,38 +46,57 @@ _OV_SETTINGS = (
 def runners(folder: Path, model: nn.Module) -> list[Runner]:
     """The file in each runtime that is installed, at settings that are exact and as it comes.
 
-    OpenVINO takes part for files of target "openvino", and for others that it can load. Raises
-    ImportError where neither onnxruntime nor openvino is installed, FileNotFoundError and
+    OpenVINO takes part for files of target "openvino", and for others that it computes right.
+    Raises ImportError where neither onnxruntime nor openvino is installed, FileNotFoundError and
     ValueError for a folder that is no whole export.
     """
     details = read_manifest(folder, KIND).details
+    check_keys(details, _KEYS, "details")
     path = folder / FILE
-    flips, integers = (_FLIPS, _INTEGERS) if details["activations"] else ("", "")
+    quantized = bool(details["activations"])
     found: list[tuple[str, str, Load]] = []
     if importlib.util.find_spec("onnxruntime") is not None:
+        plain, exact, default = (
+            cache(partial(_onnxruntime, path, *settings))
+            for settings in (("0", False), ("0", True), (None, True))
+        )
+        integers = _ORT_INTEGERS if quantized else ""
         found += [
-            ("onnxruntime, optimisations off", flips, partial(_onnxruntime, path, "0", False)),
-            ("onnxruntime, accuracy level 0", integers, partial(_onnxruntime, path, "0")),
-            ("onnxruntime, default", integers or _ORT_LEVEL, partial(_onnxruntime, path, None)),
+            ("onnxruntime, optimisations off", _FLIPS if quantized else "", plain),
+            ("onnxruntime, accuracy level 0", integers, exact),
+            ("onnxruntime, default", integers or _ORT_LEVEL, default),
         ]
-    if importlib.util.find_spec("openvino") is not None and _openvino_takes(path, details):
-        found += [
-            ("openvino, float32", integers, partial(_openvino, path, True)),
-            ("openvino, default", integers or _OV_SETTINGS, partial(_openvino, path, False)),
-        ]
+    if importlib.util.find_spec("openvino") is not None:
+        exact, default = (cache(partial(_openvino, path, exact)) for exact in (True, False))
+        integers = _INTEGERS if quantized else ""
+        if _openvino_takes(details, exact):
+            found += [
+                ("openvino, float32", integers, exact),
+                ("openvino, default", integers or _OV_SETTINGS, default),
+            ]
     if not found:
         needs = "running ONNX files needs the package onnxruntime or openvino"
         raise ImportError(f'{needs}: pip install "adaround_ext[export]"')
     return [Runner(name, not note, note, _run(model, details, load)) for name, note, load in found]
 
 
+def _openvino_takes(details: Mapping[str, Any], load: Load) -> bool:
+    if details["target"] == "openvino":
+        return True
+    if not details["openvino"]:
+        return False
+    try:
+        load()
+    except RuntimeError:  # an operator that it has not
+        return False
+    return True
+
+
 def _run(
     model: nn.Module, details: Mapping[str, Any], load: Load
 ) -> Callable[[tuple[Any, ...], dict[str, Any]], list[Tensor]]:
-    loaded = cache(load)
-
     def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        outputs = loaded()(_feeds(model, details, args, kwargs))
+        outputs = load()(_feeds(model, details, args, kwargs))
         return [torch.from_numpy(output) for output in outputs]
 
     return run
@@ -97,9 +119,7 @@ def _feeds(
     return {names[name]: leaves[name].detach().cpu().numpy() for name in names}
 
 
-def _onnxruntime(
-    path: Path, level: str | None, optimized: bool = True
-) -> Callable[[Feeds], list[Any]]:
+def _onnxruntime(path: Path, level: str | None, optimized: bool) -> Callable[[Feeds], list[Any]]:
     session = _session(path, level, optimized)
     return lambda feeds: list(session.run(None, feeds))
 
@@ -169,13 +189,3 @@ def _openvino(path: Path, exact: bool) -> Callable[[Feeds], list[Any]]:
         return [found[output].copy() for output in compiled.outputs]
 
     return run
-
-
-def _openvino_takes(path: Path, details: Mapping[str, Any]) -> bool:
-    if details["target"] == "openvino":
-        return True
-    try:
-        _openvino(path, True)
-    except RuntimeError:  # an operator that it has not
-        return False
-    return True

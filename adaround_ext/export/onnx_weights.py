@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from math import gcd
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaround_ext.export.layers import QuantizedLayer
-
-# Blocks that ONNX Runtime turns into MatMulNBits. Larger ones it computes wrongly before 1.29
-# (microsoft/onnxruntime#28551) and refuses in 1.29; smaller ones it leaves as they are.
-MATMUL_BLOCKS = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,33 +49,27 @@ def stored_weight(
     *,
     transpose: bool = False,
     centred: bool = False,
-    blocks: bool = False,
+    blocks: Collection[int] = (),
     channel_blocks: int | None = None,
 ) -> StoredWeight:
     """The form with the fewest scales that gives the weight exactly.
 
     transpose: a Linear's weight as [in, out], the second factor of MatMul, not in its own shape.
-    centred: codes - zero_point are stored, without zero points. With transpose, ``blocks``: groups
-    become the largest of MATMUL_BLOCKS that divides them, if any; ``channel_blocks``: scales of
-    whole channels, too, are repeated for blocks of so many inputs.
+    centred: codes - zero_point are stored, without zero points. Of a Linear, groups of columns are
+    cut to the largest of ``blocks`` that divides them, if any; with transpose, ``channel_blocks``
+    repeats scales of whole channels, too, for blocks of so many inputs.
 
     Raises ValueError where there is no such form.
     """
-    scale, zero_point, codes = layer.weight.scale, layer.weight.zero_point, layer.weight.codes
+    scale, codes = layer.weight.scale, layer.weight.codes
     runs = torch.arange(scale.numel(), dtype=torch.int32, device=codes.device).view(scale.shape)
     runs = runs.repeat_interleave(layer.group_size, 1).expand(layer.rows, -1)
-    form = _form(layer, runs, transpose)
-    if transpose and channel_blocks is not None and form.block_size is None:
-        form = _blocked(layer.matrix.weight_from_matrix(runs).t(), 0, channel_blocks)
-    elif transpose and blocks and form.block_size is not None and form.axis == 0:
-        size = gcd(form.block_size, MATMUL_BLOCKS[-1])
-        if size in MATMUL_BLOCKS:
-            form = _blocked(layer.matrix.weight_from_matrix(runs).t(), 0, size)
-    offset = None if layer.symmetric else zero_point.reshape(-1)
+    form = _form(layer, runs, transpose, blocks, channel_blocks)
+    zero_point = None if layer.symmetric else layer.weight.zero_point.reshape(-1)
     bits = layer.bits
-    if centred and offset is not None:
-        codes = (codes.int() - offset[runs.long()]).to(torch.int8)
-        offset, bits = None, bits + 1
+    if centred and zero_point is not None:
+        codes = (codes.int() - zero_point[runs.long()]).to(torch.int8)
+        zero_point, bits = None, bits + 1
     own = layer.matrix.weight_from_matrix(codes)
     sign = "int" if codes.dtype == torch.int8 else "uint"
     run = form.run.long()
@@ -87,11 +77,19 @@ def stored_weight(
         codes=(own.t() if transpose else own).reshape(form.shape).contiguous(),
         storage=f"{sign}4" if bits <= 4 else f"{sign}8",
         scale=_scale(layer).reshape(-1)[run],
-        zero_point=None if offset is None else offset[run].to(codes.dtype),
+        zero_point=None if zero_point is None else zero_point[run].to(codes.dtype),
         axis=form.axis,
         block_size=form.block_size,
         reshape=None if transpose or form.shape == own.shape else tuple(own.shape),
     )
+
+
+def _scale(layer: QuantizedLayer) -> Tensor:
+    """In float16 for a weight in it, where that is exact: the product then is rounded once, too."""
+    scale = layer.weight.scale
+    half = scale.to(torch.float16)
+    exact = layer.matrix.weight.dtype == torch.float16 and torch.equal(half.float(), scale)
+    return half if exact else scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,27 +102,34 @@ class _Form:
     block_size: int | None = None
 
 
-def _scale(layer: QuantizedLayer) -> Tensor:
-    """In float16 for a weight in it, where that is exact: the product then is rounded once, too."""
-    scale = layer.weight.scale
-    half = scale.to(torch.float16)
-    exact = layer.matrix.weight.dtype == torch.float16 and torch.equal(half.float(), scale)
-    return half if exact else scale
-
-
-def _form(layer: QuantizedLayer, runs: Tensor, transpose: bool) -> _Form:
-    """For the scale of each weight as a matrix [rows, cols]."""
-    own = layer.matrix.weight_from_matrix(runs)
-    found = list(_forms(own.t() if transpose else own))
+def _form(
+    layer: QuantizedLayer,
+    matrix: Tensor,
+    transpose: bool,
+    blocks: Collection[int],
+    channel_blocks: int | None,
+) -> _Form:
+    """See :func:`stored_weight`. matrix: which scale belongs to each weight [rows, cols]."""
+    own = layer.matrix.weight_from_matrix(matrix)
+    stored = own.t() if transpose else own
+    found = list(_forms(stored))
     # The matrix itself, and Reshape, where that gives the weight: not where layers reorder theirs.
-    if not transpose and torch.equal(own.reshape(runs.shape), runs):
-        found += _forms(runs)
+    if not transpose and torch.equal(own.reshape(matrix.shape), matrix):
+        found += _forms(matrix)
     if not found:
         raise ValueError(
             f"DequantizeLinear has no form for groups of {layer.group_size} in a weight of shape "
             f"{list(own.shape)}"
         )
-    return min(found, key=lambda form: form.run.numel())
+    best = min(found, key=lambda form: form.run.numel())
+    inputs = 0 if transpose else 1  # the dimension of a Linear's
+    if transpose and channel_blocks is not None and layer.granularity != "per_group":
+        return _blocked(stored, inputs, channel_blocks)
+    run = best.block_size
+    if run is not None and best.axis == inputs and isinstance(layer.module, nn.Linear):
+        size = max((block for block in blocks if run % block == 0), default=run)
+        return _blocked(stored, inputs, size)
+    return best
 
 
 def _forms(runs: Tensor) -> Iterator[_Form]:
