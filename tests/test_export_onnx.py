@@ -196,7 +196,7 @@ def test_external_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: bool | None
 ) -> None:
     """As the caller chooses, or from a size on, which here is a small one."""
-    monkeypatch.setattr("adaround_ext.export.onnx._LARGE", 1500)
+    monkeypatch.setattr("adaround_ext.export.onnx_program._LARGE", 1500)
     model = rounded(nn.Sequential(nn.Linear(64, 3)))
     export_onnx(model, torch.randn(2, 64), tmp_path / "small", external_data=chosen)
     assert (tmp_path / "small" / "model.onnx.data").is_file() == bool(chosen)

@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,22 +29,20 @@ from adaround_ext.export.manifest import new_export, read_manifest
 from adaround_ext.export.onnx_names import (
     bind,
     chosen_names,
+    distinct,
     name_axes_,
     name_values_,
     ordered,
     output_names_of,
 )
-from adaround_ext.export.onnx_trace import automatic_shapes, is_plain_linear, marked
+from adaround_ext.export.onnx_program import output_of, save, traced
+from adaround_ext.export.onnx_trace import automatic_shapes, is_plain_linear
 from adaround_ext.export.runner import Runner, arguments
 from adaround_ext.native import build_info
 from adaround_ext.trace import evaluation
 
-if TYPE_CHECKING:
-    import onnx_ir as ir
-
 KIND = "aimet"
 MODEL, ENCODINGS = "model.onnx", "model.encodings"
-_LARGE = 3 << 29  # bytes of all initializers: 1.5 GiB; one file cannot have 2 GiB
 
 
 def export_aimet(
@@ -72,17 +70,18 @@ def export_aimet(
     if placed and version != "1.0.0":
         rule = "version must be '1.0.0' for quantized activations"
         raise ValueError(f"{rule}, got {version!r} and {', '.join(placed)}")
-    positional, named = ordered(model, *arguments(args))
+    positional, named = distinct(ordered(model, *arguments(args)))
     with new_export(folder, KIND) as (part, details), evaluation(model):
         inputs, outputs = _names(model, positional, named)
-        traced = _trace(model, positional, named, layers, list(placed.values()))
-        graph = FloatGraph(traced, layers)
-        name_axes_(traced)
-        name_values_(traced, inputs, outputs)
+        shapes = automatic_shapes(model, positional, named)
+        program = traced(model, layers, list(placed.values()), positional, named, shapes)
+        graph = FloatGraph(program, layers)
+        name_axes_(program)
+        name_values_(program, inputs, outputs)
         weights = {name: encodings[layer.name] for name, layer in graph.weights().items()}
         places = list(placed.items())
         activations = {name: places[index] for name, index in graph.activations().items()}
-        _save(traced, part / MODEL)
+        save(program, part / MODEL)
         grids = {name: _of_quantizer(quantizer) for name, (_, quantizer) in activations.items()}
         text = json.dumps(_content(grids, weights, version))
         (part / ENCODINGS).write_text(text, encoding="utf-8")
@@ -166,47 +165,9 @@ def _names(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[list[str], list[str]]:
     """Of the tensors that go into the model and come out of it."""
-    try:
-        output = model(*args, **kwargs)
-    except Exception as error:
-        got = f"{type(error).__name__}: {error}"
-        raise ValueError(f"args must be what the model takes, got {got}") from error
+    output = output_of(model, args, kwargs)
     inputs = [name for name, x in bind(model, args, kwargs).items() if isinstance(x, Tensor)]
     return inputs, chosen_names("outputs", None, output_names_of(output), inputs)
-
-
-def _trace(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    layers: Sequence[QuantizedLayer],
-    placed: Sequence[ActivationQuantizer],
-) -> ir.Model:
-    """The model as a graph whose quantized layers and quantizers are marked."""
-    with (
-        torch.compiler.set_stance("default"),  # torch.cond compiles its branches
-        marked(model, layers, placed, kwargs) as called,
-    ):
-        try:
-            program = torch.onnx.export(
-                model,
-                args if kwargs else (*args, {}),  # a dict at the end would be taken for kwargs
-                kwargs=kwargs,
-                dynamic_shapes=automatic_shapes(model, args, kwargs),
-                dynamo=True,
-                verbose=False,
-            )
-        except Exception as error:
-            cause = error.__cause__ or error
-            rule = "model must be one that torch.onnx.export can trace"
-            raise ValueError(f"{rule}, got {type(cause).__name__}: {cause}") from error
-    missing = [layer.name for index, layer in enumerate(layers) if index not in called]
-    if missing:
-        rule = "args must lead through every quantized layer"
-        raise ValueError(f"{rule}, got none for {', '.join(missing)}")
-    assert program is not None
-    traced: ir.Model = program.model
-    return traced
 
 
 def _content(
@@ -223,19 +184,3 @@ def _content(
     if version == "1.0.0":
         return content | entries
     return content | {"encodings": [entry for kind in entries.values() for entry in kind]}
-
-
-def _save(traced: ir.Model, path: Path) -> None:
-    """Without traces of the machine that made it."""
-    import onnx_ir as ir
-    from onnx_ir.passes import common
-
-    common.ClearMetadataAndDocStringPass()(traced)
-    graph = traced.graph
-    for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
-        value.metadata_props.clear()
-    traced.producer_name = "adaround_ext"
-    traced.producer_version = str(build_info()["version"])
-    constants = (value.const_value for value in graph.initializers.values())
-    size = sum(constant.nbytes for constant in constants if constant is not None)
-    ir.save(traced, path, external_data=f"{MODEL}.data" if size >= _LARGE else None)

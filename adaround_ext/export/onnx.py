@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from adaround_ext.export.manifest import new_export
@@ -24,20 +22,15 @@ from adaround_ext.export.onnx_names import (
     output_names_of,
     plain_leaves,
 )
+from adaround_ext.export.onnx_program import output_of, save, traced
 from adaround_ext.export.onnx_runtimes import FILE, KIND, runners
 from adaround_ext.export.onnx_targets import MATMUL_BLOCKS, TARGETS
-from adaround_ext.export.onnx_trace import automatic_shapes, marked
+from adaround_ext.export.onnx_trace import automatic_shapes
 from adaround_ext.export.runner import arguments
-from adaround_ext.native import build_info
 from adaround_ext.trace import evaluation
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 __all__ = ["export_onnx", "runners"]
 
-_LARGE = 3 << 29  # bytes of all initializers: 1.5 GiB; one file cannot have 2 GiB
-_SMALL = 1024  # bytes of an initializer that stays in the file of the graph
 _FIRST_OPSET = 21  # with int4 and blocks
 
 
@@ -84,17 +77,21 @@ def export_onnx(
     with new_export(folder, KIND) as (part, details), evaluation(model):
         leaves = bind(model, positional, named)
         tensors = [name for name, leaf in leaves.items() if isinstance(leaf, Tensor)]
-        found = output_names_of(_output(model, positional, named))
+        found = output_names_of(output_of(model, positional, named))
         inputs = chosen_names("input_names", input_names, tensors)
         outputs = chosen_names("output_names", output_names, found, inputs)
         if isinstance(dynamic_shapes, str):
             shapes = automatic_shapes(model, positional, named)
-            graph = _graph(model, contents, positional, named, shapes, opset)
-            name_axes_(graph)
         else:
-            graph = _graph(model, contents, positional, named, dynamic_shapes, opset)
+            shapes = dynamic_shapes
+        graph = traced(
+            model, contents.layers, contents.quantizers, positional, named, shapes, opset
+        )
+        expand_(graph, contents.weight_of, contents.quantizer_of, contents.target.bias_apart)
+        if isinstance(dynamic_shapes, str):
+            name_axes_(graph)
         name_values_(graph, inputs, outputs)
-        _save(graph, part, external_data)
+        save(graph, part / FILE, external_data)
         details.update(
             target=target,
             opset=opset,
@@ -126,68 +123,3 @@ def _check_options(target: str, opset: int, channel_blocks: int | None, shapes: 
         raise ValueError(f"{rule}, got {channel_blocks!r} for {target!r}")
     if isinstance(shapes, str) and shapes != "auto":
         raise ValueError(f"dynamic_shapes must be 'auto' or as torch.export's, got {shapes!r}")
-
-
-def _output(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> object:
-    try:
-        return model(*args, **kwargs)
-    except Exception as error:
-        got = f"{type(error).__name__}: {error}"
-        raise ValueError(f"args must be what the model takes, got {got}") from error
-
-
-def _graph(
-    model: nn.Module,
-    contents: Contents,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    shapes: Any,
-    opset: int,
-) -> ir.Model:
-    """The model as an onnx_ir model, without traces of the machine that made it."""
-    from onnx_ir.passes import common
-
-    with (
-        torch.compiler.set_stance("default"),  # torch.cond compiles its branches
-        marked(model, contents.layers, contents.quantizers, kwargs) as called,
-    ):
-        try:
-            program = torch.onnx.export(
-                model,
-                args if kwargs else (*args, {}),  # a dict at the end would be taken for kwargs
-                kwargs=kwargs,
-                dynamic_shapes=shapes,
-                opset_version=opset,
-                dynamo=True,
-                verbose=False,
-            )
-        except Exception as error:
-            cause = error.__cause__ or error
-            raise ValueError(
-                f"model must be one that torch.onnx.export can trace, got {type(cause).__name__}: "
-                f"{cause}"
-            ) from error
-    missing = [layer.name for i, layer in enumerate(contents.layers) if i not in called]
-    if missing:
-        raise ValueError(
-            f"args must lead through every quantized layer, got none for {', '.join(missing)}"
-        )
-    assert program is not None
-    graph = program.model
-    expand_(graph, contents.weight_of, contents.quantizer_of, contents.target.bias_apart)
-    common.ClearMetadataAndDocStringPass()(graph)
-    for value in (*graph.graph.inputs, *graph.graph.outputs, *graph.graph.initializers.values()):
-        value.metadata_props.clear()
-    graph.producer_name = "adaround_ext"
-    graph.producer_version = str(build_info()["version"])
-    return graph
-
-
-def _save(graph: ir.Model, folder: Path, external_data: bool | None) -> None:
-    import onnx_ir as ir
-
-    weights = [value.const_value for value in graph.graph.initializers.values()]
-    if external_data is None:
-        external_data = sum(weight.nbytes for weight in weights if weight is not None) >= _LARGE
-    data = f"{FILE}.data" if external_data else None
-    ir.save(graph, folder / FILE, external_data=data, size_threshold_bytes=_SMALL)

@@ -35,6 +35,7 @@ class Contents:
         self._used: dict[int, StoredWeight] = {}
         modules = [[model.get_submodule(n) for n in layer.names] for layer in self.layers]
         self._transposed = [{is_plain_linear(module) for module in group} for group in modules]
+        self._half = any(layer.matrix.weight.dtype == torch.float16 for layer in self.layers)
         refuse(f"an ONNX file for {target.name}", self.layers, self._refuses_layer)
         for name, quantizer in found.items():
             reason = self._refuses_quantizer(quantizer)
@@ -56,7 +57,7 @@ class Contents:
     def details(self) -> dict[str, Any]:
         """Of the layers that are stored and of the quantizers, plain values.
 
-        With "openvino", whether that runtime would compute them right, too.
+        half: whether weights are float16. openvino: whether that runtime computes them right, too.
         """
         openvino = TARGETS["openvino"]
         return {
@@ -68,6 +69,7 @@ class Contents:
                 name: {"bits": q.bits, "symmetric": q.symmetric}
                 for name, q in zip(self.quantizer_names, self.quantizers, strict=True)
             },
+            "half": self._half,
             "openvino": not any(self._reasons(openvino, layer) for layer in self.layers)
             and not any(openvino.refuses_quantizer(q) for q in self.quantizers),
         }
@@ -112,8 +114,7 @@ class Contents:
         if not quantizer.ready or quantizer.observer is not None:
             return "it has no range yet, or is observing data for one"
         reason = self.target.refuses_quantizer(quantizer)
-        half = any(layer.matrix.weight.dtype == torch.float16 for layer in self.layers)
-        if reason is None and half and stored_quantizer(quantizer).largest > _HALF_MAX:
+        if reason is None and self._half and stored_quantizer(quantizer).largest > _HALF_MAX:
             return "its largest values are beyond those of float16"
         return reason
 

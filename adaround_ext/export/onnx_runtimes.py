@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 KIND = "onnx"
 FILE = "model.onnx"
-_KEYS = {"target", "opset", "inputs", "constants", "outputs", "layers", "activations", "openvino"}
+_KEYS = {"target", "opset", "inputs", "constants", "outputs"}
+_KEYS |= {"layers", "activations", "half", "openvino"}
 _LEVEL = "session.qdq_matmulnbits_accuracy_level"
 
 Feeds = dict[str, "np.ndarray[Any, Any]"]
@@ -34,6 +35,7 @@ _FLIPS = (
     "activations are quantized: float32 sums in another order move some across a rounding "
     "threshold, as they do in PyTorch between batch sizes"
 )
+_HALF = "the model is float16, which runtimes sum in float32 and round elsewhere than PyTorch"
 _INTEGERS = "layers with quantized activations are fused to integer operators, which round anew"
 _ORT_INTEGERS = f"{_INTEGERS}; session.disable_quant_qdq=1 leaves them as they are"
 _ORT_LEVEL = f"MatMulNBits quantizes activations to int8; {_LEVEL}=0 restores equality"
@@ -54,6 +56,7 @@ def runners(folder: Path, model: nn.Module) -> list[Runner]:
     check_keys(details, _KEYS, "details")
     path = folder / FILE
     quantized = bool(details["activations"])
+    half = _HALF if details["half"] else ""
     found: list[tuple[str, str, Load]] = []
     if importlib.util.find_spec("onnxruntime") is not None:
         plain, exact, default = (
@@ -77,7 +80,10 @@ def runners(folder: Path, model: nn.Module) -> list[Runner]:
     if not found:
         needs = "running ONNX files needs the package onnxruntime or openvino"
         raise ImportError(f'{needs}: pip install "adaround_ext[export]"')
-    return [Runner(name, not note, note, _run(model, details, load)) for name, note, load in found]
+    return [
+        Runner(name, not (note or half), note or half, _run(model, details, load))
+        for name, note, load in found
+    ]
 
 
 def _openvino_takes(details: Mapping[str, Any], load: Load) -> bool:
