@@ -13,7 +13,6 @@ import safetensors.torch
 import torch
 
 from adaround_ext.cli_options import DTYPES
-from adaround_ext.cli_show import Output
 from adaround_ext.cli_sources import Source, load_data, load_model
 from adaround_ext.export.formats import FORMATS, TRACED, export_model
 from adaround_ext.export.manifest import NAME, read_manifest
@@ -23,8 +22,8 @@ from adaround_ext.export.safetensors import KIND, load_quantized
 _EXAMPLE = "A short text, as this model may get it."
 
 
-def export(args: Namespace) -> Output:
-    """Writes a quantized model in the formats asked for; lists what was written and refused."""
+def export(args: Namespace) -> tuple[dict[str, Any], str, bool]:
+    """Writes a quantized model in the formats asked for; whether all that were named are there."""
     source = load_run(args.run, args.model, args.quiet)
     kinds = list(FORMATS) if "all" in args.format else list(dict.fromkeys(args.format))
     if args.output is not None and len(kinds) > 1:
@@ -54,7 +53,8 @@ def export(args: Namespace) -> Output:
             written[kind] = str(folder)
     lines = [f"{kind}: written to {folder}" for kind, folder in written.items()]
     lines += [f"{kind}: refused: {reason}" for kind, reason in refused.items()]
-    return {"written": written, "refused": refused}, "" if args.quiet else "\n".join(lines)
+    text = "" if args.quiet else "\n".join(lines)
+    return {"written": written, "refused": refused}, text, "all" in args.format or not refused
 
 
 def verify(args: Namespace) -> tuple[dict[str, Any], str, bool]:

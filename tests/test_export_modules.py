@@ -143,3 +143,15 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"packing cannot hold this model: 0: .*, got .*Loud"):
         pack_(model)
     assert list(model) == before
+    alone = quantized(nn.Linear(4, 2), torch.randn(32, 4))
+    with pytest.raises(ValueError, match="got one that is a layer itself"):
+        pack_(alone)
+    model = quantized(nn.Sequential(nn.Linear(4, 2)), torch.randn(32, 4))
+    own = model[0].forward
+    model[0].forward = lambda x: 2 * own(x)
+    with pytest.raises(ValueError, match="must have the forward of its class"):
+        pack_(model)
+    del model[0].forward
+    for width in (3, 5):
+        with pytest.raises(ValueError, match=f"input must have 4 features .*, got .* {width}"):
+            packed(model)(torch.randn(2, width))

@@ -24,9 +24,10 @@ def test_equal_models(tmp_path: Path) -> None:
     model, x = tied()
     quantized(model, x)
     model.train()
+    model.first.eval()
     save_quantized(model, tmp_path / "saved")
     report = verify(model, [tmp_path / "saved"], [x, (x[:2],), {"ids": x[:1]}])
-    assert model.training
+    assert (model.training, model.first.training) == (True, False)
     assert (report.ok, report.batches, report.model) == (True, 3, "Tied")
     assert [run.runner for run in report.runs] == ["load_quantized", "QuantLinear, QuantConv"]
     exact, packed = report.runs
@@ -87,6 +88,11 @@ def test_bad_arguments(tmp_path: Path) -> None:
     save_quantized(model, tmp_path / "saved")
     with pytest.raises(ValueError, match="data must hold at least one batch, got none"):
         verify(model, [tmp_path / "saved"], [])
+    with pytest.raises(ValueError, match="folders must hold at least one export, got none"):
+        verify(model, [], [x])
+    with pytest.raises(TypeError, match="model must be a torch module, got NoneType"):
+        verify(None, [tmp_path / "saved"], [x])  # type: ignore[arg-type]
+    assert verify(model, tmp_path / "saved", x).ok  # one folder, one batch
     with pytest.raises(FileNotFoundError, match="must be a directory that an export wrote"):
         verify(model, [tmp_path], [x])
     write_manifest(tmp_path / "saved", "other", read_manifest(tmp_path / "saved").details)

@@ -155,6 +155,30 @@ def test_codes_alone_belong_to_their_model(tmp_path: Path) -> None:
     assert all(torch.equal(before[key], value) for key, value in base.state_dict().items())
 
 
+def test_the_current_directory_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = tied()
+    quantized(model, x)
+    (tmp_path / "here").mkdir(mode=0o700)
+    monkeypatch.chdir(tmp_path / "here")
+    save_quantized(model, ".")
+    assert Path(NAME).exists()
+    assert Path(".").stat().st_mode & 0o777 == 0o700
+    assert Path(FILE).stat().st_mode == Path(NAME).stat().st_mode  # that of the umask
+    assert_same(load_quantized(".", tied()[0]), model)
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_models_of_inference_mode_are_refused(tmp_path: Path) -> None:
+    model, x = convolutional()
+    quantized(model, x)
+    save_quantized(model, tmp_path / "saved")
+    with torch.inference_mode():
+        target, _ = convolutional()
+    with pytest.raises(ValueError, match="model must not be made in inference_mode"):
+        load_quantized(tmp_path / "saved", target)
+    assert isinstance(target[1], nn.BatchNorm2d)
+
+
 def test_codes_beside_other_files(tmp_path: Path) -> None:
     model, x = tied()
     base = copy.deepcopy(model)

@@ -46,11 +46,25 @@ def new_export(folder: str | os.PathLike[str], kind: str) -> Iterator[tuple[Path
     try:
         details: dict[str, Any] = {}
         yield part, details
+        for path in part.rglob("*"):
+            if path.is_file():
+                path.chmod(0o666 & ~_umask())  # some libraries write for the owner alone
         write_manifest(part, kind, details)
-        os.replace(part, folder)
+        if folder.exists():  # kept: it may be somebody's current directory
+            for path in part.iterdir():
+                path.rename(folder / path.name)
+            part.rmdir()
+        else:
+            os.replace(part, folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_manifest(

@@ -81,7 +81,10 @@ class QuantLinear(PackedLayer):
         self.in_features, self.out_features = module.in_features, module.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] to [..., out_features]."""
+        """x [..., in_features] to [..., out_features]; ValueError for another width."""
+        if x.shape[-1:] != (self.in_features,):  # the op sees whole bytes of codes only
+            rule = f"input must have {self.in_features} features in its last dimension"
+            raise ValueError(f"{rule}, got shape {list(x.shape)}")
         return packed_linear(
             x, self.packed, self.scale, self.zero_point, self.bias, self.bits, self.qmin
         )
@@ -100,6 +103,8 @@ def pack_(model: nn.Module) -> None:
     :func:`quantized_layers`, and for layers whose class does more than its base.
     """
     layers = quantized_layers(model)
+    if any("" in layer.names for layer in layers):
+        raise ValueError("model must hold its quantized layers, got one that is a layer itself")
     modules = dict(model.named_modules(remove_duplicate=False))
     refuse("packing", layers, lambda layer: _obstacle(modules[layer.name]))
     made: dict[nn.Module, PackedLayer] = {}
@@ -119,6 +124,8 @@ def pack_(model: nn.Module) -> None:
 
 
 def _obstacle(module: nn.Module) -> str | None:
+    if "forward" in module.__dict__:
+        return "it must have the forward of its class, got one of its own"
     if type(module).__module__.startswith("torch.nn.modules."):
         return None
     return f"it must be a layer of torch itself, got {type(module).__qualname__}"

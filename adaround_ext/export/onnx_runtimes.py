@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from adaround_ext.export.manifest import read_manifest
 from adaround_ext.export.onnx_names import bind, plain_leaves
-from adaround_ext.export.runner import Runner
+from adaround_ext.export.runner import FLIPS, Runner
 from adaround_ext.json_values import check_keys
 
 if TYPE_CHECKING:
@@ -31,10 +31,6 @@ _LEVEL = "session.qdq_matmulnbits_accuracy_level"
 Feeds = dict[str, "np.ndarray[Any, Any]"]
 Load = Callable[[], Callable[[Feeds], list[Any]]]
 
-_FLIPS = (
-    "activations are quantized: float32 sums in another order move some across a rounding "
-    "threshold, as they do in PyTorch between batch sizes"
-)
 _HALF = "the model is float16, which runtimes sum in float32 and round elsewhere than PyTorch"
 _INTEGERS = "layers with quantized activations are fused to integer operators, which round anew"
 _ORT_INTEGERS = f"{_INTEGERS}; session.disable_quant_qdq=1 leaves them as they are"
@@ -65,7 +61,7 @@ def runners(folder: Path, model: nn.Module) -> list[Runner]:
         )
         integers = _ORT_INTEGERS if quantized else ""
         found += [
-            ("onnxruntime, optimisations off", _FLIPS if quantized else "", plain),
+            ("onnxruntime, optimisations off", FLIPS if quantized else "", plain),
             ("onnxruntime, accuracy level 0", integers, exact),
             ("onnxruntime, default", integers or _ORT_LEVEL, default),
         ]

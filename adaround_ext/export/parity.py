@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from adaround_ext.export.formats import format_module
 from adaround_ext.export.manifest import read_manifest
 from adaround_ext.export.runner import Runner, arguments, module_runner
+from adaround_ext.trace import evaluation
 
 TOLERANCE = 1e-5  # of the relative error: float32 sums in another order
 
@@ -90,7 +91,7 @@ class ParityReport:
 
 def verify(
     model: nn.Module,
-    folders: Iterable[str | os.PathLike[str]],
+    folders: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     data: Iterable[Any],
     *,
     tolerance: float = TOLERANCE,
@@ -100,19 +101,21 @@ def verify(
     data: batches as the model takes them. Raises ValueError for a damaged directory, one of an
     unknown format, and without data; ImportError where a runtime is not installed.
     """
-    batches = [arguments(batch) for batch in data]
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch module, got {type(model).__name__}")
+    folders = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
+    if not folders:
+        raise ValueError("folders must hold at least one export, got none")
+    batches = [arguments(batch) for batch in ([data] if isinstance(data, Tensor) else data)]
     if not batches:
         raise ValueError("data must hold at least one batch, got none")
-    training = model.training
-    try:
+    with evaluation(model):
         wanted = [module_runner("simulated", model).run(*batch) for batch in batches]
         runs = [
             _compare(kind, runner, batches, wanted)
             for folder in folders
             for kind, runner in _runners(Path(folder), model)
         ]
-    finally:
-        model.train(training)
     return ParityReport(type(model).__name__, len(batches), tolerance, tuple(runs))
 
 

@@ -29,6 +29,9 @@ def restore_(
     Raises ValueError, starting with ``rule`` where the files are at fault, before anything of the
     model is changed.
     """
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ValueError(f"model must not be made in inference_mode, as {name} was")
     matrices = stored.check_layers(model)
     _check_identities(stored, model)
     _check_tensors(stored, matrices, tensors, model, rule)

@@ -10,6 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+FLIPS = (
+    "activations are quantized: float32 sums in another order move some across a rounding "
+    "threshold, as they do in PyTorch between batch sizes"
+)
+
 
 @dataclass(frozen=True)
 class Runner:

@@ -25,7 +25,7 @@ from adaround_ext.export.layers import QuantizedLayer, quantized_layers
 from adaround_ext.export.manifest import new_export, read_manifest, write_manifest
 from adaround_ext.export.modules import pack_
 from adaround_ext.export.restore import restore_
-from adaround_ext.export.runner import Runner, module_runner
+from adaround_ext.export.runner import FLIPS, Runner, module_runner
 from adaround_ext.export.stored import (
     QUANTIZER,
     StoredLayer,
@@ -124,7 +124,10 @@ def load_quantized(
 def runners(folder: Path, model: nn.Module) -> list[Runner]:
     """The model with its weights as floating point, and with packed codes."""
     plain, packed = (load_quantized(folder, copy.deepcopy(model), packed=p) for p in (False, True))
-    return [module_runner("load_quantized", plain), module_runner("QuantLinear, QuantConv", packed)]
+    compact = module_runner("QuantLinear, QuantConv", packed)
+    if quantizers(packed):
+        compact = dataclasses.replace(compact, exact=False, note=FLIPS)
+    return [module_runner("load_quantized", plain), compact]
 
 
 def _stored_layer(layer: QuantizedLayer, modules: Mapping[str, nn.Module]) -> StoredLayer:
