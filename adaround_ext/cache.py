@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from adaround_ext.distributed import Ranks
+
 MEMORY_BUDGET = 1 << 28  # bytes, where the caller says nothing
 
 
@@ -196,6 +198,15 @@ class GrowingTensor:
             # Open as long as this object lives, gone with it.
             self._file = tempfile.NamedTemporaryFile(dir=self._folder)  # noqa: SIM115
         part.cpu().contiguous().numpy().tofile(self._file)
+
+    def joined(self, ranks: Ranks) -> GrowingTensor:
+        """What all ranks have, in their order."""
+        found = GrowingTensor(self._folder)
+        own = None if self._like is None else self.tensor()
+        for part in ranks.gather(own, "the gathering of inputs"):
+            if part is not None:
+                found.append(part if self._like is None else part.to(self._like.device))
+        return found
 
     def tensor(self) -> Tensor:
         """All of it; from a file it is mapped, and on the CPU."""

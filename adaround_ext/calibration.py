@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from adaround_ext.cache import ActivationCache
+from adaround_ext.distributed import Ranks
 from adaround_ext.fingerprint import add_tensor
 from adaround_ext.trace import tensors
 
 ForwardFn = Callable[[nn.Module, Any], object]
 PaddingMask = str | Callable[[Any], Tensor | None] | None
 _ROWS = 32  # of a batch, where all samples come in one piece
+# Statistics are summed segment by segment: few, since ranks keep a matrix for each of theirs, and
+# more than most machines have GPUs. They begin at multiples of so many samples.
+_SEGMENTS, _SEGMENT_SAMPLES = 16, 8
 
 
 class Calibration:
@@ -52,9 +57,11 @@ class Calibration:
         self._first_of_tuple = False
         self._masks: dict[int, Tensor | None] = {}  # asked for on every pass
         self.notes: list[str] = []
-        self.samples = 0
+        self._sizes: list[int] = []  # samples of each batch
         self._hash = hashlib.blake2b(digest_size=16)
         self.batches = self._draw(source)
+        self.own = range(self.batches)  # what this process runs
+        self.segments = self._cut()
 
     def _draw(self, source: Iterable[Any]) -> int:
         if isinstance(source, (Tensor, Mapping)):
@@ -91,8 +98,7 @@ class Calibration:
                         f"calibration must be finite, got {bad} NaN or infinite values in batch "
                         f"{index}"
                     )
-        if found and found[0].dim() > 0:
-            self.samples += len(found[0])
+        self._sizes.append(len(found[0]) if found and found[0].dim() > 0 else 0)
         if index == 0 and self._forward_fn is None:
             self._check_arguments(item)
 
@@ -148,6 +154,29 @@ class Calibration:
             return self._forward_fn(self._model, item)
         args, kwargs = self._arguments(item)
         return self._model(*args, **kwargs)
+
+    @property
+    def samples(self) -> int:
+        """Of all batches; 0 where they hold no tensors."""
+        return sum(self._sizes)
+
+    def _cut(self) -> list[int]:
+        """Which segment of the data each batch belongs to, whoever runs it."""
+        sizes = self._sizes if self.samples else [1] * self.batches
+        length = _SEGMENT_SAMPLES * -(-sum(sizes) // (_SEGMENTS * _SEGMENT_SAMPLES))
+        return [begin // length for begin in accumulate(sizes[:-1], initial=0)]
+
+    def share(self, ranks: Ranks) -> None:
+        """Keeps whole segments for each rank; the first batch stays everywhere."""
+        sizes = [0] * (self.segments[-1] + 1)
+        for segment, size in zip(self.segments, self._sizes, strict=True):
+            sizes[segment] += max(size, 1)
+        own = ranks.share(sizes)[ranks.rank]
+        mine = [batch for batch, segment in enumerate(self.segments) if segment in own]
+        self.own = range(mine[0], mine[-1] + 1) if mine else range(0)
+        for batch in range(1, self.batches):
+            if batch not in self.own:
+                self._cache.drop(("batch", batch))
 
     def mask(self, index: int) -> Tensor | None:
         """bool [batch, tokens], True where there is no padding; None without a mask."""

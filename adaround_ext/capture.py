@@ -148,10 +148,10 @@ class Replay:
         users = [c for i, c in enumerate(self._calls) if i >= ready or not c.replaceable]
         self._needed = frozenset(i for c in users for i in c.needs)
         self.passes += len(streams)
-        for batch in range(self._calibration.batches):
+        for batch in self._calibration.own:
             self._streams(batch, counts, streams)
             if self._trouble and not self.diverged:
-                self._give_up()
+                self.give_up(self._trouble)
                 self._streams(batch, counts, streams)  # as if there had never been recordings
             yield batch
             for watch, _ in streams.values():
@@ -169,9 +169,9 @@ class Replay:
             with context():
                 watch.taken[stream] = self._run(batch, stream, watch, counts)
 
-    def _give_up(self) -> None:
+    def give_up(self, trouble: str) -> None:
         """From now on nothing is replaced. The batches before were as they should be."""
-        self.diverged = self._trouble
+        self.diverged = trouble
         for key in self._templates:
             self._cache.drop(key)
         self._templates.clear()

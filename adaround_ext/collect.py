@@ -14,12 +14,15 @@ from adaround_ext.cache import GrowingTensor
 from adaround_ext.calibration import unpadded
 from adaround_ext.choice import choose_objective
 from adaround_ext.data import check
+from adaround_ext.distributed import Ranks
 from adaround_ext.layers import MatrixLayer
 from adaround_ext.plan import Target
 from adaround_ext.pose import gram_problems, sampled_problems
 from adaround_ext.precision import full_precision
 from adaround_ext.problem import Problem
-from adaround_ext.statistics import TOKENS, GramStatistics
+from adaround_ext.segment_sums import TOKENS
+from adaround_ext.solve import shareable
+from adaround_ext.statistics import GramStatistics
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +42,16 @@ class Unit:
     @property
     def layers(self) -> list[MatrixLayer]:
         return [target.matrix for target in self.targets]
+
+    @property
+    def shareable(self) -> bool:
+        """Whether its rows can be solved apart."""
+        return all(shareable(t.matrix, t.config, _objective(t)[0]) for t in self.targets)
+
+    @property
+    def cost(self) -> float:
+        """What solving it takes, in the unit of Target.cost."""
+        return sum(target.cost for target in self.targets)
 
     def bytes(self) -> int:
         """Roughly, of what is collected."""
@@ -97,15 +110,18 @@ def parallel_segments(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
 class Collector:
     """What one unit needs of the data: moments, or for the sampled objective all of it."""
 
-    def __init__(self, unit: Unit, folder: str | None) -> None:
-        """folder: where the sampled objective's inputs go, None for memory."""
+    def __init__(self, unit: Unit, folder: str | None, ranks: Ranks | None = None) -> None:
+        """folder: where the sampled objective's inputs go, None for memory. ranks: those that
+        collect the rest of the same data."""
         self.unit = unit
+        self._ranks = ranks or Ranks()
         self.seconds = 0.0
         self.unpaired = 0
         self._sequences = 0
         self._statistics: GramStatistics | None = None
         self._inputs = GrowingTensor(folder)
         self._targets = [GrowingTensor(folder) for _ in unit.targets]
+        self._finished = False
 
     def add(
         self,
@@ -113,11 +129,15 @@ class Collector:
         inputs: list[Tensor],
         targets: list[list[Tensor]] | None,
         mask: Tensor | None,
+        segment: int = 0,
     ) -> None:
-        """Tensors of one batch, one a call (of each layer, where they are targets)."""
+        """Tensors of one batch, one a call (of each layer, where they are targets).
+
+        segment: of the data, as :class:`GramStatistics` has it.
+        """
         started = time.perf_counter()
         with full_precision(self.unit.layers[0].weight.device):
-            self._add(batch, inputs, targets, mask)
+            self._add(batch, inputs, targets, mask, segment)
         self.seconds += time.perf_counter() - started
 
     def _add(
@@ -126,6 +146,7 @@ class Collector:
         inputs: list[Tensor],
         targets: list[list[Tensor]] | None,
         mask: Tensor | None,
+        segment: int,
     ) -> None:
         layers = self.unit.layers
         if not isinstance(layers[0].layer, nn.Linear):
@@ -148,10 +169,15 @@ class Collector:
             if self.unit.sampled:
                 self._keep(x, outputs)
                 continue
-            if self._statistics is None:  # not before: the layer may have been elsewhere
-                config = self.unit.targets[0].config
-                self._statistics = GramStatistics(layers, config.positions, config.seed)
-            self._statistics.add(x, outputs)
+            self._moments().add(x, outputs, segment)
+
+    def _moments(self) -> GramStatistics:
+        if self._statistics is None:  # not before: the layer may have been elsewhere
+            config = self.unit.targets[0].config
+            self._statistics = GramStatistics(
+                self.unit.layers, config.positions, config.seed, self._ranks
+            )
+        return self._statistics
 
     def _paired(self, x: Tensor, y: Tensor) -> bool:
         """Whether an output [..., features] or [samples, channels, *size] fits an input."""
@@ -174,19 +200,31 @@ class Collector:
             else:
                 kept.append(outputs[index])
 
-    def problems(self) -> Iterator[tuple[list[int], Iterator[Problem]]]:
-        """Indices of targets with the same settings, and their problems.
-
-        ValueError where no data came.
-        """
+    def finish(self) -> None:
+        """Joins what all ranks have collected; ValueError where no data came."""
+        if self._finished:
+            return
+        self._finished = True
         started = time.perf_counter()
-        count = self._sequences if self.unit.sampled else 0
-        if self._statistics is not None:
-            self._statistics.finish()
-            count = self._statistics.count
+        ranks = self._ranks
+        counts = ranks.gather((self._sequences, self.unpaired), "statistics")
+        self._sequences, self.unpaired = (sum(column) for column in zip(*counts, strict=True))
+        count = self._sequences
+        if not self.unit.sampled:
+            with full_precision(self.unit.layers[0].weight.device):
+                self._moments().finish()
+            count = self._moments().count
+        elif ranks.size > 1:
+            self._inputs = self._inputs.joined(ranks)
+            self._targets = [kept.joined(ranks) for kept in self._targets]
         if count == 0:
             raise ValueError(f"calibration must reach {self.unit.names}, got no samples for it")
-        seconds = self.seconds + time.perf_counter() - started
+        self.seconds += time.perf_counter() - started
+
+    def problems(self) -> Iterator[tuple[list[int], Iterator[Problem]]]:
+        """Indices of targets with the same settings, and their problems, after finish()."""
+        self.finish()
+        seconds = self.seconds
         rows = torch.arange(sum(layer.rows for layer in self.unit.layers))
         split = rows.split([layer.rows for layer in self.unit.layers])
         for part in self.unit.same_settings():

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from adaround_ext.calibration import Calibration
 from adaround_ext.capture import Replay, Stream, Watch
 from adaround_ext.checkpoint import Checkpoint
 from adaround_ext.collect import Collector, Unit
+from adaround_ext.distributed import Ranks
 from adaround_ext.plan import Target
 from adaround_ext.precision import full_precision
 from adaround_ext.report import LayerReport
@@ -24,6 +26,8 @@ from adaround_ext.result import LayerResult, QuantizedWeight
 from adaround_ext.solve import solve_all
 
 _logger = logging.getLogger("adaround_ext")
+# Of a rank's share of the work on one pass: what costs less is solved whole by one of the ranks.
+_SINGLE = 8
 Switch = Callable[[], AbstractContextManager[object]]
 
 
@@ -43,7 +47,7 @@ class Fitter:
     sequential: inputs come from the model with what is done quantized, targets from the
     full-precision model. without_quantizers: switches activation quantizers off, None where there
     are none. folder: for what does not fit into memory, None if it does. home: the device that
-    results go to, None for that of their layers.
+    results go to, None for that of their layers. ranks: those that do the same, and share the work.
     """
 
     replay: Replay
@@ -55,6 +59,7 @@ class Fitter:
     folder: str | None
     home: torch.device | None
     progress: bool
+    ranks: Ranks
     fitted: dict[Target, Fitted] = field(default_factory=dict)
     seconds: dict[str, float] = field(
         default_factory=lambda: {"forward": 0.0, "statistics": 0.0, "solving": 0.0}
@@ -71,7 +76,7 @@ class Fitter:
         self._pending: dict[Target, tuple[Tensor, Tensor | None]] = {}
         with tqdm(
             total=sum(target.cost for target in targets),
-            disable=not self.progress,
+            disable=not (self.progress and self.ranks.first),
             bar_format="{percentage:3.0f}% |{bar}| {elapsed} < {remaining}{postfix}",
         ) as bar:
             for segment in self.segments:
@@ -94,30 +99,49 @@ class Fitter:
         self.notes += self.replay.notes()
 
     def _restored(self, segment: list[Unit]) -> dict[Unit, list[LayerResult]]:
-        found: dict[Unit, list[LayerResult]] = {}
-        for unit in segment if self.checkpoint is not None else ():
-            assert self.checkpoint is not None
-            device = self.home or unit.layers[0].weight.device
-            results = self.checkpoint.load([self._index[t] for t in unit.targets], device)
-            if results is not None:
-                found[unit] = results
-                self.resumed += len(results)
+        """Results of the units that are in the checkpoint, which only the first rank has."""
+
+        def load() -> list[list[dict[str, Any]] | None]:
+            found = [self._loaded(unit) for unit in segment]
+            return [None if own is None else [vars(r) for r in own] for own in found]
+
+        units = zip(
+            segment, self.ranks.from_first(load, "the reading of checkpoint_dir"), strict=True
+        )
+        found = {}
+        for unit, own in units:
+            if own is not None:
+                device = self.home or unit.layers[0].weight.device
+                found[unit] = [LayerResult(**result).to(device) for result in own]
+                self.resumed += len(own)
         return found
 
+    def _loaded(self, unit: Unit) -> list[LayerResult] | None:
+        if self.checkpoint is None:
+            return None
+        indices = [self._index[target] for target in unit.targets]
+        return self.checkpoint.load(indices, torch.device("cpu"))
+
     def _fit(self, units: list[Unit]) -> dict[Unit, list[LayerResult]]:
-        collectors = [Collector(unit, self.folder) for unit in units]
+        collectors = [Collector(unit, self.folder, self.ranks) for unit in units]
         started = time.perf_counter()
-        self._collect(collectors)
+        with self.ranks.together(f"the calibration of {units[0].names}"):
+            self._collect(collectors)
+        self._agree()
         collecting = sum(collector.seconds for collector in collectors)
         self.seconds["statistics"] += collecting
         self.seconds["forward"] += time.perf_counter() - started - collecting
         started = time.perf_counter()
-        results: dict[Unit, list[LayerResult]] = {}
-        while collectors:
-            collector = collectors.pop(0)  # and its statistics are freed after it
-            results[collector.unit] = self._solve(collector)
+        results = self._solve(collectors)
         self.seconds["solving"] += time.perf_counter() - started
         return results
+
+    def _agree(self) -> None:
+        """If recordings cannot stand for blocks at one rank, none of them uses its own."""
+        found = self.ranks.gather(self.replay.diverged, "the calibration")
+        trouble = next((text for text in found if text), "")
+        if trouble and not self.replay.diverged:
+            self.replay.give_up(trouble)
 
     def _collect(self, collectors: list[Collector]) -> None:
         first = [collector.unit.targets[0] for collector in collectors]
@@ -142,28 +166,84 @@ class Fitter:
                 unit = collector.unit
                 x = of_calls(unit.targets[0], taken[source])
                 wanted = [_outputs(t, taken["full"]) for t in unit.targets] if two else None
-                collector.add(batch, x, wanted, mask)
-        for collector in collectors:
-            if collector.unpaired:
-                self.notes.append(
-                    f"{collector.unit.names}: in {collector.unpaired} calls the quantized model's "
-                    "inputs had another shape than the full-precision model's; its own outputs on "
-                    "them were the targets"
-                )
+                collector.add(batch, x, wanted, mask, self.calibration.segments[batch])
 
-    def _solve(self, collector: Collector) -> list[LayerResult]:
+    def _solve(self, collectors: list[Collector]) -> dict[Unit, list[LayerResult]]:
+        """All ranks share the rows of large layers, then each solves some of the others."""
+        results: dict[Unit, list[LayerResult]] = {}
+        owners = self._owners([collector.unit for collector in collectors])
+        own: list[Collector] = []
+        while collectors:
+            collector = collectors.pop(0)  # and its statistics are freed after it
+            unit = collector.unit
+            collector.finish()
+            self._note_unpaired(collector)
+            if unit not in owners:
+                results[unit] = self._solved(collector, self.ranks)
+                self._save(unit, results[unit])
+            elif owners[unit] == self.ranks.rank:
+                own.append(collector)
+        if owners:
+            results |= self._apart(own, list(owners))
+        return results
+
+    def _apart(self, own: list[Collector], units: list[Unit]) -> dict[Unit, list[LayerResult]]:
+        """The results of ``units``, each of which is ``own`` at one rank."""
+        numbers = {unit: number for number, unit in enumerate(units)}
+        solved: dict[int, list[dict[str, Any]]] = {}
+        with self.ranks.together("the rounding of single layers"):
+            while own:
+                collector = own.pop(0)
+                found = self._solved(collector, Ranks())
+                solved[numbers[collector.unit]] = [vars(result) for result in found]
+        results = {}
+        for part in self.ranks.gather(solved, "the gathering of codes"):
+            for number, values in part.items():
+                device = units[number].layers[0].weight.device
+                results[units[number]] = [LayerResult(**v).to(device) for v in values]
+        for unit in units:
+            self._save(unit, results[unit])
+        return results
+
+    def _owners(self, units: list[Unit]) -> dict[Unit, int]:
+        """The rank that solves a unit, for those whose rows are not shared."""
+        size = self.ranks.size
+        if size == 1:
+            return {}
+        load = [0.0] * size
+        most = sum(unit.cost for unit in units) / (_SINGLE * size)
+        owners = {}
+        for unit in sorted(units, key=lambda unit: -unit.cost):
+            if not unit.shareable or unit.cost <= most:
+                owners[unit] = load.index(min(load))
+                load[owners[unit]] += unit.cost
+        return owners
+
+    def _note_unpaired(self, collector: Collector) -> None:
+        if collector.unpaired:
+            self.notes.append(
+                f"{collector.unit.names}: in {collector.unpaired} calls the quantized model's "
+                "inputs had another shape than the full-precision model's; its own outputs on "
+                "them were the targets"
+            )
+
+    def _solved(self, collector: Collector, ranks: Ranks) -> list[LayerResult]:
         unit = collector.unit
         results: dict[int, LayerResult] = {}
         with full_precision(unit.layers[0].weight.device):
             for part, problems in collector.problems():
                 targets = [unit.targets[i] for i in part]
-                solved = solve_all([t.matrix for t in targets], problems, targets[0].config)
+                solved = solve_all([t.matrix for t in targets], problems, targets[0].config, ranks)
                 results.update(zip(part, solved, strict=True))
-        for index, target in enumerate(unit.targets):
-            _logger.info("%s: %s", target.name, results[index].report)
-            if self.checkpoint is not None:
-                self.checkpoint.save(self._index[target], results[index])
         return [results[index] for index in range(len(unit.targets))]
+
+    def _save(self, unit: Unit, results: list[LayerResult]) -> None:
+        with self.ranks.together("the writing of checkpoint_dir"):
+            for target, result in zip(unit.targets, results, strict=True):
+                if self.ranks.first:
+                    _logger.info("%s: %s", target.name, result.report)
+                if self.checkpoint is not None:
+                    self.checkpoint.save(self._index[target], result)
 
     def _finish(self, target: Target, result: LayerResult) -> None:
         if self.home is not None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.nn.parameter import is_lazy
 
 from adaround_ext.activations import ActivationConfig
@@ -23,6 +24,7 @@ from adaround_ext.capture import Replay
 from adaround_ext.checkpoint import Checkpoint
 from adaround_ext.collect import Unit, make_units, parallel_segments, sequential_segments
 from adaround_ext.config import AdaRoundConfig, make_config
+from adaround_ext.distributed import Ranks, Reduction
 from adaround_ext.fingerprint import model_digest
 from adaround_ext.fitting import Fitter
 from adaround_ext.memory import device_memory, host_memory
@@ -58,6 +60,8 @@ def quantize_(
     cache_dir: str | None = None,
     cache_dtype: torch.dtype | None = None,
     checkpoint_dir: str | None = None,
+    process_group: ProcessGroup | None = None,
+    reduction: Reduction = "ordered",
     progress: bool = True,
     **settings: Any,
 ) -> ModelReport:
@@ -103,6 +107,12 @@ def quantize_(
     cache_dtype: torch.bfloat16 or float16 to keep activations in half the memory, rounded.
     checkpoint_dir: a folder for every layer's result. A run that was killed goes on from there and
     ends with the same codes; one with another model, data or configuration is refused.
+    process_group: of torch.distributed, as ``dist.group.WORLD`` under torchrun. Every rank makes
+    the same call, with the same model and calibration, runs its share of the batches, solves its
+    share of the rows or layers, and ends with the same result.
+    reduction: "ordered": the codes are those of one process with as many threads, bit by bit.
+    "fast": statistics are summed by one all-reduce, with less memory (a matrix a layer and rank
+    instead of up to 16 over all ranks) and other last bits for other numbers of ranks.
     progress: show a bar.
 
     The model is run in eval mode without gradients. It changes only at the very end, so after an
@@ -113,6 +123,7 @@ def quantize_(
     """
     config = make_config(config, settings)
     _check(model, mode, batch_norm, activations, memory_budget)
+    ranks = Ranks(process_group, reduction)
     started = time.perf_counter()
     host_before, _ = host_memory()
     with ExitStack() as stack:
@@ -123,40 +134,50 @@ def quantize_(
         moves = device != home
         if moves and home is None:
             raise ValueError(f"device must be None for a model on several devices, got {device}")
-        data = Calibration(model, calibration, forward_fn, padding_mask, cache, home)
+        with ranks.together("the reading of calibration"):
+            data = Calibration(model, calibration, forward_fn, padding_mask, cache, home)
         laps = {"calibration": time.perf_counter() - started}
         undo = stack.enter_context(ExitStack())
-        digest = model_digest(model) if checkpoint_dir is not None else ""
-        prepared = prepare_(model, lambda: data.run(0), undo, batch_norm, equalize)
-        seen = prepared.trace
-        refused = unlike_layers(model, seen, lambda: data.run(0))
-        plan = make_plan(model, seen, config, overrides, filter_fn, activation_aware, refused)
-        units = make_units(plan.targets)
-        calls = block_calls(model, seen, find_blocks(model, seen, blocks))
-        switch, common = None, _common(calls, plan)
-        if activations is not None:
-            layers = [target.matrix.layer for target in plan.targets]
-            prepared.notes += quantize_activations_(model, seen, layers, data, activations, undo)
-            switch, common = partial(full_precision_activations, model), 0
+        told = checkpoint_dir is not None or ranks.size > 1
+        digest = model_digest(model) if told else ""
+        with ranks.together("tracing"):
+            prepared = prepare_(model, lambda: data.run(0), undo, batch_norm, equalize)
+            seen = prepared.trace
+            refused = unlike_layers(model, seen, lambda: data.run(0))
+            plan = make_plan(model, seen, config, overrides, filter_fn, activation_aware, refused)
+            units = make_units(plan.targets)
+            calls = block_calls(model, seen, find_blocks(model, seen, blocks))
+            switch, common = None, _common(calls, plan)
+            if activations is not None:
+                layers = [target.matrix.layer for target in plan.targets]
+                notes = quantize_activations_(model, seen, layers, data, activations, undo)
+                prepared.notes += notes
+                switch, common = partial(full_precision_activations, model), 0
         sequential = mode == "sequential"
         segments = (
             sequential_segments(units) if sequential else parallel_segments(units, memory_budget)
         )
-        checkpoint = None
-        if checkpoint_dir is not None:
+        parts = {}
+        if told:
             parts = _fingerprint(digest, data, plan, calls)
             parts |= {"mode": mode, "batch_norm": batch_norm, "equalize": equalize}
             parts |= {"cache_dtype": str(cache_dtype)}
             parts |= {"forward_fn": _name(forward_fn), "padding_mask": _name(padding_mask)}
             parts |= {"activations": None if activations is None else activations.to_dict()}
-            checkpoint = Checkpoint(checkpoint_dir, parts)
+        for name, value in parts.items():
+            ranks.same(name, value)
+        checkpoint = None
+        with ranks.together("the opening of checkpoint_dir"):
+            if checkpoint_dir is not None and ranks.first:
+                checkpoint = Checkpoint(checkpoint_dir, parts)
+        data.share(ranks)
         modules = [call.call.module for call in calls]
         residence = Residence(model, modules, device if moves else None)
         replay = Replay(model, data, calls, cache, residence, common, config.seed)
         laps["tracing"] = time.perf_counter() - started - laps["calibration"]
         fitter = Fitter(
             replay, data, segments, sequential, checkpoint, switch, cache_dir,
-            home if moves else None, progress,
+            home if moves else None, progress, ranks,
         )  # fmt: skip
         with residence:
             data.device = device

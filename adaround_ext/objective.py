@@ -6,6 +6,7 @@ are independent: the activation function, where there is one, is elementwise.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import cached_property
 from typing import Protocol
@@ -65,7 +66,8 @@ class GramObjective(Quadratic):
         self.damping = damping
         self.dtype = dtype
         self._weight = weight
-        self._statistics = statistics
+        self._mean = statistics.mean
+        self._missed = statistics.mismatch_mean
         moments = statistics.covariance if centred else statistics.gram()
         typical = _typical(moments.diagonal(dim1=1, dim2=2))
         divisor = typical if normalize else torch.ones_like(typical)
@@ -76,16 +78,16 @@ class GramObjective(Quadratic):
         unit = divisor.repeat_interleave(len(weight) // len(divisor))
         super().__init__(moments.float(), weight, unit)
         self._mismatch: Tensor | None = None
+        self._constant = torch.zeros_like(self.unit)
         if statistics.has_targets:
-            self._add_targets(moments)
+            self._add_targets(moments, statistics)
         # E[(w x + e)^2] is the loss of weights of 0 with nothing of it put into the bias.
         nothing = torch.zeros_like(weight)
         self.row_energies = self.row_losses(nothing)
         if centred:
             self.row_energies = self.row_energies + self.bias_change(nothing).square()
 
-    def _add_targets(self, moments: Tensor) -> None:
-        s = self._statistics
+    def _add_targets(self, moments: Tensor, s: GramStatistics) -> None:
         mismatch = (s.mismatch if self.centred else s.plain_mismatch()) / self.unit[:, None]
         self._mismatch = mismatch.float()
         self._constant = s.mismatch_energy - (s.mismatch_mean.square() if self.centred else 0.0)
@@ -94,6 +96,16 @@ class GramObjective(Quadratic):
         with one_thread(factor.device):
             moved = torch.cholesky_solve(grouped.mT.contiguous(), factor).mT
         self.target = (self._weight.double() + moved.reshape(mismatch.shape)).float()
+
+    def rows(self, part: slice) -> GramObjective:
+        """The objective of some of the rows, where all have one Gram matrix."""
+        own = copy.copy(self)
+        for name in ("_buffer", "target_product"):  # cached, and of all rows
+            own.__dict__.pop(name, None)
+        names = ["target", "unit", "row_energies", "_weight", "_missed", "_constant"]
+        for name in names + ["_mismatch"] * (self._mismatch is not None):
+            setattr(own, name, getattr(self, name)[part])
+        return own
 
     @cached_property
     def _twice_gram(self) -> Tensor:
@@ -122,8 +134,8 @@ class GramObjective(Quadratic):
     def bias_change(self, weight_q: Tensor) -> Tensor:
         """E[e - D x], float64 [rows]: what a bias takes up."""
         error = self.grouped((weight_q - self._weight).double())
-        means = (error * self._statistics.mean[:, None, :]).sum(2).view(-1)
-        return self._statistics.mismatch_mean - means
+        means = (error * self._mean[:, None, :]).sum(2).view(-1)
+        return self._missed - means
 
 
 def _typical(diagonal: Tensor) -> Tensor:

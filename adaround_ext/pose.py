@@ -49,9 +49,10 @@ def gram_problems(
             dtype=annealing_dtype(config.products, weight.device),
         )
         seconds += time.perf_counter() - started
+        stacked = [layers[i] for i in part]
         yield Problem(
-            [layers[i] for i in part], weight, objective, "gram", reason, statistics.count, seconds,
-            notes,
+            stacked, [layer.rows for layer in stacked], weight, Problem.stacked_bias(stacked),
+            objective, "gram", reason, statistics.count, seconds, notes,
         )  # fmt: skip
         started, seconds = time.perf_counter(), 0.0
 
@@ -82,7 +83,10 @@ def sampled_problems(
             config.seed,
         )  # fmt: skip
         seconds += time.perf_counter() - started
-        yield Problem([layer], weight, objective, "sampled", reason, samples, seconds)
+        bias = Problem.stacked_bias([layer])
+        yield Problem(
+            [layer], [layer.rows], weight, bias, objective, "sampled", reason, samples, seconds
+        )
         started, seconds = time.perf_counter(), 0.0
 
 

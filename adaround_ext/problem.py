@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,10 +19,15 @@ from adaround_ext.solution import comparable
 
 @dataclass(frozen=True)
 class Problem:
-    """Layers whose rows, stacked to weight [rows, cols], are solved under one objective."""
+    """Layers whose rows, stacked to weight [rows, cols], are solved under one objective.
+
+    sizes: rows of each layer. bias: float64 [rows], 0 where there is none.
+    """
 
     layers: list[MatrixLayer]
+    sizes: list[int]
     weight: Tensor
+    bias: Tensor
     objective: GramObjective | SampledObjective
     kind: str
     reason: str
@@ -28,37 +35,56 @@ class Problem:
     collecting_seconds: float
     notes: tuple[str, ...] = ()
 
+    @staticmethod
+    def stacked_bias(layers: Sequence[MatrixLayer]) -> Tensor:
+        """``bias`` for these layers."""
+        parts = [
+            layer.weight.new_zeros(layer.rows, dtype=torch.float64)
+            if layer.bias is None
+            else layer.bias.double()
+            for layer in layers
+        ]
+        return torch.cat(parts)
+
     @property
     def name(self) -> str:
         return ", ".join(str(layer.layer) for layer in self.layers)
 
     @property
-    def sizes(self) -> list[int]:
-        return [layer.rows for layer in self.layers]
+    def dtype(self) -> torch.dtype:
+        """Of the weights and biases as the layers store them."""
+        return self.layers[0].weight.dtype
+
+    def rows(self, part: slice) -> Problem:
+        """The same for some rows, which own their scales and share one Gram matrix."""
+        assert isinstance(self.objective, GramObjective)
+        weight = self.weight[part]
+        return dataclasses.replace(
+            self,
+            sizes=[len(weight)],
+            weight=weight,
+            bias=self.bias[part],
+            objective=self.objective.rows(part),
+        )
 
     def new_bias(self, weight_q: Tensor) -> Tensor:
         """The biases that take up the mean error of weight_q, float64 [rows]."""
         assert isinstance(self.objective, GramObjective)
-        change = self.objective.bias_change(weight_q)
-        for part, layer in zip(change.split(self.sizes), self.layers, strict=True):
-            if layer.bias is not None:
-                part += layer.bias
-        return change
+        return self.objective.bias_change(weight_q) + self.bias
 
     def stored_losses(self, codes: Tensor, grid: QuantGrid) -> Tensor:
         """Row losses, float64 [rows], of weights and biases as the layer's dtype stores them."""
-        dtype = self.layers[0].weight.dtype
-        stored = ops.dequantize(codes, grid.scale, grid.zero_point).to(dtype).float()
+        stored = ops.dequantize(codes, grid.scale, grid.zero_point).to(self.dtype).float()
         losses = self.objective.row_losses(stored)
         if self.objective.centred:
             bias = self.new_bias(stored)
-            losses = losses + (bias.to(dtype).double() - bias).square()
+            losses = losses + (bias.to(self.dtype).double() - bias).square()
         return comparable(losses)
 
 
 @dataclass
 class Outcome:
-    """What a solver found. grid has a row of scales a row of codes."""
+    """What a solver found. grid has a row of scales a row of codes, or one for all."""
 
     codes: Tensor
     grid: QuantGrid
@@ -67,6 +93,53 @@ class Outcome:
     starts: dict[str, Tensor]  # rows that each start won
     undecided: Tensor | None = None  # [rows, cols], at the end of the annealing
     improvable: Tensor | None = None  # rows in which a change of one code would help
+
+
+@dataclass
+class Solved:
+    """All that is reported of the rows of a problem, a value a row.
+
+    codes [rows, cols]; scale and zero_point [rows or 1, n_groups]; bias float64 [rows] or None;
+    losses, energy: float64 [rows]. counts: of weights with a property; marks: of rows.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    bias: Tensor | None
+    energy: Tensor
+    losses: dict[str, Tensor]
+    counts: dict[str, Tensor]
+    marks: dict[str, Tensor]
+    starts: dict[str, Tensor]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @staticmethod
+    def join(parts: Sequence[Solved], device: torch.device) -> Solved:
+        """The rows of all parts, in their order; seconds are the longest of any."""
+        first = parts[0]
+
+        def rows(values: list[Tensor]) -> Tensor:
+            return torch.cat([value.to(device) for value in values])
+
+        def named(name: str) -> dict[str, Tensor]:
+            found = [getattr(part, name) for part in parts]
+            return {key: rows([own[key] for own in found]) for key in found[0]}
+
+        return Solved(
+            codes=rows([part.codes for part in parts]),
+            scale=rows([part.scale for part in parts]),
+            zero_point=rows([part.zero_point for part in parts]),
+            bias=None
+            if first.bias is None
+            else rows([p.bias for p in parts if p.bias is not None]),
+            energy=rows([part.energy for part in parts]),
+            losses=named("losses"),
+            counts=named("counts"),
+            marks=named("marks"),
+            starts=named("starts"),
+            seconds={name: max(part.seconds[name] for part in parts) for name in first.seconds},
+        )
 
 
 class Stopwatch:

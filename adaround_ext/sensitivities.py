@@ -172,7 +172,8 @@ def _collect(
     for batch in replay.sweep(waiting, calls, {"full": (watch, nullcontext)}):
         mask = data.mask(batch)
         for collector, target in zip(collectors, first, strict=True):
-            collector.add(batch, of_calls(target, watch.taken["full"]), None, mask)
+            x = of_calls(target, watch.taken["full"])
+            collector.add(batch, x, None, mask, data.segments[batch])
 
 
 def _solutions(

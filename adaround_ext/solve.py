@@ -11,29 +11,69 @@ from torch import Tensor
 from adaround_ext import ops
 from adaround_ext.anneal import anneal
 from adaround_ext.config import AdaRoundConfig
+from adaround_ext.distributed import Ranks
 from adaround_ext.gram_solver import GramSolver
 from adaround_ext.grid import QuantGrid, baseline_codes, make_grid, nearest_codes, position
 from adaround_ext.layers import MatrixLayer
 from adaround_ext.objective import GramObjective
 from adaround_ext.presets import Settings, settings
-from adaround_ext.problem import Outcome, Problem, Stopwatch
+from adaround_ext.problem import Outcome, Problem, Solved, Stopwatch
 from adaround_ext.report import LayerReport
 from adaround_ext.result import LayerResult
 
+# Products are made in blocks of this many rows, see products.py: a cut between two changes no bits.
+_ROWS = 16
+
 
 def solve_all(
-    layers: list[MatrixLayer], problems: Iterable[Problem], config: AdaRoundConfig
+    layers: list[MatrixLayer],
+    problems: Iterable[Problem],
+    config: AdaRoundConfig,
+    ranks: Ranks | None = None,
 ) -> list[LayerResult]:
-    """A result a layer, in the order of ``layers``: problems may hold them in another."""
+    """A result a layer, in the order of ``layers``: problems may hold them in another.
+
+    ranks: those that all have these problems, and share their rows.
+    """
     results: dict[int, LayerResult] = {}
     for problem in problems:
-        solved = solve(problem, config)
+        solved = solve(problem, config, ranks)
         results.update(zip(map(id, problem.layers), solved, strict=True))
     return [results[id(layer)] for layer in layers]
 
 
-def solve(problem: Problem, config: AdaRoundConfig) -> list[LayerResult]:
+def solve(
+    problem: Problem, config: AdaRoundConfig, ranks: Ranks | None = None
+) -> list[LayerResult]:
     """Grid, search, report: a result a layer."""
+    if ranks is None or ranks.size == 1:
+        return _results(problem, _solve_rows(problem, config), config)
+    return _results(problem, _share_rows(problem, config, ranks), config)
+
+
+def shareable(layer: MatrixLayer, config: AdaRoundConfig, kind: str) -> bool:
+    """Whether rows can be solved apart: each owns its scales, and all have one Gram matrix."""
+    own = config.granularity != "per_tensor" and not isinstance(config.scale, Tensor)
+    return kind == "gram" and own and layer.groups == 1
+
+
+def _share_rows(problem: Problem, config: AdaRoundConfig, ranks: Ranks) -> Solved:
+    """Each rank solves some of the rows."""
+    rows = len(problem.weight)
+    blocks = [min(_ROWS, rows - begin) for begin in range(0, rows, _ROWS)]
+    own = ranks.share(blocks)[ranks.rank]
+    solved: Solved | None = None
+    with ranks.together(f"the rounding of {problem.name}"):
+        if own:
+            part = slice(own.start * _ROWS, min(own.stop * _ROWS, rows))
+            solved = _solve_rows(problem.rows(part), config)
+    parts = ranks.gather(None if solved is None else vars(solved), "the gathering of codes")
+    found = [Solved(**part) for part in parts if part is not None]
+    return Solved.join(found, problem.weight.device)
+
+
+def _solve_rows(problem: Problem, config: AdaRoundConfig) -> Solved:
+    """Grid, search, and what is to be said of each row."""
     chosen = settings(config, problem.kind)
     watch = Stopwatch({"statistics": problem.collecting_seconds}, problem.weight.device)
     objective = problem.objective
@@ -50,7 +90,7 @@ def solve(problem: Problem, config: AdaRoundConfig) -> list[LayerResult]:
     else:
         outcome = _solve_sampled(problem, base, config, chosen)
         watch.lap("annealing")
-    return _results(problem, base, grids, outcome, config, chosen, watch)
+    return _described(problem, base, outcome, config, chosen, watch)
 
 
 def _owners(grids: list[QuantGrid], sizes: list[int]) -> list[int] | None:
@@ -84,70 +124,89 @@ def _solve_sampled(
     )
 
 
-def _results(
+def _described(
     problem: Problem,
     base: QuantGrid,
-    grids: list[QuantGrid],
     outcome: Outcome,
     config: AdaRoundConfig,
     chosen: Settings,
     watch: Stopwatch,
-) -> list[LayerResult]:
+) -> Solved:
+    """The outcome with all that is reported of it."""
     weight, grid, objective = problem.weight, outcome.grid, problem.objective
     losses = dict(outcome.losses)
     rules = baseline_codes(weight, base, config.seed) if chosen.diagnostics else {}
     for name, rule in rules.items():
         losses[name] = problem.stored_losses(rule, base)
     at = position(weight, grid)
-    marks = {
+    weights = {
         "flipped": outcome.codes != nearest_codes(weight, grid),
         "clipped": (at < grid.qmin) | (at > grid.qmax),
+        "undecided": outcome.undecided,
     }
-    if outcome.undecided is not None:
-        marks["undecided"] = outcome.undecided
-    dtype = problem.layers[0].weight.dtype
-    stored = ops.dequantize(outcome.codes, grid.scale, grid.zero_point).to(dtype)
-    bias = problem.new_bias(stored.float()).to(dtype) if objective.centred else None
+    rows = {"fallback": outcome.fallback, "improvable": outcome.improvable}
+    stored = ops.dequantize(outcome.codes, grid.scale, grid.zero_point).to(problem.dtype)
+    bias = problem.new_bias(stored.float()) if objective.centred else None
     watch.lap("evaluation")
     watch.seconds["total"] = sum(watch.seconds.values())
+    return Solved(
+        outcome.codes,
+        grid.scale,
+        grid.zero_point,
+        bias,
+        objective.row_energies,
+        losses,
+        {name: mark.count_nonzero(1) for name, mark in weights.items() if mark is not None},
+        {name: mark for name, mark in rows.items() if mark is not None},
+        outcome.starts,
+        watch.seconds,
+    )
 
+
+def _results(problem: Problem, solved: Solved, config: AdaRoundConfig) -> list[LayerResult]:
+    chosen = settings(config, problem.kind)
+    dtype, cols = problem.dtype, problem.weight.shape[1]
+    stored = ops.dequantize(solved.codes, solved.scale, solved.zero_point).to(dtype)
     results = []
     begin = 0
-    for layer, own in zip(problem.layers, grids, strict=True):
+    for layer in problem.layers:
         rows = slice(begin, begin + layer.rows)
         begin = rows.stop
-        kept = slice(rows.start, rows.start + len(own.scale))  # one row where all share it
+        kept = rows
+        if config.granularity == "per_tensor":
+            kept = slice(rows.start, rows.start + 1)  # a row where all share it
+        improvable = solved.marks.get("improvable")
+        counts = {name: int(n[rows].sum()) for name, n in solved.counts.items()}
+        weights = max(layer.rows * cols, 1)
         report = LayerReport(
             objective=problem.kind,
             reason=problem.reason,
             preset=config.preset,
             bits=config.bits,
-            starts={name: _share(won[rows]) for name, won in outcome.starts.items()},
+            starts={name: _share(won[rows]) for name, won in solved.starts.items()},
             scale_candidates=chosen.scale_candidates,
             search_steps=chosen.search_steps,
             rounds=chosen.rounds,
             steps=chosen.steps,
             learning_rate=chosen.learning_rate,
             reg_weight=chosen.reg_weight,
-            damping=objective.damping,
+            damping=problem.objective.damping,
             samples=problem.samples,
-            losses={name: float(values[rows].sum()) for name, values in losses.items()},
-            energy=float(objective.row_energies[rows].sum()),
-            fallback_rows=int(outcome.fallback[rows].sum()),
-            improvable_rows=(
-                None if outcome.improvable is None else int(outcome.improvable[rows].sum())
-            ),
+            losses={name: float(values[rows].sum()) for name, values in solved.losses.items()},
+            energy=float(solved.energy[rows].sum()),
+            fallback_rows=int(solved.marks["fallback"][rows].sum()),
+            improvable_rows=None if improvable is None else int(improvable[rows].sum()),
             notes=problem.notes,
-            seconds=dict(watch.seconds),
-            **({"undecided": 0.0} | {name: _share(mark[rows]) for name, mark in marks.items()}),
+            seconds=dict(solved.seconds),
+            **{mark: counts.get(mark, 0) / weights for mark in ("undecided", "flipped", "clipped")},
         )
         results.append(
             LayerResult(
                 layer.weight_from_matrix(stored[rows]).contiguous(),
-                outcome.codes[rows].contiguous(),
-                grid.scale[kept].clone(),
-                grid.zero_point[kept].clone(),
-                bias=None if bias is None else bias[rows].clone(),
+                solved.codes[rows].contiguous(),
+                solved.scale[kept].clone(),
+                solved.zero_point[kept].clone(),
+                bias=None if solved.bias is None else solved.bias[rows].to(dtype),
                 report=report,
             )
         )

@@ -8,56 +8,56 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from adaround_ext.data import Batch, Rebatcher
+from adaround_ext.data import Batch
+from adaround_ext.distributed import Ranks
 from adaround_ext.layers import MatrixLayer
 from adaround_ext.products import fixed_bmm
+from adaround_ext.segment_sums import SegmentSums, Vectors
 
-# Inputs are cut again into this many samples (tokens of a linear layer) before X X^T, so that the
-# sums do not depend on how the caller cut the data.
-_SAMPLES, TOKENS = 32, 8192
-# X X^T is symmetric: only blocks on and below the diagonal are computed, this many columns each.
-_BLOCK = 192
-_SHIFT_POSITIONS = 256  # enough for the rough mean that inputs are shifted by
 _OUTLIER = 1e4
 
 
 class GramStatistics:
-    """Moments of the inputs x and, with targets, of what they miss; float64 totals.
+    """Moments of the inputs x and, with targets, of what they miss; float64.
 
     For layers that share their inputs, with weights W_i stacked to [rows, cols]:
     mean [groups, cols] = E[x]; covariance [groups, cols, cols] = E[(x - mean) (x - mean)^T];
     and for e = target - (W x + b), all zero without targets, mismatch_mean [rows] = E[e],
     mismatch [rows, cols] = E[e (x - mean)^T] and mismatch_energy [rows] = E[e^2]. The mean is over
-    samples and output positions. Nothing here grows with the number of samples. Products are
-    float32, of inputs less the mean of the first few: of large numbers with small differences
-    nothing would be left.
+    samples and output positions. Nothing here grows with the number of samples.
+
+    The data come in segments, each with sums of its own. Those are added up in the order of the
+    segments, whoever made them: so the bits do not depend on how many processes there are.
     """
 
-    def __init__(self, layers: list[MatrixLayer], positions: int | None, seed: int) -> None:
+    covariance: Tensor
+    mean: Tensor
+    mismatch: Tensor
+    mismatch_mean: Tensor
+    mismatch_energy: Tensor
+
+    def __init__(
+        self,
+        layers: list[MatrixLayer],
+        positions: int | None,
+        seed: int,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """positions: drawn of each sample, None for all. ranks: who has the other segments."""
         first = layers[0]
-        device = first.weight.device
-        self._layers = layers
-        self._positions = positions
-        self._generator = torch.Generator().manual_seed(seed)
-        rows = sum(layer.rows for layer in layers)
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
-
-        self.covariance = zeros(first.groups, first.cols, first.cols)
-        self.mean = zeros(first.groups, first.cols)
-        self.mismatch = zeros(rows, first.cols)
-        self.mismatch_mean = zeros(rows)
-        self.mismatch_energy = zeros(rows)
-        groups = torch.arange(first.groups, device=device)
+        self._device = first.weight.device
+        self._layers, self._positions, self._seed = layers, positions, seed
+        self._ranks = ranks or Ranks()
+        groups = torch.arange(first.groups, device=self._device)
         per_layer = [groups.repeat_interleave(item.rows // first.groups) for item in layers]
         self._group = torch.cat(per_layer)  # of each row
+        self._segment = 0
+        self._open: SegmentSums | None = None
+        self._closed: list[Vectors] = []
+        self._covariance = self._ranks.matrix_sum(first.groups, first.cols, first.cols)
+        self._mismatch = self._ranks.matrix_sum(len(self._group), first.cols)
         self.count = 0
         self.has_targets = False
-        self._shift: Tensor | None = None  # [groups, cols, 1]
-        self._rebatcher = Rebatcher(
-            TOKENS if isinstance(first.layer, torch.nn.Linear) else _SAMPLES
-        )
 
     def gram(self) -> Tensor:
         """E[x x^T], float64 [groups, cols, cols]."""
@@ -73,56 +73,60 @@ class GramStatistics:
             self.add(inputs, targets)
         self.finish()
 
-    def add(self, inputs: Tensor, targets: tuple[Tensor, ...] | None) -> None:
-        """Adds a batch as :func:`adaround_ext.data.batches` gives it.
+    def add(self, inputs: Tensor, targets: tuple[Tensor, ...] | None, segment: int = 0) -> None:
+        """Adds a batch as :func:`adaround_ext.data.batches` gives it; segments come in order.
 
         Without targets, the layers' own outputs are what is wanted.
         """
-        for batch in self._rebatcher.push(inputs, targets):
-            self._consume(*batch)
+        if segment != self._segment:
+            self._close()
+            self._segment = segment
+        if self._open is None:  # each segment draws for itself, whoever has it
+            self._open = SegmentSums(self._layers, self._positions, self._seed + segment)
+        self._open.add(inputs, targets)
+
+    def _close(self) -> None:
+        sums, self._open = self._open, None
+        if sums is None:
+            return
+        sums.finish()
+        if sums.vectors is not None:
+            self._closed.append(sums.vectors)
+            self._covariance.add(sums.covariance.value)
+            self._mismatch.add(sums.mismatch.value)
+            self.has_targets = self.has_targets or sums.mismatch.value is not None
 
     def finish(self) -> None:
-        """Adds what is held back; the moments are ready afterwards."""
-        for batch in self._rebatcher.flush():
-            self._consume(*batch)
-        if self.count:
-            self._finish()
+        """Joins what all segments have; the moments are ready afterwards."""
+        self._close()
+        own = [vectors.tensors() for vectors in self._closed], self.has_targets
+        ranks = self._ranks.gather(own, "statistics")
+        self.has_targets = any(targets for _, targets in ranks)
+        segments = [[t.to(self._device) for t in some] for found, _ in ranks for some in found]
+        self.covariance = self._covariance.total(self._device)
+        self.mismatch = self._mismatch.total(self._device)
+        self._closed.clear()
+        if segments:
+            self._join(*(torch.stack(column) for column in zip(*segments, strict=True)))
 
-    def _consume(self, inputs: Tensor, targets: tuple[Tensor, ...] | None) -> None:
-        x = inputs.float()
-        if targets is None:
-            for patches, _ in self._patches(self._layers[-1], x, None):
-                self._add_inputs(self._shifted(patches))
-            return
-        self.has_targets = True
-        row = 0
-        for index, (layer, target) in enumerate(zip(self._layers, targets, strict=True)):
-            # Not layer.forward: the bits of a library's convolution depend on the threads.
-            weight = layer.weight_matrix().float().view(layer.groups, -1, layer.cols)
-            for patches, y in self._patches(layer, x, target.float()):
-                assert y is not None
-                e = y - fixed_bmm(weight, patches)
-                if layer.bias is not None:
-                    e -= layer.bias.float().view(layer.groups, -1, 1)
-                shifted = self._shifted(patches)
-                if index == 0:
-                    self._add_inputs(shifted)
-                rows = slice(row, row + layer.rows)
-                self.mismatch[rows] += fixed_bmm(e, shifted.mT).reshape(layer.rows, -1)
-                self.mismatch_mean[rows] += e.sum(2, dtype=torch.float64).view(-1)
-                self.mismatch_energy[rows] += e.square().sum(2, dtype=torch.float64).view(-1)
-            row += layer.rows
-
-    def _finish(self) -> None:
-        assert self._shift is not None
-        for total in (
-            self.covariance, self.mean, self.mismatch, self.mismatch_mean, self.mismatch_energy
-        ):  # fmt: skip
-            total /= self.count
-        # Until here everything is of x - shift.
+    def _join(
+        self, counts: Tensor, shifts: Tensor, firsts: Tensor, missed: Tensor, energies: Tensor
+    ) -> None:
+        """From sums about the shifts of segments [segments, ...] to moments about the mean."""
+        self.count = int(counts.sum())
+        n = counts[:, None, None]
+        moved = shifts.double() - shifts[0].double()
+        if len(counts) > 1:
+            self._move(moved, firsts + n * moved / 2, missed)
+        self.covariance /= self.count
+        self.mismatch /= self.count
+        self.mean = (firsts + n * moved).sum(0) / self.count
+        self.mismatch_mean = missed.sum(0) / self.count
+        self.mismatch_energy = energies.sum(0) / self.count
+        # Until here everything is of x - the first shift.
         self.covariance -= self.mean[:, :, None] * self.mean[:, None, :]
         self.mismatch -= self.mismatch_mean[:, None] * self.mean[self._group]
-        self.mean += self._shift[..., 0].double()
+        self.mean += shifts[0].double()
         if not all(t.isfinite().all() for t in (self.covariance, self.mismatch_energy)):
             names = ", ".join(str(layer.layer) for layer in self._layers)
             raise ValueError(
@@ -130,37 +134,19 @@ class GramStatistics:
                 "small that float32 holds their squares, got larger values"
             )
 
-    def _patches(
-        self, layer: MatrixLayer, x: Tensor, targets: Tensor | None
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        if self._positions is None:
-            return layer.patches(x, targets)
-        # Layers that share inputs draw the same positions.
-        generator = self._generator.clone_state()
-        if layer is self._layers[-1]:
-            generator = self._generator
-        return layer.patches(x, targets, positions=self._positions, generator=generator)
+    def _move(self, moved: Tensor, centres: Tensor, missed: Tensor) -> None:
+        """The matrices from each segment's shift to the first one's, d = ``moved`` further on.
 
-    def _shifted(self, patches: Tensor) -> Tensor:
-        if self._shift is None:
-            first = patches[:, :, :_SHIFT_POSITIONS]
-            self._shift = first.mean(2, keepdim=True, dtype=torch.float64).float()
-        return patches - self._shift
-
-    def _add_inputs(self, patches: Tensor) -> None:
-        self.count += patches.shape[2]
-        # As a product: sums in float64 took longer than everything else here.
-        ones = patches.new_ones(len(patches), patches.shape[2], 1)
-        self.mean += fixed_bmm(patches, ones)[..., 0]
-        cols = patches.shape[1]
-        if patches.shape[0] > 1 or cols <= 2 * _BLOCK:
-            self.covariance += fixed_bmm(patches, patches.mT)
-            return
-        for begin in range(0, cols, _BLOCK):
-            end = min(begin + _BLOCK, cols)
-            product = fixed_bmm(patches[:, begin:end], patches[:, :end].mT)
-            self.covariance[:, begin:end, :end] += product
-            self.covariance[:, :begin, begin:end] += product[:, :, :begin].mT
+        sum (x' + d) (x' + d)^T = sum x' x'^T + a + a^T, a = d (sum x' + n d / 2)^T;
+        sum e (x' + d)^T = sum e x'^T + (sum e) d^T.
+        """
+        half = fixed_bmm(moved.permute(1, 2, 0), centres.transpose(0, 1))
+        self.covariance += half + half.mT
+        if self.has_targets and len(self.covariance) == 1:
+            self.mismatch += fixed_bmm(missed.t()[None], moved.transpose(0, 1))[0]
+        elif self.has_targets:  # a product a row, since each has its group
+            own = moved[:, self._group].transpose(0, 1)
+            self.mismatch += torch.bmm(missed.t()[:, None], own)[:, 0]
 
     def notes(self) -> tuple[str, ...]:
         """What is unusual about these moments and matters to whoever reads the result."""

@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
+from adaround_ext import calibration
 from adaround_ext.native import build_info
 from tests.cli_fixtures import bert, folder, run, text  # noqa: F401  fixtures
 
@@ -31,6 +32,12 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_segment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """quantize_ sums its statistics as optimize_layer does: for comparisons bit by bit."""
+    monkeypatch.setattr(calibration, "_SEGMENT_SAMPLES", 1 << 20)
 
 
 @pytest.fixture

@@ -76,6 +76,7 @@ def codes(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("sequential", [True, False], ids=["sequential", "parallel"])
 @pytest.mark.parametrize("name", ZOO)
+@pytest.mark.usefixtures("one_segment")
 def test_as_without_recordings(name: str, sequential: bool) -> None:
     make, data, groups = ZOO[name]
     model, batches = make(), data()

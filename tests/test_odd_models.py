@@ -176,6 +176,7 @@ CARRIED = [Locked, WritesInput]
 RUN_AGAIN = [Skip, Repeats, Backwards, Appending, Counting, Aliases, ViewOfInput, Generating]
 
 
+@pytest.mark.usefixtures("one_segment")
 @pytest.mark.parametrize("make", [*CARRIED, *RUN_AGAIN])
 def test_as_without_recordings(make: Callable[[], nn.Module]) -> None:
     """The same bits as by whole runs; where recordings cannot stand for blocks, a note says so."""
@@ -245,6 +246,7 @@ class Borrowing(Net):
         self.last = nn.Linear(8, 4)
 
 
+@pytest.mark.usefixtures("one_segment")
 def test_a_weight_that_is_read_elsewhere() -> None:
     model, batches = Borrowing(), vectors(16, 16)
     expected = models.plain_walk(model, batches, [*GROUPS, ["last"]], FAST)

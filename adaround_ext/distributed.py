@@ -1,0 +1,247 @@
+"""Several processes on one model: who does what, and what they tell each other.
+
+Calibration batches are shared out, statistics summed once a layer, rows or whole layers solved
+here and there, and codes gathered; nothing is said during an optimisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Reduction = Literal["ordered", "fast"]
+REDUCTIONS = ("ordered", "fast")
+T = TypeVar("T")
+_PIECE = 1 << 23  # float64 values in flight at a time: 64 MiB
+_LOST = (
+    "another rank stopped answering during {what}: its own output says why. Layers that were done "
+    "are in checkpoint_dir, if that was given: the same call goes on from there"
+)
+
+
+class Ranks:
+    """The processes of a torch.distributed group; without a group, this one alone.
+
+    reduction: "ordered" adds the sums of all segments of the data in their order, so that the bits
+    do not depend on the number of ranks; "fast" is one all-reduce: less memory and traffic, and
+    other last bits for another number of ranks.
+    Raises TypeError and ValueError naming ``process_group`` and ``reduction``.
+    """
+
+    def __init__(
+        self, process_group: dist.ProcessGroup | None = None, reduction: Reduction = "ordered"
+    ) -> None:
+        if reduction not in REDUCTIONS:
+            rule = f"reduction must be one of {', '.join(REDUCTIONS)}"
+            raise ValueError(f"{rule}, got {reduction!r}")
+        self.ordered = reduction == "ordered"
+        self.rank, self.size = 0, 1
+        self._group = process_group
+        self.device = torch.device("cpu")  # of what is sent
+        if process_group is None:
+            return
+        if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
+            came = type(process_group).__name__
+            raise TypeError(
+                f"process_group must be a group of torch.distributed or None, got {came}"
+            )
+        self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
+        if self.rank < 0:
+            raise ValueError("process_group must have this process in it, got one that has not")
+        if "gloo" not in str(dist.get_backend_config(process_group)):
+            self.device = torch.device("cuda", torch.cuda.current_device())
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes files and shows progress."""
+        return self.rank == 0
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """No rank leaves this before all have come to its end; if one fails, all do.
+
+        What is inside says nothing to other ranks. RuntimeError with the rank and its error.
+        """
+        if self.size == 1:
+            yield
+            return
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        text = None if error is None else f"{type(error).__name__}: {error}"
+        told = self.gather(text, what)
+        if error is not None:
+            raise error
+        for rank, other in enumerate(told):
+            if other is not None:
+                raise RuntimeError(f"rank {rank} stopped during {what}: {other}")
+
+    def same(self, what: str, value: object) -> None:
+        """ValueError unless all ranks have this value."""
+        found = self.gather(value, what)
+        for rank, other in enumerate(found):
+            if other != found[0]:
+                raise ValueError(f"{what} must be the same on all ranks, got another on {rank}")
+
+    def share(self, weights: Sequence[float]) -> list[range]:
+        """Consecutive items for each rank, about the same sum of ``weights`` for all."""
+        total = sum(weights)
+        ends = list(accumulate(weights))
+        middles = [end - weight / 2 for end, weight in zip(ends, weights, strict=True)]
+        owners = [min(int(self.size * m / total), self.size - 1) if total else 0 for m in middles]
+        bounds = [sum(owner < rank for owner in owners) for rank in range(self.size + 1)]
+        return [range(bounds[rank], bounds[rank + 1]) for rank in range(self.size)]
+
+    def gather(self, value: T, what: str = "an exchange") -> list[T]:
+        """Every rank's value, at every rank; tensors in it come back on the CPU."""
+        if self.size == 1:
+            return [value]
+        data = [torch.empty(0, dtype=torch.uint8, device=self.device)]
+
+        def shape(tensor: Tensor) -> _Shape:
+            flat = tensor.detach().contiguous().view(-1)
+            data.append(flat.view(torch.uint8).to(self.device))
+            return _Shape(tuple(tensor.shape), tensor.dtype)
+
+        # Tensors as bytes of their own: pickled they would take many times longer.
+        plain = pytree.tree_map_only(Tensor, shape, value)
+        payload = torch.cat(data)
+        heads: list[Any] = [None] * self.size
+        self._call(what, dist.all_gather_object, heads, (plain, len(payload)))
+        longest = max(length for _, length in heads)
+        found = [payload.new_empty(longest) for _ in heads]
+        if longest:
+            padded = torch.cat([payload, payload.new_zeros(longest - len(payload))])
+            self._call(what, dist.all_gather, found, padded)
+        return [_with_tensors(own, flat.cpu()) for (own, _), flat in zip(heads, found, strict=True)]
+
+    def from_first(self, make: Callable[[], T], what: str) -> T:
+        """What the first rank makes, at all ranks."""
+        if self.size == 1:
+            return make()
+        made: list[T] = []
+        with self.together(what):
+            if self.first:
+                made.append(make())
+        return self.gather(made, what)[0][0]
+
+    def matrix_sum(self, *shape: int) -> MatrixSum:
+        """A sum over the segments of all ranks, of float32 or float64 matrices."""
+        return MatrixSum(self, shape)
+
+    def all_to_all(self, values: Tensor, counts: Sequence[int], size: int) -> Tensor:
+        """values [ranks, own count, size], some for each rank; [all counts, size] for this one."""
+        received = values.new_empty(sum(counts) * size)
+        split = [counts[self.rank] * size] * self.size
+        self._call(
+            "statistics", dist.all_to_all_single, received, values.reshape(-1),
+            [count * size for count in counts], split,
+        )  # fmt: skip
+        return received.view(-1, size)
+
+    def concatenate(self, values: Tensor) -> Tensor:
+        """The vectors of all ranks, all of one length, behind each other."""
+        found = [torch.empty_like(values) for _ in range(self.size)]
+        self._call("statistics", dist.all_gather, found, values)
+        return torch.cat(found)
+
+    def add_up(self, values: Tensor) -> None:
+        """The sum of all ranks' values, in place, in an order that the library chooses."""
+        self._call("statistics", dist.all_reduce, values)
+
+    def _call(self, what: str, function: Callable[..., object], *arguments: object) -> None:
+        try:
+            function(*arguments, group=self._group)
+        except RuntimeError as error:
+            raise RuntimeError(_LOST.format(what=what)) from error
+
+
+class MatrixSum:
+    """A float64 sum of matrices, added in the order of ranks and, in each, as they came."""
+
+    def __init__(self, ranks: Ranks, shape: tuple[int, ...]) -> None:
+        self._ranks, self._shape = ranks, shape
+        self._values: list[Tensor] = []
+
+    def add(self, value: Tensor | None) -> None:
+        """``value`` is the sum's from now on; None counts for nothing."""
+        if value is None:
+            return
+        apart = self._ranks.size > 1 and self._ranks.ordered
+        if apart or not self._values:
+            self._values.append(value if apart else value.double())
+        else:
+            self._values[0] += value
+
+    def total(self, device: torch.device) -> Tensor:
+        """The sum; zeros where nothing was added."""
+        ranks = self._ranks
+        if ranks.size == 1:
+            return self._values.pop().view(self._shape) if self._values else self._zeros(device)
+        counts = ranks.gather(len(self._values), "statistics")
+        total = self._zeros(device)
+        flat = total.view(-1)
+        step = max(1, _PIECE // max(1, sum(counts) * ranks.size)) * ranks.size
+        for begin in range(0, len(flat), step) if any(counts) else ():
+            pieces = [value.view(-1)[begin : begin + step] for value in self._values]
+            found = (self._ordered if ranks.ordered else self._reduced)(pieces, counts, step)
+            flat[begin : begin + step] = found[: len(flat) - begin]
+        self._values.clear()
+        return total
+
+    def _ordered(self, pieces: list[Tensor], counts: list[int], step: int) -> Tensor:
+        """Each rank adds up a part of the piece and sends it to all."""
+        size = step // self._ranks.size
+        block = self._block(pieces, len(pieces), step)
+        parts = block.view(len(pieces), self._ranks.size, size).transpose(0, 1)
+        first, *others = self._ranks.all_to_all(parts, counts, size)
+        for other in others:
+            first += other
+        return self._ranks.concatenate(first.contiguous())
+
+    def _reduced(self, pieces: list[Tensor], counts: list[int], step: int) -> Tensor:
+        block = self._block(pieces, 1, step)[0]
+        self._ranks.add_up(block)
+        return block
+
+    def _block(self, pieces: list[Tensor], rows: int, step: int) -> Tensor:
+        block = torch.zeros(rows, step, dtype=torch.float64, device=self._ranks.device)
+        for row, piece in zip(block, pieces, strict=False):
+            row[: len(piece)] = piece
+        return block
+
+    def _zeros(self, device: torch.device) -> Tensor:
+        return torch.zeros(self._shape, dtype=torch.float64, device=device)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Stands for a tensor in what is pickled."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _with_tensors(plain: T, data: Tensor) -> T:
+    """The tree with its tensors, whose bytes lie behind each other in ``data``."""
+    begin = 0
+
+    def tensor(stands: _Shape) -> Tensor:
+        nonlocal begin
+        end = begin + torch.Size(stands.shape).numel() * stands.dtype.itemsize
+        # A copy: bytes of another dtype may begin at any address here.
+        found = data[begin:end].clone().view(stands.dtype).view(stands.shape)
+        begin = end
+        return found
+
+    return pytree.tree_map_only(_Shape, tensor, plain)  # type: ignore[no-any-return]

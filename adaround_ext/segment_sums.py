@@ -1,0 +1,164 @@
+"""Sums over one segment of the data: what several processes, or one after the other, can join."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adaround_ext.data import Rebatcher
+from adaround_ext.layers import MatrixLayer
+from adaround_ext.products import fixed_bmm
+
+# Inputs are cut again into this many samples (tokens of a linear layer) before X X^T, so that the
+# sums do not depend on how the caller cut the data.
+_SAMPLES, TOKENS = 32, 8192
+# X X^T is symmetric: only blocks on and below the diagonal are computed, this many columns each.
+_BLOCK = 192
+_SHIFT_POSITIONS = 256  # enough for the rough mean that inputs are shifted by
+
+
+class ProductSum:
+    """A sum of float32 matrices in the order in which they come.
+
+    ``value`` is float64, but a lone matrix stays float32: many segments have one only.
+    """
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def add(self, product: Tensor) -> None:
+        """``product`` is the sum's from now on."""
+        if self.value is None:
+            self.value = product
+        elif self.value.dtype == torch.float64:
+            self.value += product
+        else:
+            self.value = self.value.double().add_(product)
+
+
+@dataclass
+class Vectors:
+    """The small sums of a segment, float64, for x' = x - shift.
+
+    shift float32 [groups, cols]; first [groups, cols] = sum x'; missed [rows] = sum e and energy
+    [rows] = sum e^2 of what the layers miss of their targets. count: positions.
+    """
+
+    count: int
+    shift: Tensor
+    first: Tensor
+    missed: Tensor
+    energy: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        """All of it, the count as a float64 scalar."""
+        count = torch.tensor(float(self.count), dtype=torch.float64)
+        return [count, self.shift, self.first, self.missed, self.energy]
+
+
+class SegmentSums:
+    """Of consecutive batches of one unit's inputs, as GramStatistics joins them.
+
+    covariance: sum x' x'^T [groups, cols, cols]; mismatch: sum e x'^T [rows, cols] where there are
+    targets; ``vectors`` has the rest. Products are float32, of inputs less the mean of the first
+    few: of large numbers with small differences nothing would be left.
+    """
+
+    def __init__(self, layers: list[MatrixLayer], positions: int | None, seed: int) -> None:
+        self._layers = layers
+        self._positions = positions
+        self._generator = torch.Generator().manual_seed(seed)
+        linear = isinstance(layers[0].layer, torch.nn.Linear)
+        self._rebatcher = Rebatcher(TOKENS if linear else _SAMPLES)
+        self.vectors: Vectors | None = None  # until the first position
+        self.covariance = ProductSum()
+        self.mismatch = ProductSum()
+
+    def add(self, inputs: Tensor, targets: tuple[Tensor, ...] | None) -> None:
+        """Adds a batch as :func:`adaround_ext.data.batches` gives it."""
+        for batch in self._rebatcher.push(inputs, targets):
+            self._consume(*batch)
+
+    def finish(self) -> None:
+        """Adds what is held back."""
+        for batch in self._rebatcher.flush():
+            self._consume(*batch)
+
+    def _consume(self, inputs: Tensor, targets: tuple[Tensor, ...] | None) -> None:
+        x = inputs.float()
+        if targets is None:
+            for patches, _ in self._patches(self._layers[-1], x, None):
+                self._add_inputs(self._shifted(patches))
+            return
+        streams = [
+            self._patches(layer, x, y.float())
+            for layer, y in zip(self._layers, targets, strict=True)
+        ]
+        for pieces in zip(*streams, strict=True):
+            self._add_missed(pieces)
+
+    def _add_missed(self, pieces: tuple[tuple[Tensor, Tensor | None], ...]) -> None:
+        """One chunk of patches, the same for all layers, and each layer's targets there."""
+        shifted = self._shifted(pieces[0][0])
+        vectors = self.vectors
+        assert vectors is not None
+        self._add_inputs(shifted)
+        products = []
+        row = 0
+        for layer, (patches, y) in zip(self._layers, pieces, strict=True):
+            assert y is not None
+            # Not layer.forward: the bits of a library's convolution depend on the threads.
+            weight = layer.weight_matrix().float().view(layer.groups, -1, layer.cols)
+            e = y - fixed_bmm(weight, patches)
+            if layer.bias is not None:
+                e -= layer.bias.float().view(layer.groups, -1, 1)
+            rows = slice(row, row + layer.rows)
+            row = rows.stop
+            products.append(fixed_bmm(e, shifted.mT).reshape(layer.rows, -1))
+            vectors.missed[rows] += e.sum(2, dtype=torch.float64).view(-1)
+            vectors.energy[rows] += e.square().sum(2, dtype=torch.float64).view(-1)
+        self.mismatch.add(torch.cat(products))
+
+    def _patches(
+        self, layer: MatrixLayer, x: Tensor, targets: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        if self._positions is None:
+            return layer.patches(x, targets)
+        # Layers that share inputs draw the same positions.
+        generator = self._generator.clone_state()
+        if layer is self._layers[-1]:
+            generator = self._generator
+        return layer.patches(x, targets, positions=self._positions, generator=generator)
+
+    def _shifted(self, patches: Tensor) -> Tensor:
+        if self.vectors is None:
+            first = patches[:, :, :_SHIFT_POSITIONS]
+            shift = first.mean(2, dtype=torch.float64).float()
+            rows = shift.new_zeros(sum(layer.rows for layer in self._layers), dtype=torch.float64)
+            self.vectors = Vectors(0, shift, torch.zeros_like(shift.double()), rows, rows.clone())
+        return patches - self.vectors.shift[:, :, None]
+
+    def _add_inputs(self, patches: Tensor) -> None:
+        assert self.vectors is not None
+        self.vectors.count += patches.shape[2]
+        # As a product: sums in float64 took longer than everything else here.
+        ones = patches.new_ones(len(patches), patches.shape[2], 1)
+        self.vectors.first += fixed_bmm(patches, ones)[..., 0]
+        self.covariance.add(_gram(patches))
+
+
+def _gram(patches: Tensor) -> Tensor:
+    """patches patches^T, float32 [groups, cols, cols]."""
+    groups, cols, _ = patches.shape
+    if groups > 1 or cols <= 2 * _BLOCK:
+        return fixed_bmm(patches, patches.mT).contiguous()
+    gram = patches.new_empty(1, cols, cols)
+    for begin in range(0, cols, _BLOCK):
+        end = min(begin + _BLOCK, cols)
+        product = fixed_bmm(patches[:, begin:end], patches[:, :end].mT)
+        gram[:, begin:end, :end] = product
+        gram[:, :begin, begin:end] = product[:, :, :begin].mT
+    return gram
