@@ -6,6 +6,7 @@ here and there, and codes gathered; nothing is said during an optimisation.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,25 +67,41 @@ class Ranks:
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
-        """No rank leaves this before all have come to its end; if one fails, all do.
+        """No rank leaves this before all have come to its end; if one of them fails, all do.
 
-        What is inside says nothing to other ranks. RuntimeError with the rank and its error.
+        What is inside says nothing to other ranks. Its error is raised where it failed, elsewhere
+        RuntimeError with the rank and that error.
         """
-        if self.size == 1:
-            yield
-            return
         error: Exception | None = None
         try:
             yield
         except Exception as caught:
             error = caught
+        self._agree(what, error, None)
+
+    def exchange(self, what: str, make: Callable[[], T]) -> list[T]:
+        """What every rank makes, at every rank, tensors on the CPU; errors as in `together`."""
+        if self.size == 1:
+            return [make()]
+        try:
+            made = make()
+        except Exception as caught:
+            return self._agree(what, caught, None)
+        return self._agree(what, None, made)
+
+    def from_first(self, what: str, make: Callable[[], T]) -> T:
+        """What the first rank makes, at all ranks."""
+        return self.exchange(what, lambda: make() if self.first else None)[0]  # type: ignore[return-value]
+
+    def _agree(self, what: str, error: Exception | None, made: Any) -> list[Any]:
         text = None if error is None else f"{type(error).__name__}: {error}"
-        told = self.gather(text, what)
+        told = self.gather((text, made), what)
         if error is not None:
             raise error
-        for rank, other in enumerate(told):
+        for rank, (other, _) in enumerate(told):
             if other is not None:
                 raise RuntimeError(f"rank {rank} stopped during {what}: {other}")
+        return [own for _, own in told]
 
     def same(self, what: str, value: object) -> None:
         """ValueError unless all ranks have this value."""
@@ -102,11 +119,11 @@ class Ranks:
         bounds = [sum(owner < rank for owner in owners) for rank in range(self.size + 1)]
         return [range(bounds[rank], bounds[rank + 1]) for rank in range(self.size)]
 
-    def gather(self, value: T, what: str = "an exchange") -> list[T]:
+    def gather(self, value: T, what: str) -> list[T]:
         """Every rank's value, at every rank; tensors in it come back on the CPU."""
         if self.size == 1:
             return [value]
-        data = [torch.empty(0, dtype=torch.uint8, device=self.device)]
+        data: list[Tensor] = []
 
         def shape(tensor: Tensor) -> _Shape:
             flat = tensor.detach().contiguous().view(-1)
@@ -114,26 +131,15 @@ class Ranks:
             return _Shape(tuple(tensor.shape), tensor.dtype)
 
         # Tensors as bytes of their own: pickled they would take many times longer.
-        plain = pytree.tree_map_only(Tensor, shape, value)
-        payload = torch.cat(data)
-        heads: list[Any] = [None] * self.size
-        self._call(what, dist.all_gather_object, heads, (plain, len(payload)))
-        longest = max(length for _, length in heads)
-        found = [payload.new_empty(longest) for _ in heads]
-        if longest:
-            padded = torch.cat([payload, payload.new_zeros(longest - len(payload))])
-            self._call(what, dist.all_gather, found, padded)
-        return [_with_tensors(own, flat.cpu()) for (own, _), flat in zip(heads, found, strict=True)]
-
-    def from_first(self, make: Callable[[], T], what: str) -> T:
-        """What the first rank makes, at all ranks."""
-        if self.size == 1:
-            return make()
-        made: list[T] = []
-        with self.together(what):
-            if self.first:
-                made.append(make())
-        return self.gather(made, what)[0][0]
+        plain = pickle.dumps(pytree.tree_map_only(Tensor, shape, value))
+        head = torch.frombuffer(bytearray(plain), dtype=torch.uint8).to(self.device)
+        own = torch.cat([head, *data])
+        sizes = self._all(what, torch.tensor([len(head), len(own)], device=self.device))
+        ends = [tuple(map(int, size)) for size in sizes]
+        longest = max(end for _, end in ends)
+        padded = torch.cat([own, own.new_zeros(longest - len(own))])
+        found = [flat.cpu() for flat in self._all(what, padded)]
+        return [_unpacked(flat, *end) for flat, end in zip(found, ends, strict=True)]
 
     def matrix_sum(self, *shape: int) -> MatrixSum:
         """A sum over the segments of all ranks, of float32 or float64 matrices."""
@@ -151,13 +157,16 @@ class Ranks:
 
     def concatenate(self, values: Tensor) -> Tensor:
         """The vectors of all ranks, all of one length, behind each other."""
-        found = [torch.empty_like(values) for _ in range(self.size)]
-        self._call("statistics", dist.all_gather, found, values)
-        return torch.cat(found)
+        return torch.cat(self._all("statistics", values))
 
     def add_up(self, values: Tensor) -> None:
         """The sum of all ranks' values, in place, in an order that the library chooses."""
         self._call("statistics", dist.all_reduce, values)
+
+    def _all(self, what: str, values: Tensor) -> list[Tensor]:
+        found = [torch.empty_like(values) for _ in range(self.size)]
+        self._call(what, dist.all_gather, found, values)
+        return found
 
     def _call(self, what: str, function: Callable[..., object], *arguments: object) -> None:
         try:
@@ -183,15 +192,15 @@ class MatrixSum:
         else:
             self._values[0] += value
 
-    def total(self, device: torch.device) -> Tensor:
-        """The sum; zeros where nothing was added."""
+    def total(self, device: torch.device, counts: list[int]) -> Tensor:
+        """The sum of ``counts[rank]`` matrices of each rank; zeros where there is none."""
         ranks = self._ranks
         if ranks.size == 1:
             return self._values.pop().view(self._shape) if self._values else self._zeros(device)
-        counts = ranks.gather(len(self._values), "statistics")
         total = self._zeros(device)
         flat = total.view(-1)
-        step = max(1, _PIECE // max(1, sum(counts) * ranks.size)) * ranks.size
+        size = max(1, min(_PIECE // max(1, sum(counts)), len(flat)))
+        step = -(-size // ranks.size) * ranks.size  # a part for each rank
         for begin in range(0, len(flat), step) if any(counts) else ():
             pieces = [value.view(-1)[begin : begin + step] for value in self._values]
             found = (self._ordered if ranks.ordered else self._reduced)(pieces, counts, step)
@@ -232,16 +241,17 @@ class _Shape:
     dtype: torch.dtype
 
 
-def _with_tensors(plain: T, data: Tensor) -> T:
-    """The tree with its tensors, whose bytes lie behind each other in ``data``."""
-    begin = 0
+def _unpacked(data: Tensor, head: int, end: int) -> Any:
+    """The tree that :meth:`Ranks.gather` sent as bytes: ``head`` of them pickled, then tensors."""
+    begin = head
 
     def tensor(stands: _Shape) -> Tensor:
         nonlocal begin
-        end = begin + torch.Size(stands.shape).numel() * stands.dtype.itemsize
+        stop = begin + torch.Size(stands.shape).numel() * stands.dtype.itemsize
         # A copy: bytes of another dtype may begin at any address here.
-        found = data[begin:end].clone().view(stands.dtype).view(stands.shape)
-        begin = end
+        found = data[begin:stop].clone().view(stands.dtype).view(stands.shape)
+        begin = stop
         return found
 
-    return pytree.tree_map_only(_Shape, tensor, plain)  # type: ignore[no-any-return]
+    plain = pickle.loads(data[:head].numpy().tobytes())
+    return pytree.tree_map_only(_Shape, tensor, plain)

@@ -105,11 +105,9 @@ class Fitter:
             found = [self._loaded(unit) for unit in segment]
             return [None if own is None else [vars(r) for r in own] for own in found]
 
-        units = zip(
-            segment, self.ranks.from_first(load, "the reading of checkpoint_dir"), strict=True
-        )
+        loaded = self.ranks.from_first("the reading of checkpoint_dir", load)
         found = {}
-        for unit, own in units:
+        for unit, own in zip(segment, loaded, strict=True):
             if own is not None:
                 device = self.home or unit.layers[0].weight.device
                 found[unit] = [LayerResult(**result).to(device) for result in own]
@@ -125,9 +123,7 @@ class Fitter:
     def _fit(self, units: list[Unit]) -> dict[Unit, list[LayerResult]]:
         collectors = [Collector(unit, self.folder, self.ranks) for unit in units]
         started = time.perf_counter()
-        with self.ranks.together(f"the calibration of {units[0].names}"):
-            self._collect(collectors)
-        self._agree()
+        self._collect_all(f"the calibration of {units[0].names}", collectors)
         collecting = sum(collector.seconds for collector in collectors)
         self.seconds["statistics"] += collecting
         self.seconds["forward"] += time.perf_counter() - started - collecting
@@ -136,10 +132,14 @@ class Fitter:
         self.seconds["solving"] += time.perf_counter() - started
         return results
 
-    def _agree(self) -> None:
-        """If recordings cannot stand for blocks at one rank, none of them uses its own."""
-        found = self.ranks.gather(self.replay.diverged, "the calibration")
-        trouble = next((text for text in found if text), "")
+    def _collect_all(self, what: str, collectors: list[Collector]) -> None:
+        """Collects; if recordings cannot stand for blocks at one rank, none uses its own."""
+
+        def collect() -> str:
+            self._collect(collectors)
+            return self.replay.diverged
+
+        trouble = next((text for text in self.ranks.exchange(what, collect) if text), "")
         if trouble and not self.replay.diverged:
             self.replay.give_up(trouble)
 
@@ -190,14 +190,17 @@ class Fitter:
     def _apart(self, own: list[Collector], units: list[Unit]) -> dict[Unit, list[LayerResult]]:
         """The results of ``units``, each of which is ``own`` at one rank."""
         numbers = {unit: number for number, unit in enumerate(units)}
-        solved: dict[int, list[dict[str, Any]]] = {}
-        with self.ranks.together("the rounding of single layers"):
+
+        def solve() -> dict[int, list[dict[str, Any]]]:
+            solved = {}
             while own:
                 collector = own.pop(0)
                 found = self._solved(collector, Ranks())
                 solved[numbers[collector.unit]] = [vars(result) for result in found]
+            return solved
+
         results = {}
-        for part in self.ranks.gather(solved, "the gathering of codes"):
+        for part in self.ranks.exchange("the rounding of single layers", solve):
             for number, values in part.items():
                 device = units[number].layers[0].weight.device
                 results[units[number]] = [LayerResult(**v).to(device) for v in values]

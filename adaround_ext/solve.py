@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,12 +63,12 @@ def _share_rows(problem: Problem, config: AdaRoundConfig, ranks: Ranks) -> Solve
     rows = len(problem.weight)
     blocks = [min(_ROWS, rows - begin) for begin in range(0, rows, _ROWS)]
     own = ranks.share(blocks)[ranks.rank]
-    solved: Solved | None = None
-    with ranks.together(f"the rounding of {problem.name}"):
-        if own:
-            part = slice(own.start * _ROWS, min(own.stop * _ROWS, rows))
-            solved = _solve_rows(problem.rows(part), config)
-    parts = ranks.gather(None if solved is None else vars(solved), "the gathering of codes")
+
+    def solve_own() -> dict[str, Any] | None:
+        part = slice(own.start * _ROWS, min(own.stop * _ROWS, rows))
+        return vars(_solve_rows(problem.rows(part), config)) if own else None
+
+    parts = ranks.exchange(f"the rounding of {problem.name}", solve_own)
     found = [Solved(**part) for part in parts if part is not None]
     return Solved.join(found, problem.weight.device)
 

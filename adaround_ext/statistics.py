@@ -56,6 +56,7 @@ class GramStatistics:
         self._closed: list[Vectors] = []
         self._covariance = self._ranks.matrix_sum(first.groups, first.cols, first.cols)
         self._mismatch = self._ranks.matrix_sum(len(self._group), first.cols)
+        self._targeted = 0  # segments that have targets
         self.count = 0
         self.has_targets = False
 
@@ -94,17 +95,17 @@ class GramStatistics:
             self._closed.append(sums.vectors)
             self._covariance.add(sums.covariance.value)
             self._mismatch.add(sums.mismatch.value)
-            self.has_targets = self.has_targets or sums.mismatch.value is not None
+            self._targeted += sums.mismatch.value is not None
 
     def finish(self) -> None:
         """Joins what all segments have; the moments are ready afterwards."""
         self._close()
-        own = [vectors.tensors() for vectors in self._closed], self.has_targets
+        own = [vectors.tensors() for vectors in self._closed], self._targeted
         ranks = self._ranks.gather(own, "statistics")
-        self.has_targets = any(targets for _, targets in ranks)
+        self.has_targets = any(targeted for _, targeted in ranks)
         segments = [[t.to(self._device) for t in some] for found, _ in ranks for some in found]
-        self.covariance = self._covariance.total(self._device)
-        self.mismatch = self._mismatch.total(self._device)
+        self.covariance = self._covariance.total(self._device, [len(found) for found, _ in ranks])
+        self.mismatch = self._mismatch.total(self._device, [targeted for _, targeted in ranks])
         self._closed.clear()
         if segments:
             self._join(*(torch.stack(column) for column in zip(*segments, strict=True)))
