@@ -3,6 +3,7 @@
 from adaround_ext.activations import ActivationConfig
 from adaround_ext.config import AdaRoundConfig
 from adaround_ext.export import export_model, load_quantized, pack_, save_quantized, verify
+from adaround_ext.mapped import map_weights_
 from adaround_ext.model import quantize_
 from adaround_ext.model_report import LayerEntry, ModelReport
 from adaround_ext.native import build_info
@@ -24,6 +25,7 @@ __all__ = [
     "build_info",
     "export_model",
     "load_quantized",
+    "map_weights_",
     "optimize_layer",
     "pack_",
     "quantize_",

@@ -38,8 +38,18 @@ def swapped(weights: Iterable[tuple[Target, Tensor, Tensor | None]]) -> Iterator
             layer.register_parameter("bias", None)
 
 
-def apply_(target: Target, weight: QuantizedWeight, bias: Tensor | None) -> None:
-    """Writes weight and bias into the target's parameters, and leaves the codes at its modules."""
-    write_(target.matrix.layer, weight.dequantize(target.matrix), bias)
+def apply_(
+    target: Target, weight: QuantizedWeight, bias: Tensor | None, dequantized: Tensor | None
+) -> None:
+    """Writes weight and bias into the target's parameters, and leaves the codes at its modules.
+
+    ``dequantized``, where it is given, is the weight and becomes the parameter's own memory.
+    """
+    layer = target.matrix.layer
+    if dequantized is None:
+        write_(layer, weight.dequantize(target.matrix), bias)
+    else:
+        layer.get_parameter("weight").data = dequantized
+        write_(layer, None, bias)
     for module in target.modules:
         module.quantized_weight = weight  # type: ignore[assignment]  # no tensor: an attribute

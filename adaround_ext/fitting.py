@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,25 +20,24 @@ from adaround_ext.capture import Replay, Stream, Watch
 from adaround_ext.checkpoint import Checkpoint
 from adaround_ext.collect import Collector, Unit
 from adaround_ext.distributed import Ranks
+from adaround_ext.mapped import Offload
 from adaround_ext.plan import Target
-from adaround_ext.precision import full_precision
 from adaround_ext.report import LayerReport
 from adaround_ext.result import LayerResult, QuantizedWeight
-from adaround_ext.solve import solve_all
+from adaround_ext.shared_work import owners_of, solved, solved_apart
 
 _logger = logging.getLogger("adaround_ext")
-# Of a rank's share of the work on one pass: what costs less is solved whole by one of the ranks.
-_SINGLE = 8
 Switch = Callable[[], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """A target's result, without its floating-point weight."""
+    """A target's result; ``dequantized`` is its floating-point weight where that is in a file."""
 
     weight: QuantizedWeight
     bias: Tensor | None
     report: LayerReport
+    dequantized: Tensor | None = None
 
 
 @dataclass
@@ -48,6 +48,7 @@ class Fitter:
     full-precision model. without_quantizers: switches activation quantizers off, None where there
     are none. folder: for what does not fit into memory, None if it does. home: the device that
     results go to, None for that of their layers. ranks: those that do the same, and share the work.
+    offload: keeps results in files, None for memory.
     """
 
     replay: Replay
@@ -60,6 +61,7 @@ class Fitter:
     home: torch.device | None
     progress: bool
     ranks: Ranks
+    offload: Offload | None
     fitted: dict[Target, Fitted] = field(default_factory=dict)
     seconds: dict[str, float] = field(
         default_factory=lambda: {"forward": 0.0, "statistics": 0.0, "solving": 0.0}
@@ -171,7 +173,7 @@ class Fitter:
     def _solve(self, collectors: list[Collector]) -> dict[Unit, list[LayerResult]]:
         """All ranks share the rows of large layers, then each solves some of the others."""
         results: dict[Unit, list[LayerResult]] = {}
-        owners = self._owners([collector.unit for collector in collectors])
+        owners = owners_of([collector.unit for collector in collectors], self.ranks.size)
         own: list[Collector] = []
         while collectors:
             collector = collectors.pop(0)  # and its statistics are freed after it
@@ -179,48 +181,16 @@ class Fitter:
             collector.finish()
             self._note_unpaired(collector)
             if unit not in owners:
-                results[unit] = self._solved(collector, self.ranks)
+                results[unit] = solved(collector, self.ranks)
                 self._save(unit, results[unit])
             elif owners[unit] == self.ranks.rank:
                 own.append(collector)
         if owners:
-            results |= self._apart(own, list(owners))
+            apart = solved_apart(own, list(owners), self.ranks)
+            for unit in owners:
+                self._save(unit, apart[unit])
+            results |= apart
         return results
-
-    def _apart(self, own: list[Collector], units: list[Unit]) -> dict[Unit, list[LayerResult]]:
-        """The results of ``units``, each of which is ``own`` at one rank."""
-        numbers = {unit: number for number, unit in enumerate(units)}
-
-        def solve() -> dict[int, list[dict[str, Any]]]:
-            solved = {}
-            while own:
-                collector = own.pop(0)
-                found = self._solved(collector, Ranks())
-                solved[numbers[collector.unit]] = [vars(result) for result in found]
-            return solved
-
-        results = {}
-        for part in self.ranks.exchange("the rounding of single layers", solve):
-            for number, values in part.items():
-                device = units[number].layers[0].weight.device
-                results[units[number]] = [LayerResult(**v).to(device) for v in values]
-        for unit in units:
-            self._save(unit, results[unit])
-        return results
-
-    def _owners(self, units: list[Unit]) -> dict[Unit, int]:
-        """The rank that solves a unit, for those whose rows are not shared."""
-        size = self.ranks.size
-        if size == 1:
-            return {}
-        load = [0.0] * size
-        most = sum(unit.cost for unit in units) / (_SINGLE * size)
-        owners = {}
-        for unit in sorted(units, key=lambda unit: -unit.cost):
-            if not unit.shareable or unit.cost <= most:
-                owners[unit] = load.index(min(load))
-                load[owners[unit]] += unit.cost
-        return owners
 
     def _note_unpaired(self, collector: Collector) -> None:
         if collector.unpaired:
@@ -229,16 +199,6 @@ class Fitter:
                 "inputs had another shape than the full-precision model's; its own outputs on "
                 "them were the targets"
             )
-
-    def _solved(self, collector: Collector, ranks: Ranks) -> list[LayerResult]:
-        unit = collector.unit
-        results: dict[int, LayerResult] = {}
-        with full_precision(unit.layers[0].weight.device):
-            for part, problems in collector.problems():
-                targets = [unit.targets[i] for i in part]
-                solved = solve_all([t.matrix for t in targets], problems, targets[0].config, ranks)
-                results.update(zip(part, solved, strict=True))
-        return [results[index] for index in range(len(unit.targets))]
 
     def _save(self, unit: Unit, results: list[LayerResult]) -> None:
         with self.ranks.together("the writing of checkpoint_dir"):
@@ -252,7 +212,13 @@ class Fitter:
         if self.home is not None:
             result = result.to(self.home)
         weight = QuantizedWeight(result.codes, result.scale, result.zero_point, target.config.bits)
-        self.fitted[target] = Fitted(weight, result.bias, result.report)
+        dequantized = None
+        if self.offload is not None:
+            kept = self.offload.keep({"weight": result.weight_q, "codes": weight.codes})
+            weight = dataclasses.replace(weight, codes=kept["codes"])
+            dequantized = kept["weight"]
+            result = dataclasses.replace(result, weight_q=dequantized)
+        self.fitted[target] = Fitted(weight, result.bias, result.report, dequantized)
         self._waiting.difference_update(target.modules)
         if self.sequential:
             self._pending[target] = result.weight_q, result.bias

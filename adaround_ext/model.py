@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -25,13 +24,19 @@ from adaround_ext.checkpoint import Checkpoint
 from adaround_ext.collect import Unit, make_units, parallel_segments, sequential_segments
 from adaround_ext.config import AdaRoundConfig, make_config
 from adaround_ext.distributed import Ranks, Reduction
-from adaround_ext.fingerprint import model_digest
+from adaround_ext.fingerprint import (
+    model_digest,
+    plain_config,
+    plain_name,
+    run_fingerprint,
+    versions,
+)
 from adaround_ext.fitting import Fitter
+from adaround_ext.mapped import Offload
 from adaround_ext.memory import device_memory, host_memory
 from adaround_ext.model_report import LayerEntry, ModelReport
-from adaround_ext.native import build_info
 from adaround_ext.overrides import Overrides
-from adaround_ext.plan import FilterFn, Plan, Target, make_plan
+from adaround_ext.plan import FilterFn, Plan, make_plan
 from adaround_ext.prepare import BatchNorm, prepare_, quantize_activations_, unlike_layers
 from adaround_ext.residence import Residence
 from adaround_ext.trace import evaluation
@@ -60,6 +65,7 @@ def quantize_(
     cache_dir: str | None = None,
     cache_dtype: torch.dtype | None = None,
     checkpoint_dir: str | None = None,
+    offload_dir: str | None = None,
     process_group: ProcessGroup | None = None,
     reduction: Reduction = "ordered",
     progress: bool = True,
@@ -107,6 +113,8 @@ def quantize_(
     cache_dtype: torch.bfloat16 or float16 to keep activations in half the memory, rounded.
     checkpoint_dir: a folder for every layer's result. A run that was killed goes on from there and
     ends with the same codes; one with another model, data or configuration is refused.
+    offload_dir: a folder on whose disk results are kept, in mapped files that are gone with the
+    model; then a model whose weights are mapped (:func:`map_weights_`) may be larger than memory.
     process_group: of torch.distributed, as ``dist.group.WORLD`` under torchrun. Every rank makes
     the same call, with the same model and calibration, runs its share of the batches, solves its
     share of the rows or layers, and ends with the same result.
@@ -132,6 +140,9 @@ def quantize_(
         home = single_device(model)
         device = home if device is None else torch.device(device)
         moves = device != home
+        offload = None if offload_dir is None else Offload(offload_dir)
+        if offload is not None and (home is None or home.type != "cpu"):
+            raise ValueError(f"offload_dir needs a model on the CPU, got one on {home}")
         if moves and home is None:
             raise ValueError(f"device must be None for a model on several devices, got {device}")
         with ranks.together("the reading of calibration"):
@@ -159,10 +170,13 @@ def quantize_(
         )
         parts = {}
         if told:
-            parts = _fingerprint(digest, data, plan, calls)
+            parts = run_fingerprint(digest, data, plan, calls)
             parts |= {"mode": mode, "batch_norm": batch_norm, "equalize": equalize}
             parts |= {"cache_dtype": str(cache_dtype)}
-            parts |= {"forward_fn": _name(forward_fn), "padding_mask": _name(padding_mask)}
+            parts |= {
+                "forward_fn": plain_name(forward_fn),
+                "padding_mask": plain_name(padding_mask),
+            }
             parts |= {"activations": None if activations is None else activations.to_dict()}
         for name, value in parts.items():
             ranks.same(name, value)
@@ -177,13 +191,13 @@ def quantize_(
         laps["tracing"] = time.perf_counter() - started - laps["calibration"]
         fitter = Fitter(
             replay, data, segments, sequential, checkpoint, switch, cache_dir,
-            home if moves else None, progress, ranks,
+            home if moves else None, progress, ranks, offload,
         )  # fmt: skip
         with residence:
             data.device = device
             fitter.run()
         for target, fitted in fitter.fitted.items():
-            apply_(target, fitted.weight, fitted.bias)
+            apply_(target, fitted.weight, fitted.bias, fitted.dequantized)
         undo.pop_all()  # from here on the changes stay
     laps |= fitter.seconds | {"total": time.perf_counter() - started}
     memory = {"host_before": host_before, "host_peak": host_memory()[1]}
@@ -203,7 +217,7 @@ def quantize_(
         notes=tuple(data.notes + prepared.notes + plan.notes + fitter.notes),
         seconds=laps,
         memory=memory,
-        versions=_versions(),
+        versions=versions(),
         seed=config.seed,
     )
 
@@ -238,43 +252,6 @@ def _common(calls: list[BlockCall], plan: Plan) -> int:
     return len(calls)
 
 
-def _fingerprint(
-    model: str, data: Calibration, plan: Plan, calls: list[BlockCall]
-) -> dict[str, object]:
-    layers = {target.name: _plain(target) for target in plan.targets}
-    return {
-        "model": model,
-        "calibration": data.digest(),
-        "configuration": layers,
-        "blocks": [call.name for call in calls],
-        "version": _versions(),
-    }
-
-
-def _plain(target: Target) -> dict[str, Any]:
-    """A target's configuration as plain values; a callable activation as its name."""
-    activation = target.config.activation
-    if not callable(activation):
-        return target.config.to_dict()
-    plain = make_config(target.config, {"activation": None}).to_dict()
-    return plain | {"activation": _name(activation)}
-
-
-def _name(value: object) -> str | None:
-    """A function's name, or what is given instead of one."""
-    if value is None or isinstance(value, str):
-        return value
-    return str(getattr(value, "__qualname__", type(value).__qualname__))
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "adaround_ext": str(build_info()["version"]),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def _entries(units: list[Unit], calls: list[BlockCall], fitter: Fitter) -> tuple[LayerEntry, ...]:
     block = {m: call.name for call in calls for m in call.layers if m is not call.call.module}
     entries = []
@@ -290,7 +267,7 @@ def _entries(units: list[Unit], calls: list[BlockCall], fitter: Fitter) -> tuple
                     block=block.get(layer),
                     shared_inputs=tuple(t.name for t in unit.targets if t is not target),
                     tied=tuple(name for name, _ in target.tied),
-                    config=_plain(target),
+                    config=plain_config(target),
                     report=fitter.fitted[target].report,
                     rows=target.matrix.rows,
                 )

@@ -24,13 +24,14 @@ _FORMAT = "adaround_ext.layer.3"
 
 
 @torch.no_grad()
-def write_(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-    """Copies weight and bias into a layer's parameters, which keep their identity.
+def write_(layer: nn.Module, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Copies weight and bias, those that are given, into a layer's parameters themselves.
 
     A layer that was made without a bias gets one, where there is one to write.
     """
     parameter = layer.get_parameter("weight")
-    parameter.copy_(weight)
+    if weight is not None:
+        parameter.copy_(weight)
     if bias is not None and getattr(layer, "bias", None) is None:
         made = nn.Parameter(bias.to(parameter, copy=True), parameter.requires_grad)
         layer.register_parameter("bias", made)

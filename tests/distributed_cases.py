@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from adaround_ext import ActivationConfig, fitting, gram_solver, quantize_
+from adaround_ext import ActivationConfig, gram_solver, quantize_, shared_work
 from tests import models
 
 Case = tuple[Callable[[], nn.Module], Callable[[], list[Any]], dict[str, Any]]
@@ -136,7 +136,7 @@ def differ(group: dist.ProcessGroup, folder: str, difference: str) -> None:
 
 def die(group: dist.ProcessGroup, folder: str, checkpoint: str) -> None:
     """The second rank is gone when it should solve its fifth problem."""
-    solve, left = fitting.solve_all, iter(range(4))
+    solve, left = shared_work.solve_all, iter(range(4))
 
     def until(*given: Any) -> Any:
         if next(left, None) is None:
@@ -144,7 +144,7 @@ def die(group: dist.ProcessGroup, folder: str, checkpoint: str) -> None:
         return solve(*given)
 
     if dist.get_rank() == 1:
-        fitting.solve_all = until  # type: ignore[assignment]
+        shared_work.solve_all = until  # type: ignore[assignment]
     run_case("convolutions", group, checkpoint_dir=checkpoint)
 
 
