@@ -111,16 +111,17 @@ def _start_of_peak(device: torch.device) -> int:
         return torch.cuda.memory_allocated(device)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
-    return _status("VmRSS")
+    return status_bytes("VmRSS")
 
 
 def _peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return _status("VmHWM")
+    return status_bytes("VmHWM")
 
 
-def _status(name: str) -> int:
+def status_bytes(name: str) -> int:
+    """A size that the system gives for this process."""
     found = re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())
     if found is None:
         raise RuntimeError(f"/proc/self/status has no {name}")
