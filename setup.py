@@ -114,6 +114,8 @@ extensions = [
 ]
 if cuda_home:
     cpp_extension.CUDA_HOME = cuda_home  # None under a CPU-only torch even where nvcc exists
+    # Under a CPU-only torch ninja is not told which headers a .cu reads: it would keep old objects.
+    torch.version.cuda = torch.version.cuda or cuda_version
     extensions.append(
         cpp_extension.CppExtension(
             "adaround_ext._C_cuda",
