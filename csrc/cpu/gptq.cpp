@@ -25,6 +25,7 @@ void run_gptq(const GptqArguments& args, int64_t qmin, int64_t qmax, const Tenso
   const int32_t* zero_point = args.zero_point.const_data_ptr<int32_t>();
   code_t* codes_ptr = static_cast<code_t*>(codes.mutable_data_ptr());
   const int64_t tiles = args.feedback.size(0) * tiles_per_gram;
+  const auto kernel = kernels<T>().gptq_tile;
   torch::stable::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
     const auto size = static_cast<size_t>(kGptqRows * cols);
     std::vector<T> tile(size), shift(size), tile_codes(size);
@@ -46,7 +47,7 @@ void run_gptq(const GptqArguments& args, int64_t qmin, int64_t qmax, const Tenso
           grid[i * cols + k].zero_point = static_cast<T>(zero_point[run]);
         }
       }
-      kernels<T>().gptq_tile(
+      kernel(
           {tile.data(), shift.data(), tile_codes.data(), grid.data(),
            feedback + group * cols * cols, cols});
       for (int64_t i = 0; i < count; ++i) {

@@ -14,13 +14,13 @@ void run_hard_quantize(
   const Input<T> weight(args.weight);
   const Output<T> out(codes);
   const T* v = args.v.const_data_ptr<T>();
+  const auto kernel = kernels<T>().hard_quantize;
   parallel_chunks(args.weight.numel(), [&](int64_t, int64_t begin, int64_t size) {
     alignas(64) T weight_buffer[kChunk];
     alignas(64) T code_buffer[kChunk];
     const T* weight_ptr = weight.load(begin, size, weight_buffer);
     grids.for_each_run(begin, size, [&](int64_t offset, int64_t count, const Grid<T>& grid) {
-      kernels<T>().hard_quantize(
-          {weight_ptr + offset, v + begin + offset, code_buffer + offset, count, grid});
+      kernel({weight_ptr + offset, v + begin + offset, code_buffer + offset, count, grid});
     });
     out.flush(begin, size, code_buffer);
   });

@@ -161,9 +161,11 @@ struct PackingKernels {
   void (*linear_tile)(const LinearTile&);
 };
 
+// The loops in use. An op asks once, before its threads start: use_instruction_set may be called
+// while it runs.
 const PackingKernels& packing_kernels();
 
-// The loops in use for T. double has the baseline's only: it serves gradient checks.
+// The same for T. double has the baseline's only: it serves gradient checks.
 template <typename T>
 const Kernels<T>& kernels();
 

@@ -44,12 +44,13 @@ Tensor pack_bits_cpu(const Tensor& codes_in, int64_t bits, int64_t qmin) {
   const Tensor packed = torch::stable::new_empty(args.codes, {rows, row_bytes}, ScalarType::Byte);
   const auto* codes_ptr = static_cast<const uint8_t*>(args.codes.const_data_ptr());
   auto* packed_ptr = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  const auto pack = packing_kernels().pack;
   std::atomic<bool> all_fit = true;
   parallel_runs(rows, cols, [&](int64_t row, int64_t col, int64_t size) {
     const PackSpan span{
         codes_ptr + row * cols + col, packed_ptr + row * row_bytes + col / kBlock * bits, size,
         static_cast<int>(bits), static_cast<int>(qmin)};
-    if (!packing_kernels().pack(span)) {
+    if (!pack(span)) {
       all_fit = false;
     }
   });
@@ -66,8 +67,9 @@ Tensor unpack_bits_cpu(const Tensor& packed_in, int64_t bits, int64_t cols, int6
   const Tensor codes = torch::stable::new_empty(args.packed, {rows, cols}, code_dtype(qmin));
   const auto* packed_ptr = static_cast<const uint8_t*>(args.packed.const_data_ptr());
   auto* codes_ptr = static_cast<uint8_t*>(codes.mutable_data_ptr());
+  const auto unpack = packing_kernels().unpack;
   parallel_runs(rows, cols, [&](int64_t row, int64_t col, int64_t size) {
-    packing_kernels().unpack(
+    unpack(
         {packed_ptr + row * row_bytes + col / kBlock * bits, codes_ptr + row * cols + col, size,
          static_cast<int>(bits), static_cast<int>(qmin)});
   });

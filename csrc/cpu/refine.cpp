@@ -22,12 +22,13 @@ void run_refine(
   T* residual_ptr = residual.mutable_data_ptr<T>();
   const T* gram = args.gram.const_data_ptr<T>();
   const T* scale = args.scale.const_data_ptr<T>();
+  const auto kernel = kernels<T>().refine_row;
   torch::stable::parallel_for(0, rows, 1, [&](int64_t first, int64_t last) {
     std::vector<T> row_codes(static_cast<size_t>(cols));
     for (int64_t row = first; row < last; ++row) {
       code_t* row_ptr = codes_ptr + row * cols;
       std::copy(row_ptr, row_ptr + cols, row_codes.begin());
-      kernels<T>().refine_row(
+      kernel(
           {row_codes.data(), residual_ptr + row * cols, gram + row / rows_per_gram * cols * cols,
            scale + (shared_scale ? 0 : row * n_groups), cols, cols / n_groups, static_cast<T>(qmin),
            static_cast<T>(qmax), max_sweeps});

@@ -26,6 +26,7 @@ void run_rounding_step(
       static_cast<T>(schedule[2]) / static_cast<T>(schedule[3]),
       T(1) / static_cast<T>(schedule[4])};
   const bool with_reg = schedule[1] != 0.0f;
+  const auto kernel = kernels<T>().rounding_step;
   parallel_chunks(args.weight.numel(), [&](int64_t, int64_t begin, int64_t size) {
     alignas(64) T grad_buffer[kChunk];
     alignas(64) T weight_buffer[kChunk];
@@ -35,7 +36,7 @@ void run_rounding_step(
     T* out_ptr = out.target(begin, out_buffer);
     grids.for_each_run(begin, size, [&](int64_t offset, int64_t count, const Grid<T>& grid) {
       const int64_t at = begin + offset;
-      kernels<T>().rounding_step(
+      kernel(
           {v_ptr + at, exp_avg_ptr + at, exp_avg_sq_ptr + at, out_ptr + offset, grad_ptr + offset,
            weight_ptr + offset, count, grid, params, with_reg, as_error, normalize});
     });

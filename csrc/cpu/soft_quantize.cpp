@@ -93,13 +93,14 @@ void run_backward(
   const T* v = args.v.const_data_ptr<T>();
   const T grad_reg = *grads.grad_reg.const_data_ptr<T>();
   T* out = grad_v.mutable_data_ptr<T>();
+  const auto kernel = kernels<T>().soft_quantize_backward;
   parallel_chunks(args.weight.numel(), [&](int64_t, int64_t begin, int64_t size) {
     alignas(64) T weight_buffer[kChunk];
     alignas(64) T grad_buffer[kChunk];
     const T* weight_ptr = weight.load(begin, size, weight_buffer);
     const T* grad_ptr = grad_weight_q.load(begin, size, grad_buffer);
     grids.for_each_run(begin, size, [&](int64_t offset, int64_t count, const Grid<T>& grid) {
-      kernels<T>().soft_quantize_backward(
+      kernel(
           {grad_ptr + offset, grad_reg, weight_ptr + offset, v + begin + offset,
            out + begin + offset, count, grid, static_cast<T>(beta)});
     });

@@ -23,6 +23,7 @@ void run_tabu_search(
   T* residual_ptr = residual.mutable_data_ptr<T>();
   const T* gram_ptr = args.gram.const_data_ptr<T>();
   const T* scale_ptr = args.scale.const_data_ptr<T>();
+  const auto kernel = kernels<T>().tabu_row;
   torch::stable::parallel_for(0, rows, 1, [&](int64_t first, int64_t last) {
     const auto size = static_cast<size_t>(cols);
     std::vector<T> row_codes(size), best_codes(size), best_residual(size), free_from(size);
@@ -38,7 +39,7 @@ void run_tabu_search(
       }
       std::copy(row_ptr, row_ptr + cols, row_codes.begin());
       std::fill(free_from.begin(), free_from.end(), T(0));
-      kernels<T>().tabu_row(
+      kernel(
           {row_codes.data(), residual_row, best_codes.data(), best_residual.data(),
            free_from.data(), scale.data(), curvature.data(), gram, cols, static_cast<T>(qmin),
            static_cast<T>(qmax), steps, static_cast<uint64_t>(seed)});
