@@ -10,10 +10,11 @@ BIN := $(VENV)/bin
 DONE := $(VENV)/.done
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 NATIVE := setup.py $(sort $(shell find csrc -type f))
+CPP := $(filter csrc/%,$(NATIVE)) $(wildcard tests/native/*)
 # What decides the build besides the contents of files.
 SETTINGS := $(USE_CUDA) $(FORCE_CUDA) $(CUDA_HOME) $(TORCH_CUDA_ARCH_LIST) $(DEBUG) $(NATIVE)
 
-.PHONY: help demo test lint format bench build clean FORCE
+.PHONY: help demo test lint format sanitize bench build clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -29,12 +30,15 @@ lint: $(DONE)/lint  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(filter csrc/%,$(NATIVE))
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: $(DONE)/lint  ## write the style that lint checks
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter csrc/%,$(NATIVE))
+	$(BIN)/clang-format -i $(CPP)
+
+sanitize: build $(DONE)/test  ## the CPU ops under sanitizers, memory and threads
+	WORKERS=$(WORKERS) scripts/sanitize.sh
 
 bench: build $(DONE)/demo  ## all benchmarks
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -5,7 +5,8 @@ _C_cuda  CUDA kernels, likewise; built where nvcc is found
 _C       pybind11 module with build_info(), free of torch
 
 Environment: FORCE_CUDA=1 fails without nvcc, USE_CUDA=0 builds without CUDA, DEBUG=1 builds with
-symbols and without optimisation; TORCH_CUDA_ARCH_LIST and MAX_JOBS as in PyTorch.
+symbols and without optimisation, SANITIZE=address,undefined or SANITIZE=thread the CPU library with
+sanitizers (scripts/sanitize.sh); TORCH_CUDA_ARCH_LIST and MAX_JOBS as in PyTorch.
 """
 
 import glob
@@ -89,6 +90,11 @@ cxx = [
     "-Wall",
 ]
 cxx += ["-Wno-maybe-uninitialized"]  # gcc's own AVX-512 header
+sanitize = [f"-fsanitize={kinds}"] if (kinds := os.environ.get("SANITIZE")) else []
+if sanitize:
+    cxx += [*sanitize, "-fno-sanitize-recover", "-fno-omit-frame-pointer", "-g1", "-O1"]
+    cxx += ["-fexpensive-optimizations"]  # for the fused multiply-adds of -O3
+    cxx += ["-fno-sanitize-address-use-after-scope"]  # of every inlined vector: twice the build
 stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # the oldest torch that can load it: 2.10
 nvcc = [*optimise, "-std=c++17", "-DUSE_CUDA", *stable]
 
@@ -109,6 +115,7 @@ extensions = [
         "adaround_ext._C_cpu",
         ["csrc/library.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))],
         extra_compile_args={"cxx": cxx + stable},
+        extra_link_args=sanitize,
         py_limited_api=True,
     ),
 ]
