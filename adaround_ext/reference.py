@@ -28,7 +28,11 @@ def expand_grid(values: Tensor, rows: int, cols: int) -> Tensor:
 
 
 def rectified_sigmoid(v: Tensor) -> Tensor:
-    """h(V) = clip(sigmoid(V) (zeta - gamma) + gamma, 0, 1), eq. (23)."""
+    """h(V) = clip(sigmoid(V) (zeta - gamma) + gamma, 0, 1), eq. (23).
+
+    Where h is 0 or 1 exactly, the ops have the derivative of the inside and torch's clamp that of
+    the outside, from torch 2.14 on.
+    """
     return (torch.sigmoid(v) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 

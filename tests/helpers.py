@@ -14,6 +14,8 @@ from adaround_ext import reference
 from adaround_ext.native import build_info, use_instruction_set
 
 CLIP_EDGE = 2.3978952728  # log 11: h(V) leaves [0, 1] beyond it
+# Torch 2.15 and later make a RuntimeError of every C++ exception of an op; the text stays.
+ARGUMENT_ERROR = RuntimeError if torch.__version__ >= (2, 15) else ValueError
 
 
 def _available(name: str) -> bool:

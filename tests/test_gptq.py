@@ -9,6 +9,7 @@ from functools import cache
 import pytest
 import torch
 from helpers import (
+    ARGUMENT_ERROR,
     instruction_set,  # noqa: F401  a fixture
     skip_unsupported,
     strided,
@@ -199,6 +200,7 @@ def test_the_order_must_hold_every_column_once(device: torch.device, wrong: int)
     order[1, 7] = wrong
     grid = problem.scale, problem.zero_point, problem.qmin, problem.qmax
     with pytest.raises(
-        ValueError, match=f"order must hold every column from 0 to 23 once a group, got {wrong}$"
+        ARGUMENT_ERROR,
+        match=f"order must hold every column from 0 to 23 once a group, got {wrong}$",
     ):
         ops.gptq(problem.weight, feedback.float(), order, *grid)

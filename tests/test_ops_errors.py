@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import schedule_row, transposed
+from helpers import ARGUMENT_ERROR, schedule_row, transposed
 
 from adaround_ext import ops
 
@@ -258,7 +258,7 @@ def test_message(device: torch.device, op: str, name: str, change: Change, messa
     given = arguments(op, device)
     given[name] = change(given)
     before = {k: t.clone() for k, t in given.items() if isinstance(t, torch.Tensor)}
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ARGUMENT_ERROR, match=re.escape(message)):
         call(op, given)
     assert all(torch.equal(given[k], t) for k, t in before.items())  # refused before any write
 
@@ -272,7 +272,7 @@ def test_the_good_arguments_are_taken(device: torch.device, op: str) -> None:
 def test_ranges(device: torch.device, qrange: tuple[int, int]) -> None:
     given = arguments("hard_quantize", device)
     given["qmin"], given["qmax"] = qrange
-    with pytest.raises(ValueError, match=re.escape(f"got [{qrange[0]}, {qrange[1]}]")):
+    with pytest.raises(ARGUMENT_ERROR, match=re.escape(f"got [{qrange[0]}, {qrange[1]}]")):
         call("hard_quantize", given)
 
 
@@ -282,7 +282,9 @@ def test_other_device(device: torch.device, op: str) -> None:
         pytest.skip("needs a second device")
     given = arguments(op, device)
     given["scale"] = given["scale"].cpu()
-    with pytest.raises(ValueError, match=r"scale must be on the device of .* got cpu and cuda:0"):
+    with pytest.raises(
+        ARGUMENT_ERROR, match=r"scale must be on the device of .* got cpu and cuda:0"
+    ):
         call(op, given)
 
 
@@ -293,5 +295,5 @@ def test_float64_is_refused_on_cuda(device: torch.device) -> None:
     for op, name in (names | {"gptq": "weight"}).items():
         given = arguments(op, device)
         given[name] = given[name].double()
-        with pytest.raises(ValueError, match=f"{name} must have dtype Float"):
+        with pytest.raises(ARGUMENT_ERROR, match=f"{name} must have dtype Float"):
             call(op, given)

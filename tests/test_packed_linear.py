@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from helpers import (
+    ARGUMENT_ERROR,
     instruction_set,  # noqa: F401  a fixture
     strided,
     threads,
@@ -253,7 +254,7 @@ def test_message(device: torch.device, name: str, change: object, message: str) 
     problem = make_problem(device)
     given = {**vars(problem)}
     given[name] = change(given)
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ARGUMENT_ERROR, match=re.escape(message)):
         packed_linear(**given)
 
 

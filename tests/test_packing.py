@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from helpers import (
+    ARGUMENT_ERROR,
     instruction_set,  # noqa: F401  a fixture
     strided,
     threads,
@@ -178,19 +179,19 @@ def test_codes_that_do_not_fit(device: torch.device, bits: int, at: tuple[int, i
             assert torch.equal(pack_bits(too_large, bits, qmin), pack_bits(codes, bits, qmin))
             continue
         text = f"codes must lie within [{qmin}, {qmin + 2**bits - 1}], got 1 of 411 outside"
-        with pytest.raises(ValueError, match=re.escape(text)):
+        with pytest.raises(ARGUMENT_ERROR, match=re.escape(text)):
             pack_bits(too_large, bits, qmin)
         if signed:
             too_small = codes.clone()
             too_small[at] = qmin - 1
-            with pytest.raises(ValueError, match=re.escape(text)):
+            with pytest.raises(ARGUMENT_ERROR, match=re.escape(text)):
                 pack_bits(too_small, bits, qmin)
         assert torch.equal(pack_bits(codes, bits, qmin), fits)
 
 
 def test_all_codes_outside_are_counted() -> None:
     codes = torch.tensor([[-128, -9, -8, 7, 8, 127]], dtype=torch.int8)
-    with pytest.raises(ValueError, match=r"within \[-8, 7\], got 4 of 6 outside"):
+    with pytest.raises(ARGUMENT_ERROR, match=r"within \[-8, 7\], got 4 of 6 outside"):
         pack_bits(codes, 4, -8)
 
 
@@ -232,7 +233,7 @@ ERRORS = [
 def test_message(
     device: torch.device, op: object, arguments: tuple[Tensor, int, int], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ARGUMENT_ERROR, match=re.escape(message)):
         op(arguments[0].to(device), *arguments[1:])
 
 
