@@ -27,6 +27,20 @@ def _code_dtype(qmin: int) -> torch.dtype:
     return torch.int8 if qmin < 0 else torch.uint8
 
 
+def _check_same_device(**tensors: Tensor | None) -> None:
+    """Fake kernels also get real tensors beside one on the meta device, and must not take them."""
+    given = [(name, t) for name, t in tensors.items() if t is not None]
+    first_name, first = given[0]
+    for name, tensor in given[1:]:
+        torch._check(
+            tensor.device == first.device,
+            lambda name=name, tensor=tensor: (
+                f"{name} must be on the device of {first_name}, got {tensor.device} and "
+                f"{first.device}"
+            ),
+        )
+
+
 def _check_same_shape(name: str, tensor: Tensor, model: Tensor, of: str = "weight") -> None:
     torch._check(
         tensor.shape == model.shape,
@@ -59,6 +73,7 @@ def soft_quantize(
 def _(
     weight: Tensor, v: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, beta: float
 ) -> tuple[Tensor, Tensor]:
+    _check_same_device(weight=weight, v=v, scale=scale, zero_point=zero_point)
     _check_same_shape("v", v, weight)
     return weight.new_empty(weight.shape), v.new_empty(())
 
@@ -92,6 +107,10 @@ def _(
     qmax: int,
     beta: float,
 ) -> Tensor:
+    _check_same_device(
+        weight=weight, v=v, scale=scale, zero_point=zero_point,
+        grad_weight_q=grad_weight_q, grad_reg=grad_reg,
+    )  # fmt: skip
     _check_same_shape("grad_weight_q", grad_weight_q, weight)
     return v.new_empty(v.shape)
 
@@ -124,6 +143,7 @@ def soft_quantize_with_grad(
 def _(
     weight: Tensor, v: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, beta: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_same_device(weight=weight, v=v, scale=scale, zero_point=zero_point)
     _check_same_shape("v", v, weight)
     return (
         weight.new_empty(weight.shape),
@@ -183,7 +203,11 @@ def _(
     normalize: bool,
 ) -> None:
     named = {"v": v, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    for name, tensor in (named | {"weight_q": weight_q, "grad": grad}).items():
+    named |= {"weight_q": weight_q, "grad": grad}
+    _check_same_device(
+        weight=weight, scale=scale, zero_point=zero_point, schedule=schedule, step=step, **named
+    )
+    for name, tensor in named.items():
         _check_same_shape(name, tensor, weight)
 
 
@@ -199,6 +223,7 @@ def hard_quantize(
 
 @torch.library.register_fake("adaround_ext::hard_quantize")
 def _(weight: Tensor, v: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    _check_same_device(weight=weight, v=v, scale=scale, zero_point=zero_point)
     _check_same_shape("v", v, weight)
     return weight.new_empty(weight.shape, dtype=_code_dtype(qmin))
 
@@ -212,6 +237,7 @@ def dequantize(
 
 @torch.library.register_fake("adaround_ext::dequantize")
 def _(codes: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
+    _check_same_device(codes=codes, scale=scale, zero_point=zero_point)
     return codes.new_empty(codes.shape, dtype=dtype)
 
 
@@ -229,7 +255,8 @@ def refine_(
     ``codes`` [rows, cols] and ``residual`` = E G [rows, cols] (minus the constant of the asymmetric
     form) are updated together; ``gram`` [groups, cols, cols] serves rows / groups consecutive rows
     each; residual, gram and scale are float32 (CPU also float64). Best change of code j:
-    round(-residual_j / (G_jj s_j)). A row ends when a sweep changes nothing, or after max_sweeps.
+    round(-residual_j / (G_jj s_j)). A row ends when a sweep changes nothing, or after max_sweeps
+    (0 to 2^23).
     """
     _ops.refine_(codes, residual, gram, scale, qmin, qmax, max_sweeps)
 
@@ -244,6 +271,7 @@ def _(
     qmax: int,
     max_sweeps: int,
 ) -> None:
+    _check_same_device(codes=codes, residual=residual, gram=gram, scale=scale)
     _check_same_shape("residual", residual, codes, "codes")
 
 
@@ -279,6 +307,7 @@ def _(
     steps: int,
     seed: int,
 ) -> None:
+    _check_same_device(codes=codes, residual=residual, gram=gram, scale=scale)
     _check_same_shape("residual", residual, codes, "codes")
 
 
@@ -314,4 +343,7 @@ def _(
     qmin: int,
     qmax: int,
 ) -> Tensor:
+    _check_same_device(
+        weight=weight, feedback=feedback, order=order, scale=scale, zero_point=zero_point
+    )
     return weight.new_empty(weight.shape, dtype=_code_dtype(qmin))

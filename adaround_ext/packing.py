@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaround_ext.ops import _code_dtype, _ops, dequantize
+from adaround_ext.ops import _check_same_device, _code_dtype, _ops, dequantize
 
 
 def _packed_bytes(cols: int, bits: int) -> int:
@@ -34,6 +34,10 @@ def pack_bits(codes: Tensor, bits: int, qmin: int) -> Tensor:
 
 @torch.library.register_fake("adaround_ext::pack_bits")
 def _(codes: Tensor, bits: int, qmin: int) -> Tensor:
+    torch._check(
+        codes.dim() == 2,
+        lambda: f"codes must be a matrix [rows, cols], got shape {list(codes.shape)}",
+    )
     rows, cols = codes.shape
     return codes.new_empty((rows, _packed_bytes(cols, bits)), dtype=torch.uint8)
 
@@ -79,6 +83,7 @@ def _(
     bits: int,
     qmin: int,
 ) -> Tensor:
+    _check_same_device(x=x, packed=packed, scale=scale, zero_point=zero_point, bias=bias)
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 

@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <limits>
+
 #include "checks.h"
 
 namespace adaround_ext {
@@ -32,26 +34,28 @@ struct QuantizeArguments {
   QuantizeArguments(
       const Tensor& weight_in, const Tensor& v_in, const Tensor& scale_in,
       const Tensor& zero_point_in, int64_t qmin, int64_t qmax) {
+    check_same_device(
+        {{"weight", &weight_in},
+         {"v", &v_in},
+         {"scale", &scale_in},
+         {"zero_point", &zero_point_in}});
     check_weight_dtype({"weight", &weight_in});
     const ScalarType dtype = arithmetic_dtype(weight_in);
     check_grid({"weight", &weight_in}, scale_in, zero_point_in, dtype);
     check_range(qmin, qmax);
     check_dtype({"v", &v_in}, {dtype});
     check_same_shape({"v", &v_in}, {"weight", &weight_in});
-    check_same_device(
-        {{"weight", &weight_in},
-         {"v", &v_in},
-         {"scale", &scale_in},
-         {"zero_point", &zero_point_in}});
-    weight = torch::stable::contiguous(weight_in);
-    v = torch::stable::contiguous(v_in);
-    scale = torch::stable::contiguous(scale_in);
-    zero_point = torch::stable::contiguous(zero_point_in);
+    weight = contiguous({"weight", &weight_in});
+    v = contiguous({"v", &v_in});
+    scale = contiguous({"scale", &scale_in});
+    zero_point = contiguous({"zero_point", &zero_point_in});
   }
 };
 
 inline void check_beta(double beta) {
-  ADAROUND_CHECK(beta >= 1.0, "beta must be at least 1, got ", beta);
+  ADAROUND_CHECK(
+      beta >= 1.0 && beta <= std::numeric_limits<float>::max(),
+      "beta must be at least 1 and finite in float32, got ", beta);
 }
 
 // The gradients that come into the backward of soft_quantize.
@@ -61,18 +65,18 @@ struct BackwardArguments {
 
   BackwardArguments(
       const Tensor& grad_weight_q_in, const Tensor& grad_reg_in, const QuantizeArguments& args) {
+    check_same_device(
+        {{"weight", &args.weight},
+         {"grad_weight_q", &grad_weight_q_in},
+         {"grad_reg", &grad_reg_in}});
     check_dtype({"grad_weight_q", &grad_weight_q_in}, {args.weight.scalar_type()});
     check_same_shape({"grad_weight_q", &grad_weight_q_in}, {"weight", &args.weight});
     check_dtype({"grad_reg", &grad_reg_in}, {args.v.scalar_type()});
     ADAROUND_CHECK(
         grad_reg_in.numel() == 1, "grad_reg must hold one number, got shape ",
         shape_text(grad_reg_in));
-    check_same_device(
-        {{"weight", &args.weight},
-         {"grad_weight_q", &grad_weight_q_in},
-         {"grad_reg", &grad_reg_in}});
-    grad_weight_q = torch::stable::contiguous(grad_weight_q_in);
-    grad_reg = torch::stable::contiguous(grad_reg_in);
+    grad_weight_q = contiguous({"grad_weight_q", &grad_weight_q_in});
+    grad_reg = contiguous({"grad_reg", &grad_reg_in});
   }
 };
 
@@ -96,6 +100,14 @@ struct StepArguments {
     weight = args.weight;
     scale = args.scale;
     zero_point = args.zero_point;
+    check_same_device(
+        {{"weight", &weight},
+         {"exp_avg", &exp_avg},
+         {"exp_avg_sq", &exp_avg_sq},
+         {"weight_q", &weight_q},
+         {"grad", &grad_in},
+         {"schedule", &schedule_in},
+         {"step", &step}});
     for (const NamedTensor& moment :
          {NamedTensor{"exp_avg", &exp_avg}, NamedTensor{"exp_avg_sq", &exp_avg_sq}}) {
       check_dtype(moment, {v.scalar_type()});
@@ -117,27 +129,19 @@ struct StepArguments {
         shape_text(schedule_in));
     check_dtype({"step", &step}, {ScalarType::Long});
     ADAROUND_CHECK(step.numel() == 1, "step must hold one number, got shape ", shape_text(step));
-    check_same_device(
-        {{"weight", &weight},
-         {"exp_avg", &exp_avg},
-         {"exp_avg_sq", &exp_avg_sq},
-         {"weight_q", &weight_q},
-         {"grad", &grad_in},
-         {"schedule", &schedule_in},
-         {"step", &step}});
-    grad = torch::stable::contiguous(grad_in);
-    schedule = torch::stable::contiguous(schedule_in);
+    grad = contiguous({"grad", &grad_in});
+    schedule = contiguous({"schedule", &schedule_in});
     check_mutable(
         {{"v", &v},
          {"exp_avg", &exp_avg},
          {"exp_avg_sq", &exp_avg_sq},
          {"weight_q", &weight_q},
          {"step", &step}},
-        {{"grad", &grad},
-         {"weight", &weight},
-         {"scale", &scale},
-         {"zero_point", &zero_point},
-         {"schedule", &schedule}});
+        {{"grad", &grad_in},
+         {"weight", &weight_in},
+         {"scale", &scale_in},
+         {"zero_point", &zero_point_in},
+         {"schedule", &schedule_in}});
   }
 };
 
@@ -150,6 +154,8 @@ struct SearchArguments {
   SearchArguments(
       const Tensor& codes, const Tensor& residual, const Tensor& gram_in, const Tensor& scale_in,
       int64_t qmin, int64_t qmax) {
+    check_same_device(
+        {{"codes", &codes}, {"residual", &residual}, {"gram", &gram_in}, {"scale", &scale_in}});
     ADAROUND_CHECK(
         codes.dim() == 2, "codes must be a matrix [rows, cols], got shape ", shape_text(codes));
     check_range(qmin, qmax);
@@ -170,26 +176,26 @@ struct SearchArguments {
             scale_in.size(1) >= 1 && cols % scale_in.size(1) == 0,
         "scale must have shape [", rows, " or 1, n_groups] with n_groups dividing ", cols,
         " columns, got ", shape_text(scale_in));
-    check_same_device(
-        {{"codes", &codes}, {"residual", &residual}, {"gram", &gram_in}, {"scale", &scale_in}});
-    gram = torch::stable::contiguous(gram_in);
-    scale = torch::stable::contiguous(scale_in);
+    gram = contiguous({"gram", &gram_in});
+    scale = contiguous({"scale", &scale_in});
     check_mutable(
-        {{"codes", &codes}, {"residual", &residual}}, {{"gram", &gram}, {"scale", &scale}});
+        {{"codes", &codes}, {"residual", &residual}}, {{"gram", &gram_in}, {"scale", &scale_in}});
   }
 };
 
-inline void check_max_sweeps(int64_t max_sweeps) {
-  ADAROUND_CHECK(max_sweeps >= 0, "max_sweeps must not be negative, got ", max_sweeps);
-}
+// Steps of the tabu search are counted in float32 on the CPU and in 24 bits of a word on CUDA;
+// sweeps of refine_ need an end where the Gram matrix is not symmetric and codes go round for ever.
+constexpr int64_t kMaxSteps = int64_t{1} << 23;
 
-// Steps are counted in float32 on the CPU and in 24 bits of a word on CUDA.
-constexpr int64_t kMaxTabuSteps = int64_t{1} << 23;
+inline void check_max_sweeps(int64_t max_sweeps) {
+  ADAROUND_CHECK(
+      max_sweeps >= 0 && max_sweeps <= kMaxSteps, "max_sweeps must be from 0 to ", kMaxSteps,
+      ", got ", max_sweeps);
+}
 
 inline void check_tabu_steps(int64_t steps, int64_t seed) {
   ADAROUND_CHECK(
-      steps >= 0 && steps <= kMaxTabuSteps, "steps must be from 0 to ", kMaxTabuSteps, ", got ",
-      steps);
+      steps >= 0 && steps <= kMaxSteps, "steps must be from 0 to ", kMaxSteps, ", got ", steps);
   ADAROUND_CHECK(seed >= 0, "seed must not be negative, got ", seed);
 }
 
@@ -204,6 +210,12 @@ struct GptqArguments {
   GptqArguments(
       const Tensor& weight_in, const Tensor& feedback_in, const Tensor& order_in,
       const Tensor& scale_in, const Tensor& zero_point_in, int64_t qmin, int64_t qmax) {
+    check_same_device(
+        {{"weight", &weight_in},
+         {"feedback", &feedback_in},
+         {"order", &order_in},
+         {"scale", &scale_in},
+         {"zero_point", &zero_point_in}});
     if (weight_in.is_cuda()) {
       check_dtype({"weight", &weight_in}, {ScalarType::Float});
     } else {
@@ -219,17 +231,11 @@ struct GptqArguments {
             order_in.size(1) == weight_in.size(1),
         "order must have shape [", feedback_in.size(0), ", ", weight_in.size(1), "], got ",
         shape_text(order_in));
-    check_same_device(
-        {{"weight", &weight_in},
-         {"feedback", &feedback_in},
-         {"order", &order_in},
-         {"scale", &scale_in},
-         {"zero_point", &zero_point_in}});
-    weight = torch::stable::contiguous(weight_in);
-    feedback = torch::stable::contiguous(feedback_in);
-    order = torch::stable::contiguous(order_in);
-    scale = torch::stable::contiguous(scale_in);
-    zero_point = torch::stable::contiguous(zero_point_in);
+    weight = contiguous({"weight", &weight_in});
+    feedback = contiguous({"feedback", &feedback_in});
+    order = contiguous({"order", &order_in});
+    scale = contiguous({"scale", &scale_in});
+    zero_point = contiguous({"zero_point", &zero_point_in});
   }
 };
 
@@ -242,14 +248,14 @@ struct DequantizeArguments {
   DequantizeArguments(
       const Tensor& codes_in, const Tensor& scale_in, const Tensor& zero_point_in,
       ScalarType dtype) {
+    check_same_device({{"codes", &codes_in}, {"scale", &scale_in}, {"zero_point", &zero_point_in}});
     check_dtype({"codes", &codes_in}, {ScalarType::Char, ScalarType::Byte});
     check_grid(
         {"codes", &codes_in}, scale_in, zero_point_in,
         dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
-    check_same_device({{"codes", &codes_in}, {"scale", &scale_in}, {"zero_point", &zero_point_in}});
-    codes = torch::stable::contiguous(codes_in);
-    scale = torch::stable::contiguous(scale_in);
-    zero_point = torch::stable::contiguous(zero_point_in);
+    codes = contiguous({"codes", &codes_in});
+    scale = contiguous({"scale", &scale_in});
+    zero_point = contiguous({"zero_point", &zero_point_in});
     const bool cuda = codes.is_cuda();
     ADAROUND_CHECK(
         dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||

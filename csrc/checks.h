@@ -1,11 +1,13 @@
 // Argument checks of the ops: each names the argument, the rule and what came.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -70,8 +72,12 @@ inline std::string device_text(const Tensor& t) {
   return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "cpu";
 }
 
+// Before anything else is asked of the tensors: one that is not there can answer nothing.
 inline void check_same_device(std::initializer_list<NamedTensor> args) {
   const NamedTensor& first = *args.begin();
+  for (const NamedTensor& arg : args) {
+    ADAROUND_CHECK(arg.tensor->defined(), arg.name, " must be a tensor, got None");
+  }
   for (const NamedTensor& arg : args) {
     ADAROUND_CHECK(
         arg.tensor->is_cuda() == first.tensor->is_cuda() &&
@@ -123,13 +129,44 @@ inline void check_range(int64_t qmin, int64_t qmax) {
       "qmin and qmax must be a range within [-128, 127] or [0, 255], got [", qmin, ", ", qmax, "]");
 }
 
-// The pointer at which the last element of a contiguous tensor ends.
+// Where the last element of a tensor ends.
 inline const char* end_pointer(const Tensor& t) {
-  return static_cast<const char*>(t.data_ptr()) +
-         t.numel() * static_cast<int64_t>(t.element_size());
+  int64_t elements = 1;
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    elements += (t.size(i) - 1) * t.stride(i);
+  }
+  return static_cast<const char*>(t.data_ptr()) + elements * static_cast<int64_t>(t.element_size());
 }
 
-// A tensor written in place must be contiguous and share no memory with any other argument.
+// A call of PyTorch that fails loses its text on the way here; mostly memory is what it lacked.
+inline Tensor contiguous(const NamedTensor& arg) {
+  try {
+    return torch::stable::contiguous(*arg.tensor);
+  } catch (const std::exception&) {
+    throw std::runtime_error(concat(
+        arg.name, " could not be made contiguous (is there memory for it?), shape ",
+        shape_text(*arg.tensor)));
+  }
+}
+
+// Memory for a result or to work in, on the device of `like` and, unless one is given, its dtype.
+inline Tensor allocate(
+    const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
+    std::optional<ScalarType> dtype = std::nullopt) {
+  try {
+    return torch::stable::new_empty(like, shape, dtype);
+  } catch (const std::exception&) {
+    std::string text;
+    for (const int64_t size : shape) {
+      text += (text.empty() ? "" : ", ") + std::to_string(size);
+    }
+    throw std::runtime_error(concat("memory of shape [", text, "] could not be allocated"));
+  }
+}
+
+// A tensor written in place must be contiguous and share no memory with any other argument as the
+// caller gave it: a copy of that one would be safe, and yet the caller's would change. What lies
+// between the elements of a strided tensor counts as its own.
 inline void check_mutable(
     std::initializer_list<NamedTensor> mutated, std::initializer_list<NamedTensor> read) {
   const auto check_apart = [](const NamedTensor& a, const NamedTensor& b) {

@@ -29,12 +29,13 @@ struct PackArguments {
   Tensor codes;
 
   PackArguments(const Tensor& codes_in, int64_t bits, int64_t qmin) {
+    check_same_device({{"codes", &codes_in}});
     check_bits(bits, qmin);
     check_dtype({"codes", &codes_in}, {code_dtype(qmin)});
     ADAROUND_CHECK(
         codes_in.dim() == 2, "codes must be a matrix [rows, cols], got shape ",
         shape_text(codes_in));
-    codes = torch::stable::contiguous(codes_in);
+    codes = contiguous({"codes", &codes_in});
   }
 };
 
@@ -53,14 +54,15 @@ struct UnpackArguments {
   Tensor packed;
 
   UnpackArguments(const Tensor& packed_in, int64_t bits, int64_t cols, int64_t qmin) {
+    check_same_device({{"packed", &packed_in}});
     check_packed(packed_in, bits, cols, qmin);
-    packed = torch::stable::contiguous(packed_in);
+    packed = contiguous({"packed", &packed_in});
   }
 };
 
-inline Tensor contiguous_float(const Tensor& t) {
-  const bool is_float = t.scalar_type() == ScalarType::Float;
-  return torch::stable::contiguous(is_float ? t : torch::stable::to(t, ScalarType::Float));
+inline Tensor contiguous_float(const NamedTensor& arg) {
+  const Tensor t = contiguous(arg);
+  return t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
 }
 
 // packed_linear: x [..., cols], packed for the codes of a weight [rows, cols], scale and zero_point
@@ -80,17 +82,17 @@ struct LinearArguments {
       const Tensor& x_in, const Tensor& packed_in, const Tensor& scale_in,
       const Tensor& zero_point_in, const std::optional<Tensor>& bias_in, int64_t bits,
       int64_t qmin) {
+    check_same_device(
+        {{"x", &x_in},
+         {"packed", &packed_in},
+         {"scale", &scale_in},
+         {"zero_point", &zero_point_in}});
     check_dtype({"x", &x_in}, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
     ADAROUND_CHECK(x_in.dim() >= 1, "x must have shape [..., cols], got []");
     cols = x_in.size(-1);
     check_packed(packed_in, bits, cols, qmin);
     rows = packed_in.size(0);
     check_grid("packed", rows, cols, scale_in, zero_point_in, ScalarType::Float);
-    check_same_device(
-        {{"x", &x_in},
-         {"packed", &packed_in},
-         {"scale", &scale_in},
-         {"zero_point", &zero_point_in}});
     for (int64_t i = 0; i < x_in.dim() - 1; ++i) {
       y_shape.push_back(x_in.size(i));
       positions *= x_in.size(i);
@@ -98,17 +100,17 @@ struct LinearArguments {
     y_shape.push_back(rows);
     if (bias_in.has_value()) {
       const NamedTensor named{"bias", &*bias_in};
+      check_same_device({{"x", &x_in}, named});
       check_dtype(named, {x_in.scalar_type()});
       ADAROUND_CHECK(
           bias_in->dim() == 1 && bias_in->size(0) == rows, "bias must have shape [", rows,
           "], got ", shape_text(*bias_in));
-      check_same_device({{"x", &x_in}, named});
-      bias = contiguous_float(*bias_in);
+      bias = contiguous_float(named);
     }
-    x = contiguous_float(x_in);
-    packed = torch::stable::contiguous(packed_in);
-    scale = torch::stable::contiguous(scale_in);
-    zero_point = torch::stable::contiguous(zero_point_in);
+    x = contiguous_float({"x", &x_in});
+    packed = contiguous({"packed", &packed_in});
+    scale = contiguous({"scale", &scale_in});
+    zero_point = contiguous({"zero_point", &zero_point_in});
   }
 };
 

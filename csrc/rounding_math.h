@@ -85,6 +85,13 @@ ADAROUND_INLINE T clamp_code(T code, const Grid<T>& grid) {
   return max_(grid.qmin, min_(grid.qmax, code));
 }
 
+// A code that is stored: NaN, which is no integer, becomes qmin on every device.
+template <typename T>
+ADAROUND_INLINE T stored_code(T code, const Grid<T>& grid) {
+  const T inside = clamp_code(code, grid);
+  return select_(inside == inside, inside, grid.qmin);
+}
+
 template <typename T>
 ADAROUND_INLINE T dequantize(T code, const Grid<T>& grid) {
   return grid.scale * (code - grid.zero_point);
@@ -93,7 +100,7 @@ ADAROUND_INLINE T dequantize(T code, const Grid<T>& grid) {
 // Rounding to nearest: ties to even before the zero point is added, as in grid.py.
 template <typename T>
 ADAROUND_INLINE T nearest_code(T weight, const Grid<T>& grid) {
-  return clamp_code(round_(weight / grid.scale) + grid.zero_point, grid);
+  return stored_code(round_(weight / grid.scale) + grid.zero_point, grid);
 }
 
 // A gradient with respect to the clamped code, taken through the clamp.
@@ -106,7 +113,7 @@ ADAROUND_INLINE T through_clamp(T grad, T code, const Grid<T>& grid) {
 template <typename T>
 ADAROUND_INLINE T hard_code(T weight, T v, const Grid<T>& grid) {
   const T up = select_(v >= T(0.0), T(1.0), T(0.0));
-  return clamp_code(floor_code(weight, grid) + up, grid);
+  return stored_code(floor_code(weight, grid) + up, grid);
 }
 
 // d loss / d V of one weight: the chain rule through the clamp and h, and the regularizer.

@@ -139,8 +139,14 @@ CASES: list[tuple[list[str], str, Change, str]] = [
     ),
     (WITH_RANGES, "qmin", lambda a: -129, "qmin and qmax must be a range within"),
     (WITH_RANGES, "qmax", lambda a: 128, "got [-8, 128]"),
-    (OPS[:3], "beta", lambda a: 0.99, "beta must be at least 1, got 0.99"),
-    (OPS[:3], "beta", lambda a: float("nan"), "beta must be at least 1, got nan"),
+    (OPS[:3], "beta", lambda a: 0.99, "beta must be at least 1 and finite in float32, got 0.99"),
+    (
+        OPS[:3],
+        "beta",
+        lambda a: float("nan"),
+        "beta must be at least 1 and finite in float32, got nan",
+    ),
+    (OPS[:3], "beta", lambda a: float("inf"), "beta must be at least 1 and finite in float32"),
     (
         OPS[1:2],
         "grad_weight_q",
@@ -193,6 +199,8 @@ STEP_CASES: list[tuple[str, Change, str]] = [
     ("weight_q", lambda a: a["grad"], "weight_q is written in place and must not share memory"),
     ("weight_q", lambda a: a["weight"], "must not share memory with weight"),
     ("scale", lambda a: a["exp_avg_sq"].flatten()[-8:].view(4, 2), "exp_avg_sq is written in pla"),
+    # What is read is copied first, and would yet be changed.
+    ("grad", lambda a: a["v"][:1].expand(ROWS, COLS), "v is written in place and must not share"),
 ]
 SEARCH_CASES: list[tuple[str, Change, str]] = [
     ("codes", lambda a: a["codes"][0], "codes must be a matrix [rows, cols], got shape [6]"),
@@ -210,6 +218,7 @@ SEARCH_CASES: list[tuple[str, Change, str]] = [
     ("codes", lambda a: transposed(a["codes"]), "codes is written in place and must be contiguous"),
     ("residual", lambda a: transposed(a["residual"]), "residual is written in place and must be"),
     ("residual", lambda a: a["gram"][0, :4], "residual is written in place and must not share"),
+    ("gram", lambda a: a["residual"][0, 0].expand(2, COLS, COLS), "and must not share memory with"),
 ]
 TABU_CASES: list[tuple[str, Change, str]] = [
     ("steps", lambda a: -1, "steps must be from 0 to 8388608, got -1"),
@@ -243,7 +252,8 @@ ALL_CASES = [
     *((op, *case[1:]) for case in CASES for op in case[0]),
     *(("rounding_step_", *case) for case in STEP_CASES),
     *((op, *case) for case in SEARCH_CASES for op in SEARCHES),
-    ("refine_", "max_sweeps", lambda a: -1, "max_sweeps must not be negative, got -1"),
+    ("refine_", "max_sweeps", lambda a: -1, "max_sweeps must be from 0 to 8388608, got -1"),
+    ("refine_", "max_sweeps", lambda a: 2**23 + 1, "max_sweeps must be from 0 to 8388608, got"),
     *(("tabu_search_", *case) for case in TABU_CASES),
     *(("gptq", *case) for case in GPTQ_CASES),
     *(("dequantize", *case) for case in DEQUANTIZE_CASES),
@@ -297,3 +307,32 @@ def test_float64_is_refused_on_cuda(device: torch.device) -> None:
         given[name] = given[name].double()
         with pytest.raises(ARGUMENT_ERROR, match=f"{name} must have dtype Float"):
             call(op, given)
+
+
+def tensors(op: str) -> list[str]:
+    return [n for n, t in arguments(op, torch.device("cpu")).items() if isinstance(t, torch.Tensor)]
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op in OPS for name in tensors(op)])
+def test_meta_tensors_beside_real_ones(device: torch.device, op: str, name: str) -> None:
+    """They lead to the fake kernel, whose results are memory that nobody has written."""
+    given = arguments(op, device)
+    given[name] = given[name].to("meta")
+    with pytest.raises(RuntimeError, match=r"must be on the device of .*got"):
+        call(op, given)
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op in OPS for name in tensors(op)])
+def test_no_tensor(device: torch.device, op: str, name: str) -> None:
+    given = arguments(op, device)
+    with pytest.raises(ValueError, match=f"^{name} must be a tensor, got None"):
+        call(op, {**given, name: None})
+
+
+def test_empty_groups_take_no_time(device: torch.device) -> None:
+    many = 2**40
+    weight, feedback = torch.empty(many, 0, device=device), torch.empty(many, 0, 0, device=device)
+    order = torch.empty(many, 0, dtype=torch.int64, device=device)
+    scale = torch.ones(1, 1, device=device)
+    codes = ops.gptq(weight, feedback, order, scale, scale.int(), 0, 15)
+    assert codes.shape == (many, 0)

@@ -212,3 +212,15 @@ def test_nan_in_v_is_not_hidden(device: torch.device, bits: int) -> None:
         assert reg.isnan()
         weight_q[1, 17] = clean[1, 17]
         torch.testing.assert_close(weight_q, clean, rtol=0, atol=1e-6)
+
+
+def test_nan_gives_the_lowest_code(device: torch.device) -> None:
+    """No integer is NaN: what a conversion made of it would depend on the device."""
+    weight = torch.full((3, 40), torch.nan, device=device)
+    scale = torch.ones(1, 1, device=device)
+    zero_point = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    codes = ops.hard_quantize(weight, torch.zeros_like(weight), scale, zero_point, 3, 7)
+    assert (codes == 3).all()
+    feedback = torch.zeros(1, 40, 40, device=device)
+    order = torch.arange(40, device=device)[None]
+    assert (ops.gptq(weight, feedback, order, scale, zero_point, -8, -3) == -8).all()

@@ -218,6 +218,12 @@ def test_the_schedule_row_is_kept_in_range(device: torch.device, start: int, use
     assert all(torch.equal(got[name], expected[name]) for name in MUTATED)
 
 
+def test_the_last_step_of_all_stays(device: torch.device) -> None:
+    call = make_call(make_sample(device), F32, schedule_row(1), as_error=False, normalize=False)
+    call["step"] = torch.tensor([2**63 - 1], device=device)
+    assert int(run(ops, call)["step"]) == 2**63 - 1
+
+
 @pytest.mark.parametrize("read", [unaligned, transposed, strided])
 @pytest.mark.parametrize("dtypes", DTYPE_PAIRS)
 def test_layouts_give_the_same_bits(

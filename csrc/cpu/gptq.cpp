@@ -63,6 +63,9 @@ void run_gptq(const GptqArguments& args, int64_t qmin, int64_t qmax, const Tenso
 // The order comes from outside: an index beyond the columns would write beyond the codes.
 void check_order(const Tensor& order) {
   const int64_t cols = order.size(1);
+  if (cols == 0) {
+    return;  // however many groups of nothing there are
+  }
   const int64_t* values = order.const_data_ptr<int64_t>();
   std::vector<bool> seen(static_cast<size_t>(cols));
   for (int64_t group = 0; group < order.size(0); ++group) {
@@ -83,8 +86,8 @@ Tensor gptq_cpu(
   const GptqArguments args(weight, feedback, order, scale, zero_point, qmin, qmax);
   check_order(args.order);
   const bool is_signed = qmin < 0;
-  const Tensor codes = torch::stable::new_empty(
-      args.weight, args.weight.sizes(), is_signed ? ScalarType::Char : ScalarType::Byte);
+  const Tensor codes =
+      allocate(args.weight, args.weight.sizes(), is_signed ? ScalarType::Char : ScalarType::Byte);
   if (args.weight.numel() == 0) {
     return codes;
   }

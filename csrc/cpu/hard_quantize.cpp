@@ -30,8 +30,8 @@ Tensor hard_quantize_cpu(
     const Tensor& weight, const Tensor& v, const Tensor& scale, const Tensor& zero_point,
     int64_t qmin, int64_t qmax) {
   const QuantizeArguments args(weight, v, scale, zero_point, qmin, qmax);
-  const Tensor codes = torch::stable::new_empty(
-      args.weight, args.weight.sizes(), qmin < 0 ? ScalarType::Char : ScalarType::Byte);
+  const Tensor codes =
+      allocate(args.weight, args.weight.sizes(), qmin < 0 ? ScalarType::Char : ScalarType::Byte);
   if (arithmetic_dtype(args.weight) == ScalarType::Double) {
     run_hard_quantize<double>(args, qmin, qmax, codes);
   } else {
@@ -60,7 +60,7 @@ void run_dequantize(const DequantizeArguments& args, const Tensor& weight_q) {
 Tensor dequantize_cpu(
     const Tensor& codes, const Tensor& scale, const Tensor& zero_point, ScalarType dtype) {
   const DequantizeArguments args(codes, scale, zero_point, dtype);
-  const Tensor weight_q = torch::stable::new_empty(args.codes, args.codes.sizes(), dtype);
+  const Tensor weight_q = allocate(args.codes, args.codes.sizes(), dtype);
   const bool is_signed = args.codes.scalar_type() == ScalarType::Char;
   if (dtype == ScalarType::Double) {
     (is_signed ? run_dequantize<double, int8_t> : run_dequantize<double, uint8_t>)(args, weight_q);

@@ -41,7 +41,7 @@ Tensor pack_bits_cpu(const Tensor& codes_in, int64_t bits, int64_t qmin) {
   const int64_t rows = args.codes.size(0);
   const int64_t cols = args.codes.size(1);
   const int64_t row_bytes = packed_bytes(cols, bits);
-  const Tensor packed = torch::stable::new_empty(args.codes, {rows, row_bytes}, ScalarType::Byte);
+  const Tensor packed = allocate(args.codes, {rows, row_bytes}, ScalarType::Byte);
   const auto* codes_ptr = static_cast<const uint8_t*>(args.codes.const_data_ptr());
   auto* packed_ptr = static_cast<uint8_t*>(packed.mutable_data_ptr());
   const auto pack = packing_kernels().pack;
@@ -64,7 +64,7 @@ Tensor unpack_bits_cpu(const Tensor& packed_in, int64_t bits, int64_t cols, int6
   const UnpackArguments args(packed_in, bits, cols, qmin);
   const int64_t rows = args.packed.size(0);
   const int64_t row_bytes = args.packed.size(1);
-  const Tensor codes = torch::stable::new_empty(args.packed, {rows, cols}, code_dtype(qmin));
+  const Tensor codes = allocate(args.packed, {rows, cols}, code_dtype(qmin));
   const auto* packed_ptr = static_cast<const uint8_t*>(args.packed.const_data_ptr());
   auto* codes_ptr = static_cast<uint8_t*>(codes.mutable_data_ptr());
   const auto unpack = packing_kernels().unpack;

@@ -122,8 +122,8 @@ Tensor packed_linear_cpu(
     const std::optional<Tensor>& bias, int64_t bits, int64_t qmin) {
   const LinearArguments args(x, packed, scale, zero_point, bias, bits, qmin);
   const int64_t stride = blocks_of(args.cols, kLinearBlock) * kLinearBlock;
-  const Tensor arranged = torch::stable::new_empty(args.x, {args.positions, stride});
-  const Tensor y = torch::stable::new_empty(args.x, args.y_shape);
+  const Tensor arranged = allocate(args.x, {args.positions, stride});
+  const Tensor y = allocate(args.x, args.y_shape);
   PackedLinear(args, bits, qmin, arranged, y).run();
   return x.scalar_type() == ScalarType::Float ? y : torch::stable::to(y, x.scalar_type());
 }

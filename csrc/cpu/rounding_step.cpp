@@ -63,7 +63,9 @@ void rounding_step_cpu(
     run_rounding_step<float>(
         args, v, exp_avg, exp_avg_sq, weight_q, qmin, qmax, values, as_error, normalize);
   }
-  *counter += 1;
+  if (*counter < INT64_MAX) {
+    *counter += 1;
+  }
 }
 
 }  // namespace

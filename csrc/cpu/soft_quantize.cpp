@@ -57,10 +57,9 @@ SoftOutputs soft_quantize_any(
   const QuantizeArguments args(weight, v, scale, zero_point, qmin, qmax);
   check_beta(beta);
   SoftOutputs out{
-      torch::stable::empty_like(args.weight),
-      with_grad ? torch::stable::empty_like(args.v) : Tensor(),
-      torch::stable::new_empty(args.v, {}),
-      with_grad ? torch::stable::empty_like(args.v) : Tensor()};
+      allocate(args.weight, args.weight.sizes()),
+      with_grad ? allocate(args.v, args.v.sizes()) : Tensor(), allocate(args.v, {}),
+      with_grad ? allocate(args.v, args.v.sizes()) : Tensor()};
   if (arithmetic_dtype(args.weight) == ScalarType::Double) {
     run_soft_quantize<double>(args, qmin, qmax, beta, out, with_grad);
   } else {
@@ -113,7 +112,7 @@ Tensor soft_quantize_backward_cpu(
   const QuantizeArguments args(weight, v, scale, zero_point, qmin, qmax);
   const BackwardArguments grads(grad_weight_q, grad_reg, args);
   check_beta(beta);
-  const Tensor grad_v = torch::stable::empty_like(args.v);
+  const Tensor grad_v = allocate(args.v, args.v.sizes());
   if (arithmetic_dtype(args.weight) == ScalarType::Double) {
     run_backward<double>(grads, args, qmin, qmax, beta, grad_v);
   } else {

@@ -217,8 +217,8 @@ Tensor gptq_cuda(
     const Tensor& weight, const Tensor& feedback, const Tensor& order, const Tensor& scale,
     const Tensor& zero_point, int64_t qmin, int64_t qmax) {
   const GptqArguments args(weight, feedback, order, scale, zero_point, qmin, qmax);
-  const Tensor codes = torch::stable::new_empty(
-      args.weight, args.weight.sizes(), qmin < 0 ? ScalarType::Char : ScalarType::Byte);
+  const Tensor codes =
+      allocate(args.weight, args.weight.sizes(), qmin < 0 ? ScalarType::Char : ScalarType::Byte);
   if (codes.numel() == 0) {
     return codes;
   }

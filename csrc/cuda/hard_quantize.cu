@@ -49,8 +49,8 @@ Tensor hard_quantize_cuda(
     int64_t qmin, int64_t qmax) {
   const QuantizeArguments args(weight, v, scale, zero_point, qmin, qmax);
   const DeviceGuard guard(args.weight.get_device_index());
-  const Tensor codes = torch::stable::new_empty(
-      args.weight, args.weight.sizes(), qmin < 0 ? ScalarType::Char : ScalarType::Byte);
+  const Tensor codes =
+      allocate(args.weight, args.weight.sizes(), qmin < 0 ? ScalarType::Char : ScalarType::Byte);
   if (codes.numel() == 0) {
     return codes;
   }
@@ -106,7 +106,7 @@ Tensor dequantize_cuda(
     const Tensor& codes, const Tensor& scale, const Tensor& zero_point, ScalarType dtype) {
   const DequantizeArguments args(codes, scale, zero_point, dtype);
   const DeviceGuard guard(args.codes.get_device_index());
-  const Tensor weight_q = torch::stable::new_empty(args.codes, args.codes.sizes(), dtype);
+  const Tensor weight_q = allocate(args.codes, args.codes.sizes(), dtype);
   if (weight_q.numel() == 0) {
     return weight_q;
   }

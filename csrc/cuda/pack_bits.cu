@@ -132,8 +132,7 @@ Tensor pack_bits_cuda(const Tensor& codes_in, int64_t bits, int64_t qmin) {
   const DeviceGuard guard(args.codes.get_device_index());
   const int64_t rows = args.codes.size(0);
   const int64_t cols = args.codes.size(1);
-  const Tensor packed =
-      torch::stable::new_empty(args.codes, {rows, packed_bytes(cols, bits)}, ScalarType::Byte);
+  const Tensor packed = allocate(args.codes, {rows, packed_bytes(cols, bits)}, ScalarType::Byte);
   if (packed.numel() == 0) {
     return packed;
   }
@@ -151,7 +150,7 @@ Tensor unpack_bits_cuda(const Tensor& packed_in, int64_t bits, int64_t cols, int
   const UnpackArguments args(packed_in, bits, cols, qmin);
   const DeviceGuard guard(args.packed.get_device_index());
   const int64_t rows = args.packed.size(0);
-  const Tensor codes = torch::stable::new_empty(args.packed, {rows, cols}, code_dtype(qmin));
+  const Tensor codes = allocate(args.packed, {rows, cols}, code_dtype(qmin));
   if (codes.numel() == 0) {
     return codes;
   }

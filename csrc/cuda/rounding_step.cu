@@ -94,7 +94,11 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // A kernel of its own, after the step's: every block of that one reads the counter.
-__global__ void advance_kernel(int64_t* step) { *step += 1; }
+__global__ void advance_kernel(int64_t* step) {
+  if (*step < INT64_MAX) {
+    *step += 1;
+  }
+}
 
 template <typename weight_t, typename grad_t>
 void launch_rounding_step(StepPointers<weight_t, grad_t> s, cudaStream_t stream) {

@@ -109,15 +109,14 @@ SoftOutputs soft_quantize_any(
   const DeviceGuard guard(args.weight.get_device_index());
   const cudaStream_t stream = current_stream(args.weight);
   SoftOutputs out{
-      torch::stable::empty_like(args.weight), Tensor(), torch::stable::new_empty(args.v, {}),
-      Tensor()};
+      allocate(args.weight, args.weight.sizes()), Tensor(), allocate(args.v, {}), Tensor()};
   if (kWithGrad) {
-    out.dweight_q_dv = torch::stable::empty_like(args.v);
-    out.dreg_dv = torch::stable::empty_like(args.v);
+    out.dweight_q_dv = allocate(args.v, args.v.sizes());
+    out.dreg_dv = allocate(args.v, args.v.sizes());
   }
   const int64_t numel = args.weight.numel();
   const int64_t blocks = std::min(chunk_count(numel), kMaxBlocks);
-  const Tensor partial = torch::stable::new_empty(args.v, {blocks}, ScalarType::Double);
+  const Tensor partial = allocate(args.v, {blocks}, ScalarType::Double);
   if (numel > 0) {
     const GridView grids(args.weight, args.scale, args.zero_point, qmin, qmax);
     dispatch_storage(args.weight.scalar_type(), [&](auto value) {
@@ -203,7 +202,7 @@ Tensor soft_quantize_backward_cuda(
   const BackwardArguments grads(grad_weight_q, grad_reg, args);
   check_beta(beta);
   const DeviceGuard guard(args.weight.get_device_index());
-  const Tensor grad_v = torch::stable::empty_like(args.v);
+  const Tensor grad_v = allocate(args.v, args.v.sizes());
   if (grad_v.numel() == 0) {
     return grad_v;
   }
