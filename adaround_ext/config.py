@@ -126,6 +126,8 @@ class AdaRoundConfig:
             fail("group_size", "set exactly when granularity is per_group", self.group_size)
         if not isinstance(self.scale, Tensor) and self.scale not in _SCALES:
             fail("scale", f"{', '.join(_SCALES)} or a tensor", self.scale)
+        if isinstance(self.scale, Tensor) and (self.scale.is_meta or self.scale.is_complex()):
+            fail("scale", "a tensor of real numbers", self.scale)
         if self.scale_dtype not in _SCALE_DTYPES:
             fail("scale_dtype", "float32, float16 or bfloat16", self.scale_dtype)
         if not (self.activation is None or callable(self.activation)) and (

@@ -168,6 +168,8 @@ def check(argument: str, value: object, device: torch.device, name: str) -> Tens
         raise TypeError(f"{argument} must hold tensors, got {type(value).__name__}")
     if not value.is_floating_point():
         raise TypeError(f"{argument} must be floating point, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{argument} must be strided tensors, got {value.layout}")
     if value.device != device:
         raise ValueError(f"{argument} must be on the layer's device {device}, got {value.device}")
     value = value.detach()

@@ -285,14 +285,16 @@ def _cut(lengths: Sequence[int], most: int) -> list[list[slice]]:
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SUPPORTED = (nn.Linear, *_CONV, *_CONV_TRANSPOSE)
 
 
 def matrix_layer(layer: nn.Module) -> MatrixLayer:
     """See a Linear, Conv or ConvTranspose layer (or a subclass) as a matrix product.
 
-    TypeError for another module and for a weight that is not floating point; ValueError for a
-    weight that is computed (parametrized, pruned), holds no data or is empty.
+    TypeError for another module and for a weight of another dtype than _DTYPES; ValueError for a
+    weight that is computed (parametrized, pruned), holds no data, is empty, or not of the shape
+    that the layer's sizes say, as its bias.
     """
     if not isinstance(layer, SUPPORTED) or isinstance(layer, LazyModuleMixin):
         names = ", ".join(kind.__name__ for kind in SUPPORTED)
@@ -301,11 +303,24 @@ def matrix_layer(layer: nn.Module) -> MatrixLayer:
     weight = dict(layer.named_parameters(recurse=False)).get("weight")
     if weight is None:
         raise ValueError("layer must own its weight as a parameter, got a computed one")
-    if not weight.is_floating_point():
-        raise TypeError(f"layer must have a floating point weight, got {weight.dtype}")
+    if weight.dtype not in _DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise TypeError(f"layer must have a weight of dtype {names}, got {weight.dtype}")
     if weight.is_meta or weight.numel() == 0:
         got = "a meta tensor" if weight.is_meta else f"shape {list(weight.shape)}"
         raise ValueError(f"layer must have a weight that holds data, got {got}")
     if isinstance(layer, nn.Linear):
-        return MatrixLayer(layer, layer.out_features, layer.in_features)
-    return _ConvTranspose(layer) if isinstance(layer, _CONV_TRANSPOSE) else _Conv(layer)
+        made = MatrixLayer(layer, layer.out_features, layer.in_features)
+    else:
+        made = _ConvTranspose(layer) if isinstance(layer, _CONV_TRANSPOSE) else _Conv(layer)
+    _check_shapes(made)
+    return made
+
+
+def _check_shapes(made: MatrixLayer) -> None:
+    """A parameter may have been replaced by one that the layer's own sizes do not know of."""
+    wanted = made.weight_from_matrix(torch.empty(made.rows, made.cols, device="meta")).shape
+    for name, found, shape in (("weight", made.weight, wanted), ("bias", made.bias, (made.rows,))):
+        if found is not None and found.shape != shape:
+            rule = f"layer must have a {name} of shape {list(shape)}, as its sizes say"
+            raise ValueError(f"{rule}, got {list(found.shape)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ def sampled_problems(
         else:
             wanted = targets[index]
         objective = SampledObjective(
-            layer, weight, inputs, wanted, config.activation_function, batch, config.scale_free,
+            layer, weight, inputs, wanted, _activation(config), batch, config.scale_free,
             config.seed,
         )  # fmt: skip
         seconds += time.perf_counter() - started
@@ -88,6 +88,23 @@ def sampled_problems(
             [layer], [layer.rows], weight, bias, objective, "sampled", reason, samples, seconds
         )
         started, seconds = time.perf_counter(), 0.0
+
+
+def _activation(config: AdaRoundConfig) -> Callable[[Tensor], Tensor] | None:
+    """The activation function; TypeError where a callable is not elementwise."""
+    function = config.activation_function
+    if function is None:
+        return None
+
+    def checked(y: Tensor) -> Tensor:
+        result = function(y)
+        if not isinstance(result, Tensor) or result.shape != y.shape:
+            got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            rule = f"activation must return a tensor of the shape it gets, {list(y.shape)}"
+            raise TypeError(f"{rule}, got {got}")
+        return result
+
+    return checked
 
 
 def _centred(layer: MatrixLayer, config: AdaRoundConfig) -> bool:

@@ -172,6 +172,16 @@ CASES: dict[str, Case] = {
         r"^scale must have shape \[4, 1\] or \[1, 1\]",
         {"scale": torch.ones(3, 1)},
     ),
+    "activation-of-nothing": (
+        TypeError,
+        r"^activation must return a tensor of the shape it gets, \[8, 4\], got NoneType",
+        {"activation": lambda y: None, "objective": "sampled"},
+    ),
+    "activation-of-another-shape": (
+        TypeError,
+        r"^activation must return a tensor of the shape it gets, \[8, 4\], got \[32\]",
+        {"activation": torch.flatten, "objective": "sampled"},
+    ),
     "scale-zero": (ValueError, r"^scale must be positive", {"scale": torch.zeros(4, 1)}),
 }
 
@@ -199,7 +209,7 @@ def test_one_clear_exception(device: torch.device, name: str, objective: str) ->
     layers = layer if isinstance(layer, list) else [layer]
     before = Snapshot([item for item in layers if isinstance(item, nn.Module)], [x])
     with pytest.raises(error, match=message) as raised:
-        optimize_layer(**arguments, objective=objective)
+        optimize_layer(**{"objective": objective, **arguments})
     assert "\n" not in str(raised.value)
     before.check()
 

@@ -26,6 +26,8 @@ WRONG_VALUES = [
     ("group_size", 8),  # granularity is not per_group
     ("scale", "max"),
     ("scale", 0.5),
+    ("scale", torch.ones(4, 1, device="meta")),
+    ("scale", torch.ones(4, 1, dtype=torch.complex64)),
     ("scale_candidates", 0),
     ("scale_dtype", torch.float64),
     ("scale_dtype", "float32"),

@@ -222,6 +222,12 @@ WRONG: dict[str, tuple[type[Exception], str, Any, Any]] = {
     "no-iterable": (TypeError, r"^inputs must be a tensor or an iterable .*got int", 3, None),
     "none": (TypeError, r"^inputs must be a tensor or an iterable .*got NoneType", None, None),
     "text": (TypeError, r"^inputs must be a tensor or an iterable .*got str", "data", None),
+    "sparse": (
+        TypeError,
+        r"^inputs must be strided tensors, got torch.sparse",
+        X.to_sparse(),
+        None,
+    ),
     "dict": (TypeError, r"^inputs must be a tensor or an iterable .*got dict", {"x": X}, None),
     "no-tensors": (TypeError, r"^inputs must hold tensors, got ndarray", [X.numpy()], None),
     "pairs": (TypeError, r"^inputs must hold tensors, got tuple", [(X, Y)], None),

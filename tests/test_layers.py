@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 
 import pytest
@@ -353,7 +354,7 @@ def test_unsupported_weights() -> None:
 
     integer = nn.Linear(3, 4)
     integer.weight = nn.Parameter(torch.ones(4, 3, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(TypeError, match=r"floating point weight, got torch\.int8"):
+    with pytest.raises(TypeError, match=r"dtype float32, .*, got torch\.int8"):
         matrix_layer(integer)
     with pytest.raises(ValueError, match="weight that holds data, got a meta tensor"):
         matrix_layer(nn.Linear(3, 4, device="meta"))
@@ -361,6 +362,32 @@ def test_unsupported_weights() -> None:
     empty.weight = nn.Parameter(torch.empty(0, 3))
     with pytest.raises(ValueError, match=r"weight that holds data, got shape \[0, 3\]"):
         matrix_layer(empty)
+    with pytest.raises(TypeError, match=r"dtype float32, .*, got torch\.float8_e4m3fn"):
+        matrix_layer(nn.Linear(3, 4).to(torch.float8_e4m3fn))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(3, 4), (3, 4)),
+        (nn.Linear(3, 4), (12,)),
+        (nn.Conv1d(4, 6, 3, groups=2), (6, 4, 3)),
+        (nn.ConvTranspose2d(4, 6, 3), (6, 4, 3, 3)),
+    ],
+)
+def test_weights_that_are_not_what_the_sizes_say(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    own = list(layer.weight.shape)
+    layer.weight = nn.Parameter(torch.randn(shape))
+    message = f"weight of shape {own}, as its sizes say, got {list(shape)}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        matrix_layer(layer)
+
+
+def test_biases_that_are_not_what_the_sizes_say() -> None:
+    layer = nn.Linear(3, 4)
+    layer.bias = nn.Parameter(torch.randn(1))
+    with pytest.raises(ValueError, match=r"bias of shape \[4\], as its sizes say, got \[1\]"):
+        matrix_layer(layer)
 
 
 @pytest.mark.parametrize(
