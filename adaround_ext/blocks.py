@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -50,9 +50,14 @@ def find_blocks(model: nn.Module, trace: Trace, blocks: Blocks) -> list[nn.Modul
     """
     if blocks is None:
         return _found(model, trace, root=True)
+    rule = "blocks must be a sequence of names, patterns or module types"
+    if isinstance(blocks, str) or not isinstance(blocks, Iterable):
+        raise TypeError(f"{rule}, got {blocks!r}")
     names = {name: module for name, module in model.named_modules() if name}
     given: list[nn.Module] = []
     for wanted in blocks:
+        if not isinstance(wanted, (str, type)):
+            raise TypeError(f"{rule}, got {wanted!r} in it")
         if isinstance(wanted, str):
             matches = [m for name, m in names.items() if fnmatchcase(name, wanted)]
         else:

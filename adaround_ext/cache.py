@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import NoneType, TracebackType
 from typing import Any
 
 import torch
@@ -44,7 +44,8 @@ class ActivationCache:
     goes to files in a new folder under ``directory`` (None: the system's folder for temporary
     files), which are mapped into memory when read. device_budget: bytes that tensors on a GPU may
     take there first. dtype: None, or bfloat16 or float16 to store float32 tensors in; then what
-    is read back is rounded.
+    is read back is rounded. TypeError and ValueError, naming what :func:`quantize_` calls them, for
+    another folder or dtype: found out when memory runs short, they would cost the time until then.
     """
 
     def __init__(
@@ -54,6 +55,12 @@ class ActivationCache:
         device_budget: int = 0,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if not isinstance(directory, (str, os.PathLike, NoneType)):
+            raise TypeError(f"cache_dir must be a path or None, got {directory!r}")
+        if directory is not None and not os.path.isdir(directory):
+            raise ValueError(f"cache_dir must be a folder that exists, got {str(directory)!r}")
+        if dtype not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"cache_dtype must be bfloat16, float16 or None, got {dtype!r}")
         self._budgets = {"device": device_budget, "memory": memory_budget}
         self._used = {"device": 0, "memory": 0, "file": 0}
         self.peak = dict(self._used)  # most bytes at any time

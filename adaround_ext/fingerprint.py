@@ -21,8 +21,11 @@ _PIECE = 1 << 24  # bytes at a time: a large tensor on another device is not cop
 
 
 def add_tensor(digest: Any, tensor: Tensor) -> None:
-    """Adds dtype, shape and bits of a tensor to a hashlib object."""
+    """Adds dtype, shape and bits of a tensor to a hashlib object; a meta tensor has no bits."""
     digest.update(f"{tensor.dtype} {list(tensor.shape)};".encode())
+    if tensor.is_meta:
+        digest.update(b"meta;")
+        return
     flat = tensor.detach().reshape(-1)
     for piece in flat.split(max(1, _PIECE // max(flat.element_size(), 1))):
         digest.update(memoryview(piece.cpu().contiguous().view(torch.uint8).numpy()))

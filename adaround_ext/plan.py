@@ -69,6 +69,8 @@ def make_plan(
 
     Raises ValueError and TypeError that name ``overrides``, ``filter_fn`` or the layer.
     """
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be a function of module and name, got {filter_fn!r}")
     names: dict[nn.Module, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         names[module].append(name)
@@ -100,6 +102,7 @@ def make_plan(
                 settings = {**settings, "activation": activation}
         target = Target(name, matrix, tied, tuple(own), changes.config(settings))
         _check_groups(target)
+        _check_finite(target)
         targets.append(target)
     changes.check_used()
     if not targets:
@@ -236,4 +239,13 @@ def _check_groups(target: Target) -> None:
             f"got {size}: "
             'give it another by overrides, as {"' + target.name + '": {"granularity": '
             '"per_channel", "group_size": None}}'
+        )
+
+
+def _check_finite(target: Target) -> None:
+    weight = target.matrix.weight
+    bad = weight.numel() - int(torch.isfinite(weight).sum())
+    if bad:
+        raise ValueError(
+            f"weight of {target.name} must be finite, got {bad} NaN or infinite values"
         )

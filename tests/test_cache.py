@@ -85,6 +85,15 @@ def test_an_error_inside_leaves_no_files(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_would_only_fail_when_memory_runs_short(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cache_dir must be a folder that exists, got '.*away'"):
+        ActivationCache(0, tmp_path / "away")
+    with pytest.raises(TypeError, match="cache_dir must be a path or None, got 3"):
+        ActivationCache(0, 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="cache_dtype must be bfloat16, float16 or None, got "):
+        ActivationCache(0, tmp_path, dtype=torch.int8)
+
+
 @pytest.mark.parametrize("in_file", [True, False])
 def test_growing_tensor(in_file: bool, tmp_path: Path) -> None:
     parts = [torch.randn(n, 3, 2).transpose(1, 2) for n in (2, 0, 5)]

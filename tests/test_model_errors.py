@@ -97,6 +97,11 @@ def with_nan(value: float) -> list[Tensor]:
         (images(), {"overrides": {"2": {"bits": 8}}}, ValueError, "'2' matches none"),
         (images(), {"overrides": ["0"]}, TypeError, "overrides must be a mapping, got list"),
         (images(), {"blocks": ["stage*"]}, ValueError, "blocks must name modules.*'stage\\*'"),
+        (images(), {"blocks": "0"}, TypeError, "blocks must be a sequence of names, .*got '0'"),
+        (images(), {"blocks": 3}, TypeError, "blocks must be a sequence of names, .*got 3"),
+        (images(), {"blocks": [None]}, TypeError, "blocks must be .*got None in it"),
+        (images(), {"filter_fn": 3}, TypeError, "filter_fn must be a function .*got 3"),
+        (images(), {"cache_dir": "/nowhere"}, ValueError, "cache_dir must be a folder that exists"),
         (images(), {"batch_norm": "drop"}, ValueError, "batch_norm must be one of fold, keep"),
         (
             images(),
@@ -142,6 +147,17 @@ def test_a_failure_on_the_way_leaves_the_model_as_it_was(
         quantize_(model, batches, mode=mode, equalize=True, activations=ActivationConfig(), **FAST)
     before.check()
     assert torch.equal(torch.get_rng_state(), random_state) and torch.is_grad_enabled()
+
+
+def test_weights_that_are_no_numbers_are_refused() -> None:
+    """Also those of the last layer, whose outputs nobody looks at."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    with torch.no_grad():
+        model[1].weight[2, 3:5] = torch.nan
+    before = Snapshot(model[0])
+    with pytest.raises(ValueError, match="weight of 1 must be finite, got 2 NaN or infinite"):
+        quantize_(model, models_vectors(), **FAST)
+    before.check()
 
 
 class Overflow(nn.Module):

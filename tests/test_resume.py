@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext import ActivationConfig, checkpoint, quantize_
+from adaround_ext.fingerprint import model_digest
 from tests import models
 from tests.test_model import codes
 
@@ -162,3 +163,8 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     quantize_(again, batches(), checkpoint_dir=tmp_path / "0", **FAST)
     quantize_(whole, batches(), **FAST)
     assert all(torch.equal(t, again.state_dict()[n]) for n, t in whole.state_dict().items())
+
+
+def test_parameters_that_hold_no_data_are_told_apart_by_their_shapes() -> None:
+    digests = [model_digest(nn.Linear(3, cols, device="meta")) for cols in (4, 5, 4)]
+    assert digests[0] == digests[2] != digests[1]
