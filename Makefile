@@ -4,6 +4,7 @@
 PYTHON ?= python3
 ARGS ?=
 WORKERS ?= 2
+CASES ?= 20000
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +15,7 @@ CPP := $(filter csrc/%,$(NATIVE)) $(wildcard tests/native/*)
 # What decides the build besides the contents of files.
 SETTINGS := $(USE_CUDA) $(FORCE_CUDA) $(CUDA_HOME) $(TORCH_CUDA_ARCH_LIST) $(DEBUG) $(NATIVE)
 
-.PHONY: help demo test lint format sanitize bench build wheel clean FORCE
+.PHONY: help demo test fuzz lint format sanitize bench build wheel clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -25,6 +26,9 @@ demo: build $(DONE)/demo  ## round a block of a trained encoder: a table, and a 
 
 test: build $(DONE)/demo $(DONE)/test  ## all tests, WORKERS (2) at a time; ARGS goes to pytest
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(ARGS)
+
+fuzz: build $(DONE)/test  ## random cases into the ops and the driver, CASES (20000) of them, for the night
+	$(BIN)/python -m tests.fuzz --cases $(CASES) $(ARGS)
 
 lint: $(DONE)/lint  ## check style and types
 	$(BIN)/ruff check .
