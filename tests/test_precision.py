@@ -34,3 +34,10 @@ def test_restored_after_an_exception(device: torch.device) -> None:
         assert not torch.backends.cudnn.allow_tf32
         raise KeyError
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+
+
+def test_other_settings_of_convolutions_are_left_alone(device: torch.device) -> None:
+    flags = torch.backends.cudnn
+    with flags.flags(enabled=True, benchmark=True, deterministic=True), full_precision(device):
+        assert flags.enabled and flags.benchmark and flags.deterministic
+        assert not flags.allow_tf32  # torch's older functions can tell
