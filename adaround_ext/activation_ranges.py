@@ -93,7 +93,7 @@ def least_error_range(histogram: Histogram, qmin: int, qmax: int) -> tuple[float
     # A bin's error is the difference of an antiderivative at its edges: one term an edge.
     steps = torch.nn.functional.pad(density, (1, 0)) - torch.nn.functional.pad(density, (0, 1))
     edges, steps = edges[steps != 0], steps[steps != 0]
-    full = torch.tensor([histogram.low, histogram.high], dtype=torch.float64)
+    full = torch.tensor([histogram.low, histogram.high], dtype=torch.float64, device="cpu")
 
     def errors(shares: Tensor) -> Tensor:
         """Of ranges [candidates, 2], as shares of the full one."""
@@ -106,12 +106,12 @@ def least_error_range(histogram: Histogram, qmin: int, qmax: int) -> tuple[float
         at_heaps = (off.square() * heights).sum(1, keepdim=True)
         return (within * scale**3 + at_heaps * scale**2).squeeze(1)
 
-    best = torch.ones(2, dtype=torch.float64)
+    best = torch.ones(2, dtype=torch.float64, device="cpu")
     least = errors(best[None])[0]
     ends = [(1.0, 1.0)] if qmin < 0 else [(1.0, 1.0), (0.0, 1.0), (1.0, 0.0)]
-    moved = [torch.tensor(pair, dtype=torch.float64) for pair in ends]
+    moved = [torch.tensor(pair, dtype=torch.float64, device="cpu") for pair in ends]
     for factors in (_COARSE, *_FINE):
-        ladder = torch.tensor(factors, dtype=torch.float64)[:, None]
+        ladder = torch.tensor(factors, dtype=torch.float64, device="cpu")[:, None]
         for _ in range(_SWEEPS):
             before = least
             for which in moved:

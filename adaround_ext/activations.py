@@ -89,10 +89,12 @@ class ActivationQuantizer(nn.Module):
         self.enabled = True
         self.observer: Callable[[Tensor], None] | None = None
         self.handles: list[RemovableHandle] = []  # of the hooks that call it
-        self.register_buffer("scale", torch.tensor(torch.nan))  # no range yet
-        self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
+        self.register_buffer(
+            "scale", torch.tensor(torch.nan, dtype=torch.float32, device="cpu")
+        )  # no range yet
+        self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32, device="cpu"))
         for name, value in zip(("qmin", "qmax"), self._codes, strict=True):
-            self.register_buffer(name, torch.tensor(value, dtype=torch.int32))
+            self.register_buffer(name, torch.tensor(value, dtype=torch.int32, device="cpu"))
         self._ready = False
 
     @property
@@ -119,7 +121,7 @@ class ActivationQuantizer(nn.Module):
 
         Raises ValueError unless both are finite and low <= high.
         """
-        ends = torch.tensor([low, high], dtype=torch.float64)
+        ends = torch.tensor([low, high], dtype=torch.float64, device="cpu")
         if not (bool(ends.isfinite().all()) and low <= high):
             raise ValueError(f"low, high must be finite and in this order, got {low}, {high}")
         scale, zero_point = affine(ends[0], ends[1], *self._codes)

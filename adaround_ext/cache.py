@@ -139,7 +139,7 @@ class ActivationCache:
         if place == "file":
             held = _Held(None, self._write(flat.cpu()), flat.numel(), *how)
         elif place == "memory" and device.type == "cuda":
-            pinned = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+            pinned = torch.empty(flat.shape, dtype=flat.dtype, device="cpu", pin_memory=True)
             held = _Held(pinned.copy_(flat), None, flat.numel(), *how)
         else:
             held = _Held(flat if place == "device" else flat.cpu(), None, flat.numel(), *how)
@@ -166,7 +166,9 @@ class ActivationCache:
     def _read(self, held: _Held) -> Tensor:
         if held.path is not None:
             # A private mapping: writing to it does not change the file.
-            flat = torch.from_file(held.path, shared=False, size=held.count, dtype=held.dtype)
+            flat = torch.from_file(
+                held.path, shared=False, size=held.count, dtype=held.dtype, device="cpu"
+            )
             if held.device.type != "cpu" or held.dtype != held.original:
                 flat = flat.to(held.device, held.original)
         else:
@@ -223,6 +225,8 @@ class GrowingTensor:
         self._file.flush()
         shape = (self._rows, *self._like.shape[1:])
         size = torch.Size(shape).numel()
-        flat = torch.from_file(self._file.name, shared=False, size=size, dtype=torch.float32)
+        flat = torch.from_file(
+            self._file.name, shared=False, size=size, dtype=torch.float32, device="cpu"
+        )
         self._file.close()
         return flat.view(shape)

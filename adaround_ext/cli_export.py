@@ -107,7 +107,7 @@ def _example(args: Namespace, source: Source) -> Any:
     if tokenizer is None:
         return None
     ids = tokenizer(_EXAMPLE)["input_ids"][: args.seqlen]
-    return _with_mask(source, {"input_ids": torch.tensor([ids, ids])})
+    return _with_mask(source, {"input_ids": torch.tensor([ids, ids], device="cpu")})
 
 
 def _with_mask(source: Source, batch: Any) -> Any:

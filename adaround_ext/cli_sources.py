@@ -129,7 +129,9 @@ def text_windows(tokenizer: Any, text: str, count: int, length: int) -> Tensor:
         raise ValueError(f"--seqlen must be at least {least} for this tokenizer, got {length}")
     # verbose=False: no warning that the text is longer than the model takes, it is cut here.
     tokens = torch.tensor(
-        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+        dtype=torch.int64,
+        device="cpu",
     )
     there = len(tokens) // body
     if there < count:
@@ -137,8 +139,13 @@ def text_windows(tokenizer: Any, text: str, count: int, length: int) -> Tensor:
             f"DATA must hold {count} windows of {length} tokens, got {there} ({len(tokens)} "
             "tokens): give more text, or lower --nsamples or --seqlen"
         )
-    taken = tokens[: there * body].view(there, body)[torch.arange(count) * there // count]
-    ends = (torch.tensor(end, dtype=torch.int64).expand(count, -1) for end in (prefix, suffix))
+    taken = tokens[: there * body].view(there, body)[
+        torch.arange(count, device="cpu") * there // count
+    ]
+    ends = (
+        torch.tensor(end, dtype=torch.int64, device="cpu").expand(count, -1)
+        for end in (prefix, suffix)
+    )
     first, last = ends
     return torch.cat([first, taken, last], 1)
 

@@ -195,7 +195,7 @@ class AdaRoundConfig:
         refuse_unknown(cls, values)
         values = dict(values)
         if isinstance(values.get("scale"), list):
-            values["scale"] = torch.tensor(values["scale"], dtype=torch.float64)
+            values["scale"] = torch.tensor(values["scale"], dtype=torch.float64, device="cpu")
         if isinstance(values.get("scale_dtype"), str):
             values["scale_dtype"] = getattr(torch, values["scale_dtype"], values["scale_dtype"])
         return cls(**values)

@@ -12,7 +12,9 @@ from adaround_ext.reference import expand_grid
 
 # The search runs over blocks of about this many weights, which stay in the cache.
 _BLOCK = 1 << 16
-_COARSE = torch.linspace(0.2, 1.0, 41).tolist()  # shares of the min-max scale
+_COARSE = torch.linspace(
+    0.2, 1.0, 41, dtype=torch.float32, device="cpu"
+).tolist()  # shares of the min-max scale
 _FINE = [offset * 0.0025 for offset in range(-7, 8) if offset]
 
 
@@ -94,7 +96,7 @@ def baseline_codes(weight: Tensor, grid: QuantGrid, seed: int) -> dict[str, Tens
     """
     at = position(weight, grid)
     generator = torch.Generator(weight.device).manual_seed(seed)
-    drawn = torch.rand(at.shape, generator=generator, device=at.device)
+    drawn = torch.rand(at.shape, generator=generator, dtype=torch.float32, device=at.device)
     return {
         "floor": _codes(at.floor(), grid),
         "ceil": _codes(at.ceil(), grid),

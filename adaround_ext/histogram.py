@@ -26,7 +26,7 @@ class Histogram:
         self.low, self.high = math.inf, -math.inf
         self._at_low = self._at_zero = self._at_high = 0
         self._exponent = _SMALLEST  # a side is 2^exponent wide
-        self._counts = torch.zeros(2 * _BINS, dtype=torch.int64)
+        self._counts = torch.zeros(2 * _BINS, dtype=torch.int64, device="cpu")
 
     def add(self, x: Tensor, low: float, high: float) -> None:
         """Counts every element of x, float32, whose least and greatest are given."""
@@ -51,12 +51,12 @@ class Histogram:
         heaps: those are at most 3 single values.
         """
         counts = self._counts.double()
-        edges = torch.arange(-_BINS, _BINS + 1, dtype=torch.float64) * self._width
+        edges = torch.arange(-_BINS, _BINS + 1, dtype=torch.float64, device="cpu") * self._width
         heaps = {0.0: self._at_zero} | {self.low: self._at_low, self.high: self._at_high}
         for value, count in heaps.items():
             counts[math.floor(value / self._width) + _BINS] -= count
-        values = torch.tensor(list(heaps), dtype=torch.float64)
-        heights = torch.tensor(list(heaps.values()), dtype=torch.float64)
+        values = torch.tensor(list(heaps), dtype=torch.float64, device="cpu")
+        heights = torch.tensor(list(heaps.values()), dtype=torch.float64, device="cpu")
         return edges.clamp(self.low, self.high), counts, values, heights
 
     @property
@@ -68,6 +68,6 @@ class Histogram:
         if exponent > self._exponent:
             shift = min(exponent - self._exponent, 62)
             # Arithmetic shifts round down, as floor does.
-            index = (torch.arange(-_BINS, _BINS) >> shift) + _BINS
+            index = (torch.arange(-_BINS, _BINS, device="cpu") >> shift) + _BINS
             self._counts = torch.zeros_like(self._counts).index_add_(0, index, self._counts)
             self._exponent = exponent

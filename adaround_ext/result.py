@@ -23,6 +23,7 @@ from adaround_ext.report import LayerReport
 _FORMAT = "adaround_ext.layer.3"
 
 
+@torch.inference_mode(False)  # a new bias must be one that can be trained
 @torch.no_grad()
 def write_(layer: nn.Module, weight: Tensor | None, bias: Tensor | None) -> None:
     """Copies weight and bias, those that are given, into a layer's parameters themselves.
@@ -120,6 +121,7 @@ class LayerResult:
             raise
 
     @classmethod
+    @torch.inference_mode(False)
     def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> LayerResult:
         """Reads what :meth:`save` wrote; ValueError for any other file."""
         rule = f"{path} must be a file written by LayerResult.save"

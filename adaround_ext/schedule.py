@@ -34,4 +34,4 @@ def schedule_table(
         )
         for step in range(steps)
     ]
-    return torch.tensor(rows, dtype=torch.float32).view(steps, 5)
+    return torch.tensor(rows, dtype=torch.float32, device="cpu").view(steps, 5)

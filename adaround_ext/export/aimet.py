@@ -141,7 +141,7 @@ def _of_layer(layer: QuantizedLayer) -> Encoding:
     """ValueError where its scales do not lie along the axes that AIMET has for its operator."""
     operator = operator_of(layer.module)
     # Which of all scales each weight has, as the graph has the weight.
-    runs = torch.arange(layer.weight.scale.numel(), dtype=torch.int32)
+    runs = torch.arange(layer.weight.scale.numel(), dtype=torch.int32, device="cpu")
     runs = runs.view(layer.weight.scale.shape).repeat_interleave(layer.group_size, 1)
     own = layer.matrix.weight_from_matrix(runs.expand(layer.rows, -1))
     return Encoding(

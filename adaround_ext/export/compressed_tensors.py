@@ -155,7 +155,7 @@ def _compressed(layer: QuantizedLayer) -> dict[str, Tensor]:
     tensors = {
         "weight_packed": _words(layer.weight.codes, layer.bits, qmin),
         "weight_scale": layer.scale.to(layer.matrix.weight.dtype).contiguous(),
-        "weight_shape": torch.tensor([layer.rows, layer.cols]),
+        "weight_shape": torch.tensor([layer.rows, layer.cols], device="cpu"),
     }
     if not layer.symmetric:  # theirs are codes and zero points less 2^(b-1); the same words
         zero_point = layer.zero_point.to(torch.uint8).t()

@@ -208,7 +208,7 @@ def _read(folder: Path, tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, T
         data = tensor.data
         if tensor.tensor_type in quantized:
             data = gguf.quants.dequantize(data, tensor.tensor_type)
-        found[key] = torch.tensor(data)
+        found[key] = torch.tensor(data, device="cpu")
         if entry["heads"]:
             found[key] = found[key][row_order(len(data), entry["heads"]).argsort()]
     return found

@@ -77,7 +77,12 @@ def architecture(model: nn.Module) -> Architecture | None:
 
 def row_order(rows: int, heads: int) -> Tensor:
     """Which row comes where: the two halves of each head interleaved, for llama.cpp's rotation."""
-    return torch.arange(rows).view(heads, 2, rows // heads // 2).transpose(1, 2).reshape(-1)
+    return (
+        torch.arange(rows, device="cpu")
+        .view(heads, 2, rows // heads // 2)
+        .transpose(1, 2)
+        .reshape(-1)
+    )
 
 
 def _heads(keys: Iterable[str], config: Any) -> dict[str, int]:

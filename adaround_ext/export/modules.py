@@ -69,7 +69,7 @@ class PackedLayer(nn.Module):
         scale = self.scale
         super()._apply(fn, recurse)
         self.scale = scale.to(self.scale.device)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         return self
 
 
@@ -94,6 +94,7 @@ class QuantConv(PackedLayer):
     """A convolution, transposed or not, with packed codes, dequantized at every call."""
 
 
+@torch.inference_mode(False)  # buffers of inference mode could not be loaded or moved later
 def pack_(model: nn.Module) -> None:
     """Replaces every layer that quantize_ quantized by one that holds packed codes, in place.
 

@@ -54,7 +54,7 @@ def stored_quantizer(quantizer: ActivationQuantizer, unsigned: bool = False) -> 
     return StoredQuantizer(
         storage=storage,
         scale=scale,
-        zero_point=torch.tensor(zero_point, dtype=getattr(torch, storage)),
+        zero_point=torch.tensor(zero_point, dtype=getattr(torch, storage), device="cpu"),
         limits=None if quantizer.bits == width else (low, high),
         largest=max(-float(low), float(high)),
     )

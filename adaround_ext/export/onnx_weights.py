@@ -40,7 +40,7 @@ class StoredWeight:
         if self.zero_point is not None:
             found["_zero_point"] = (self.zero_point, self.storage)
         if self.reshape is not None:
-            found["_shape"] = (torch.tensor(self.reshape), None)
+            found["_shape"] = (torch.tensor(self.reshape, device="cpu"), None)
         return found
 
 

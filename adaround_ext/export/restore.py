@@ -117,7 +117,7 @@ def _weight(
     bad = int((~((scale > 0) & scale.isfinite())).sum())
     if bad:
         raise ValueError(f"{rule}, got {bad} scales of {name} that are not positive and finite")
-    zero_point = torch.zeros(scale.shape, dtype=torch.int32)
+    zero_point = torch.zeros(scale.shape, dtype=torch.int32, device="cpu")
     if not layer.symmetric:
         packed = tensors[f"zero_point/{name}"]
         zero_point = unpack_bits(packed, layer.bits, scale.shape[1], qmin).int()

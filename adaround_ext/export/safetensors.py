@@ -94,6 +94,7 @@ def write_codes(model: nn.Module, folder: Path, complete: bool) -> dict[str, Any
     return dataclasses.asdict(stored)
 
 
+@torch.inference_mode(False)  # what is made must be there for training and state dicts later
 def load_quantized(
     folder: str | os.PathLike[str], model: nn.Module, *, packed: bool = False
 ) -> nn.Module:

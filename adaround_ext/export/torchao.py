@@ -113,7 +113,7 @@ def runners(folder: Path, model: nn.Module) -> list[Runner]:
         found = [module_runner("transformers", load_alike(folder, type(model)))]
     else:
         loaded = copy.deepcopy(model)
-        state = torch.load(folder / WEIGHTS, weights_only=True)
+        state = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True)
         loaded.load_state_dict(state, assign=True)
         found = [module_runner("load_state_dict", loaded)]
     if details["program"]:
