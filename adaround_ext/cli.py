@@ -6,10 +6,12 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from math import isfinite
 from typing import Any
+
+import torch
 
 from adaround_ext import cli_options as options
 from adaround_ext.cli_parser import make_parser
@@ -26,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.parser.error(str(error))
     try:
         # Standard output is for the result alone, whatever models and loaders print.
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr), _process_as_before():
             document, text, *ok = args.command(args)
         if args.json:
             text = json.dumps(_strict(document), indent=2, allow_nan=False)
@@ -44,6 +46,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{args.parser.prog}: error: {_line(error)}", file=sys.stderr)
         return 1
     return 0 if all(ok) else 1
+
+
+@contextmanager
+def _process_as_before() -> Iterator[None]:
+    """For those who call :func:`main` from a program of theirs: what commands set comes back."""
+    path = list(sys.path)
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    bars = _progress_bars()
+    try:
+        with torch.random.fork_rng(list(devices)):
+            yield
+    finally:
+        sys.path[:] = path
+        if bars != _progress_bars():
+            sys.modules["transformers.utils.logging"].enable_progress_bar()
+
+
+def _progress_bars() -> bool:
+    """Whether transformers shows them, which --quiet switches off."""
+    logging = sys.modules.get("transformers.utils.logging")
+    return logging is None or logging.is_progress_bar_enabled()
 
 
 def _line(error: Exception) -> str:

@@ -35,9 +35,15 @@ class Journal:
 
     def write_(self, tensor: Tensor, values: Tensor) -> None:
         """New values for a tensor, rounded to its dtype."""
-        before = tensor.detach().clone()
+        before, version = tensor.detach().clone(), tensor._version
+
+        def undo() -> None:
+            tensor.detach().copy_(before)
+            # The same bits as ever: a backward that waits for them may go on.
+            torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
+
         tensor.detach().copy_(values)
-        self._steps.append(lambda: tensor.detach().copy_(before))
+        self._steps.append(undo)
 
     def put(self, mapping: dict[str, Any], key: str, value: object) -> None:
         """Another object under a key that exists."""
@@ -226,7 +232,7 @@ def extent(tensor: Tensor) -> tuple[int, int]:
 
 def _outputs(model: nn.Module, run: Callable[[], object]) -> list[Tensor]:
     """Copies of all tensors that come out of ``run``, from the same random state each time."""
-    parameters = [*model.parameters(), torch.empty(0)]
+    parameters = [*model.parameters(), torch.empty(0, device="cpu")]
     cuda = list({p.device.index for p in parameters if p.device.type == "cuda"})
     with full_precision(parameters[0].device), torch.no_grad(), torch.random.fork_rng(cuda):
         return [tensor.detach().clone() for tensor in tensors(run())]
