@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import (
     bench_layer,
+    bench_leaks,
     bench_memory,
     bench_ops,
     bench_packed,
@@ -27,6 +28,7 @@ _BENCHES = {
     "packed": bench_packed.run,
     "layer": bench_layer.run,
     "memory": bench_memory.run,
+    "leaks": bench_leaks.run,
     "tuning": bench_tuning.run,
     "quality": bench_quality.run,
 }
