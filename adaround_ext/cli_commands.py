@@ -7,6 +7,7 @@ import os
 import platform
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from adaround_ext.cli_options import DTYPES
 from adaround_ext.cli_output import save, staged
 from adaround_ext.cli_show import Output
 from adaround_ext.cli_sources import Source, load_data, load_model
+from adaround_ext.distributed import Ranks, launched
 from adaround_ext.layers import SUPPORTED
 from adaround_ext.model import quantize_
 from adaround_ext.model_report import ModelReport
@@ -36,7 +38,14 @@ def quantize(args: Namespace) -> Output:
         inputs.append(Path(args.checkpoint_dir))
     if args.html is not None and not Path(args.html).absolute().parent.is_dir():
         raise FileNotFoundError(f"--html must be in a directory that exists, got {args.html}")
-    with staged(Path(args.output), args.overwrite, inputs) as folder:
+    with ExitStack() as stack:
+        group = stack.enter_context(launched(_own_device(args)))
+        ranks = Ranks(group)
+        folder = None
+        with ranks.together("the preparation of --output"):
+            if ranks.first:
+                output = Path(args.output)
+                folder = stack.enter_context(staged(output, args.overwrite, inputs))
         torch.manual_seed(args.seed)
         source = _source(args)
         data = load_data(
@@ -56,8 +65,13 @@ def quantize(args: Namespace) -> Output:
                 batch_norm="keep",  # the files must fit the model's class, which has them
                 memory_budget=args.memory_budget,
                 checkpoint_dir=args.checkpoint_dir,
+                process_group=group,
+                reduction=args.reduction,
                 progress=not args.quiet,
             )
+        if folder is None:  # one rank writes, and says what
+            args.json = False
+            return {}, ""
         save(source, report, folder)
         written = sorted(path.name for path in folder.iterdir())
     if args.html is not None:
@@ -112,6 +126,16 @@ def env(args: Namespace) -> Output:
     rows = [[name, _plain(value)] for name, value in document.items() if name != "build"]
     rows += [[f"build: {name}", _plain(value)] for name, value in build.items()]
     return document, show.table(rows, left=2)
+
+
+def _own_device(args: Namespace) -> torch.device:
+    """--device; under torchrun, for "cuda" the one of this rank."""
+    device = torch.device(args.device or "cpu")
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        args.device = str(device)
+    return device
 
 
 def _source(args: Namespace) -> Source:

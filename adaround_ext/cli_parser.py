@@ -7,6 +7,7 @@ from typing import Any
 
 from adaround_ext import cli_commands, cli_export
 from adaround_ext import cli_options as options
+from adaround_ext.distributed import REDUCTIONS
 from adaround_ext.export.formats import FORMATS
 from adaround_ext.export.parity import TOLERANCE
 from adaround_ext.native import build_info
@@ -28,7 +29,9 @@ written; adaround-ext export goes on from there. Batch norms are kept as they ar
 fit the class of the model."""
 _QUANTIZE_EXAMPLES = """examples:
   adaround-ext quantize ./Llama --data wiki.txt --output ./Llama-w4 --group-size 128 --skip lm_head
-  adaround-ext quantize nets:resnet --data nets:batches --output out --override '<first>=bits:8'"""
+  adaround-ext quantize nets:resnet --data nets:batches --output out --override '<first>=bits:8'
+  torchrun --nproc-per-node 8 -m adaround_ext quantize ./Llama --data wiki.txt --output out \\
+    --device cuda"""
 _EXPORT = """Writes a quantized model, a directory that quantize wrote, in formats that runtimes
 load, to RUN/FORMAT or --output. safetensors: packed codes and all else, for load_quantized. onnx:
 QDQ with 4-bit and 8-bit integers. compressed-tensors: a Hugging Face directory for transformers,
@@ -232,6 +235,10 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     )
     text = "keep finished layers here: the same command goes on where it was stopped"
     group.add_argument("--checkpoint-dir", metavar="DIR", help=text)
+    text = (
+        "under torchrun: fast gives up that the codes are those of one process (default: ordered)"
+    )
+    group.add_argument("--reduction", choices=REDUCTIONS, default="ordered", help=text)
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:

@@ -28,6 +28,22 @@ _LOST = (
 )
 
 
+@contextmanager
+def launched(device: torch.device) -> Iterator[dist.ProcessGroup | None]:
+    """The group of all processes where torchrun started this one among several, else None.
+
+    nccl between CUDA devices, else gloo; the group ends with the context.
+    """
+    if not dist.is_available() or not dist.is_torchelastic_launched():
+        yield None
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
 class Ranks:
     """The processes of a torch.distributed group; without a group, this one alone.
 

@@ -65,9 +65,9 @@ def child(layers: int, shards: str, offload: str, cgroup: str) -> None:
     peak = _Peak()
     started = time.perf_counter()
     report = quantize_(
-        model, [{"input_ids": batch} for batch in tokens], preset="fast", starts=("nearest",), search_steps=0,
-        refine=False, scale="min_max", bias="keep", offload_dir=offload, memory_budget=1 << 26,
-        cache_dir=offload, progress=False,
+        model, [{"input_ids": batch} for batch in tokens], preset="fast", starts=("nearest",),
+        search_steps=0, refine=False, scale="min_max", bias="keep", offload_dir=offload,
+        memory_budget=1 << 26, cache_dir=offload, progress=False,
     )  # fmt: skip
     seconds = time.perf_counter() - started
     found: dict[str, Any] = {

@@ -6,8 +6,12 @@ a fresh start takes seconds. All cases of a world size run in one go.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -16,11 +20,12 @@ from typing import Any
 import pytest
 import torch
 
-from adaround_ext import quantize_
+from adaround_ext import cli, quantize_
 from adaround_ext.distributed import Ranks
 from tests.distributed_cases import CASES, rank_of, run_case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).resolve().parent.parent
 WORLDS = (2, 4)
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.distributed_cases"])
@@ -154,3 +159,24 @@ def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], mess
     model = torch.nn.Linear(4, 4)
     with pytest.raises(error, match=message):
         quantize_(model, torch.randn(8, 4), progress=False, **arguments)
+
+
+def test_the_command_line_under_torchrun(folder: Path) -> None:
+    """One rank writes and speaks; the model is that of one process."""
+    module = "nets_of_the_cli"
+    command = ["quantize", f"{module}:net", "--data", f"{module}:images", "--preset", "fast"]
+    assert cli.main([*command, "--quiet", "--output", "one"]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, "-m", "adaround_ext", *command, "--json", "--output", "two"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{folder}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["layers"]) == 2
+    names = {path.name for path in Path("one").iterdir()}
+    assert names == {path.name for path in Path("two").iterdir()}
+    weights = [(Path(name) / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert weights[0] == weights[1]
