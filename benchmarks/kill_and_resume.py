@@ -1,10 +1,10 @@
 """SIGKILL at random moments of a whole-model run, which is then resumed: are the codes the same?
 
-The MiniLM encoder, all 36 layers of it, preset "fast". A run that nothing disturbs gives the
+The MiniLM encoder, preset "fast": all 36 layers of it, or those of the first blocks. A run that nothing disturbs gives the
 expected codes and the time within which the moments are drawn. Each other run has a folder of its
 own, is killed once, and is started again with the same call.
 
-    python -m benchmarks.kill_and_resume [--rounds 10] [--seed 0] [--output FILE.json]
+    python -m benchmarks.kill_and_resume [--rounds 10] [--blocks 6] [--seed 0] [--output FILE.json]
 """
 
 from __future__ import annotations
@@ -30,12 +30,16 @@ from benchmarks.common import Options, Target
 _READY = "ready"
 
 
-def child(folder: Path, result: Path) -> None:
+def child(folder: Path, result: Path, blocks: int) -> None:
     """One run, resumed where it can be; writes all codes and parameters."""
+    wanted = tuple(f"encoder.layer.{index}." for index in range(blocks))
     model, tokenizer = minilm.load_encoder()
     batches = minilm.text_batches(tokenizer)
     print(_READY, flush=True)
-    quantize_(model, batches, preset="fast", checkpoint_dir=str(folder), progress=False)
+    quantize_(
+        model, batches, preset="fast", checkpoint_dir=str(folder), progress=False,
+        filter_fn=lambda _, name: name.startswith(wanted),
+    )  # fmt: skip
     found = {
         f"{name}.codes": module.quantized_weight.codes
         for name, module in model.named_modules()
@@ -44,9 +48,10 @@ def child(folder: Path, result: Path) -> None:
     save_file(found | {n: t.contiguous() for n, t in model.state_dict().items()}, result)
 
 
-def start(folder: Path, result: Path) -> subprocess.Popen[str]:
+def start(folder: Path, result: Path, blocks: int) -> subprocess.Popen[str]:
     """A run that has loaded its model."""
     command = [sys.executable, "-m", "benchmarks.kill_and_resume", "--child", folder, result]
+    command += ["--blocks", blocks]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     if process.stdout.readline().strip() != _READY:
@@ -59,9 +64,9 @@ def finish(process: subprocess.Popen[str]) -> None:
         raise RuntimeError(f"the run ended with {process.returncode}")
 
 
-def rounds(count: int, seed: int, folder: Path) -> tuple[float, list[dict[str, Any]]]:
+def rounds(count: int, seed: int, folder: Path, blocks: int) -> tuple[float, list[dict[str, Any]]]:
     """Seconds of the undisturbed run, and what came of each kill."""
-    process = start(folder / "whole", folder / "whole.safetensors")
+    process = start(folder / "whole", folder / "whole.safetensors", blocks)
     began = time.perf_counter()
     finish(process)
     seconds = time.perf_counter() - began
@@ -71,12 +76,12 @@ def rounds(count: int, seed: int, folder: Path) -> tuple[float, list[dict[str, A
     for index in range(count):
         run, result = folder / str(index), folder / f"{index}.safetensors"
         moment = drawn.uniform(0, seconds)
-        process = start(run, result)
+        process = start(run, result, blocks)
         time.sleep(moment)
         process.send_signal(signal.SIGKILL)
         process.wait()
         kept = len(list(run.glob("layer_*.safetensors")))
-        finish(start(run, result))
+        finish(start(run, result, blocks))
         got = load_file(result)
         same = got.keys() == expected.keys() and all(
             torch.equal(tensor, got[name]) for name, tensor in expected.items()
@@ -89,16 +94,17 @@ def rounds(count: int, seed: int, folder: Path) -> tuple[float, list[dict[str, A
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kill_and_resume")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     parser.add_argument("--child", type=Path, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
-        child(*options.child)
+        child(*options.child, options.blocks)
         return
     facts = common.machine_facts(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
-        seconds, rows = rounds(options.rounds, options.seed, Path(folder))
+        seconds, rows = rounds(options.rounds, options.seed, Path(folder), options.blocks)
     differing = sum(not row["identical"] for row in rows)
     targets = [Target("runs that ended with other bits", differing, most=0)]
     common.print_targets(targets)
@@ -106,7 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plain = common.document(
             "kill_and_resume", Options(torch.device("cpu")), facts, rows, targets
         )
-        common.write_json(options.output, plain | {"undisturbed_seconds": seconds})
+        plain |= {"undisturbed_seconds": seconds, "blocks": options.blocks}
+        common.write_json(options.output, plain)
 
 
 if __name__ == "__main__":
