@@ -1,8 +1,8 @@
 """SIGKILL at random moments of a whole-model run, which is then resumed: are the codes the same?
 
 The MiniLM encoder, preset "fast": all 36 layers of it, or those of the first blocks. A run that
-nothing disturbs gives the expected codes and the time within which the moments are drawn. Each other
-run has a folder of its own, is killed once, and is started again with the same call.
+nothing disturbs gives the expected codes and the time within which the moments are drawn. Each
+other run has a folder of its own, is killed once, and is started again with the same call.
 
     python -m benchmarks.kill_and_resume [--rounds 10] [--blocks 6] [--seed 0] [--output FILE.json]
 """
