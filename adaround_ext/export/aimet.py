@@ -9,7 +9,6 @@ differs.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -37,6 +36,7 @@ from adaround_ext.export.onnx_names import (
 )
 from adaround_ext.export.onnx_program import output_of, save, traced
 from adaround_ext.export.onnx_trace import automatic_shapes, is_plain_linear
+from adaround_ext.export.packages import need
 from adaround_ext.export.runner import Runner, arguments
 from adaround_ext.native import build_info
 from adaround_ext.trace import evaluation
@@ -63,7 +63,7 @@ def export_aimet(
     """
     if version not in VERSIONS:
         raise ValueError(f"version must be {' or '.join(map(repr, VERSIONS))}, got {version!r}")
-    _need("onnx", "onnxscript")
+    need("the export for AIMET", "export", "onnx", "onnxscript")
     layers = quantized_layers(model)
     encodings = _of_layers(layers)
     placed = {name: q for name, q in quantizers(model).items() if q.enabled}
@@ -106,16 +106,9 @@ def runners(folder: Path, model: nn.Module) -> list[Runner]:
     Raises ImportError without onnx_ir and onnxruntime.
     """
     read_manifest(folder, KIND)
-    _need("onnx_ir", "onnxruntime")
+    need("running an export for AIMET", "export", "onnx_ir", "onnxruntime")
     content = json.loads((folder / ENCODINGS).read_text(encoding="utf-8"))
     return [session_runner(folder / MODEL, content, model)]
-
-
-def _need(*packages: str) -> None:
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            needs = f"exports for AIMET need the package {package}"
-            raise ImportError(f'{needs}: pip install "adaround_ext[export]"')
 
 
 def _of_layers(layers: Sequence[QuantizedLayer]) -> dict[str, Encoding]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
 from adaround_ext.export.layers import QuantizedLayer
+from adaround_ext.export.onnx_constants import add_initializer
 from adaround_ext.export.onnx_trace import ACTIVATION, DOMAIN, LINEAR
 
 if TYPE_CHECKING:
@@ -112,24 +113,10 @@ class FloatGraph:
         if index not in self._weights:
             layer = self._layers[index]
             weight = layer.matrix.weight
-            name = f"{layer.name}.weight".lstrip(".")
-            self._weights[index] = self._initializer(name, weight.t() if transpose else weight)
+            array = (weight.t() if transpose else weight).cpu().contiguous().numpy()
+            name = f"{layer.name}.weight".lstrip(".")  # or another, where the model uses it too
+            self._weights[index] = add_initializer(self._graph, name, array)
         return self._weights[index]
-
-    def _initializer(self, name: str, tensor: Tensor) -> ir.Value:
-        import onnx_ir as ir
-
-        while name in self._graph.initializers:  # of the model itself, which uses the weight too
-            name += "_"
-        constant = ir.Tensor(tensor.cpu().contiguous().numpy(), name=name)
-        value = ir.Value(
-            name=name,
-            shape=constant.shape,
-            type=ir.TensorType(constant.dtype),
-            const_value=constant,
-        )
-        self._graph.register_initializer(value)
-        return value
 
 
 def _index(node: ir.Node) -> int:

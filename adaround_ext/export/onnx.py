@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,6 +25,7 @@ from adaround_ext.export.onnx_program import output_of, save, traced
 from adaround_ext.export.onnx_runtimes import FILE, KIND, runners
 from adaround_ext.export.onnx_targets import MATMUL_BLOCKS, TARGETS
 from adaround_ext.export.onnx_trace import automatic_shapes
+from adaround_ext.export.packages import need
 from adaround_ext.export.runner import arguments
 from adaround_ext.trace import evaluation
 
@@ -68,7 +68,7 @@ def export_onnx(
     ValueError for options, arguments and models that do not fit, naming layers with the reason.
     Format: https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html.
     """
-    _need_packages()
+    need("the ONNX export", "onnx", "onnx", "onnxscript")
     _check_options(target, opset, channel_blocks, dynamic_shapes)
     contents = Contents(model, TARGETS[target], channel_blocks)
     positional, named = arguments(args)
@@ -100,13 +100,6 @@ def export_onnx(
             outputs=outputs,
             **contents.details(),
         )
-
-
-def _need_packages() -> None:
-    for package in ("onnx", "onnxscript"):
-        if importlib.util.find_spec(package) is None:
-            needs = f"the ONNX export needs the package {package}"
-            raise ImportError(f'{needs}: pip install "adaround_ext[onnx]"')
 
 
 def _check_options(target: str, opset: int, channel_blocks: int | None, shapes: Any) -> None:

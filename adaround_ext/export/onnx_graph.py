@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from adaround_ext.export.onnx_activations import StoredQuantizer
+from adaround_ext.export.onnx_constants import add_initializer
 from adaround_ext.export.onnx_trace import ACTIVATION, DOMAIN, LINEAR
 from adaround_ext.export.onnx_weights import StoredWeight
 
@@ -110,22 +111,11 @@ class _Expander:
 
     def _initializer(self, name: str, tensor: Tensor, storage: str | None) -> ir.Value:
         import ml_dtypes
-        import onnx_ir as ir
 
-        while name in self._graph.initializers:  # of the model itself
-            name += "_"
         array = tensor.cpu().numpy()
         if storage in ("int4", "uint4"):
             array = array.astype(getattr(ml_dtypes, storage))
-        constant = ir.Tensor(array, name=name)
-        value = ir.Value(
-            name=name,
-            shape=constant.shape,
-            type=ir.TensorType(constant.dtype),
-            const_value=constant,
-        )
-        self._graph.register_initializer(value)
-        return value
+        return add_initializer(self._graph, name, array)
 
 
 def _is_float_matrix(x: ir.Value) -> bool:
