@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 from argparse import Namespace
-from collections.abc import Mapping
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,13 @@ def export(args: Namespace) -> tuple[dict[str, Any], str, bool]:
     if batch is None and len(kinds) == 1 and kinds[0] in TRACED:
         raise ValueError(f"--data must be given for {kinds[0]}, to show what the model takes")
     written: dict[str, str] = {}
+    there: dict[str, str] = {}
     refused: dict[str, str] = {}
     for kind in kinds:
         folder = Path(args.run, kind) if args.output is None else Path(args.output)
+        if len(kinds) > 1 and (folder / NAME).is_file():
+            there[kind] = str(folder)
+            continue
         try:
             with source.without_cache():
                 export_model(
@@ -52,9 +55,12 @@ def export(args: Namespace) -> tuple[dict[str, Any], str, bool]:
         else:
             written[kind] = str(folder)
     lines = [f"{kind}: written to {folder}" for kind, folder in written.items()]
+    lines += [f"{kind}: already in {folder}, left as it is: remove it to write it again"
+              for kind, folder in there.items()]  # fmt: skip
     lines += [f"{kind}: refused: {reason}" for kind, reason in refused.items()]
     text = "" if args.quiet else "\n".join(lines)
-    return {"written": written, "refused": refused}, text, "all" in args.format or not refused
+    document = {"written": written, "there": there, "refused": refused}
+    return document, text, "all" in args.format or not refused
 
 
 def verify(args: Namespace) -> tuple[dict[str, Any], str, bool]:
@@ -68,7 +74,7 @@ def verify(args: Namespace) -> tuple[dict[str, Any], str, bool]:
     data = load_data(
         args.data, source, nsamples=args.nsamples, seqlen=args.seqlen, batch_size=args.batch_size
     )
-    batches = [_with_mask(source, batch) for batch in islice(data, args.nsamples)]
+    batches = [_with_mask(source, batch) for batch in data]
     with source.without_cache():
         report = compare(source.model, folders, batches, tolerance=args.tolerance)
     return report.to_dict(), str(report), report.ok
@@ -92,17 +98,38 @@ def load_run(run: str, model: str | None, quiet: bool) -> Source:
         raise ValueError(f"--model must name the module:factory that {run} came from")
     else:
         source = load_model(model, dtype=dtype, quiet=quiet)
-        safetensors.torch.load_model(source.model, folder / "model.safetensors")
+        _load_state(source.model, folder / "model.safetensors", model)
     load_quantized(folder, source.model)
     source.model.eval()
     return source
+
+
+def _load_state(model: torch.nn.Module, path: Path, name: str) -> None:
+    """ValueError where ``name`` made another model than that whose tensors are at ``path``."""
+    rule = f"--model {name} must make the model that was quantized"
+    try:
+        missing, unexpected = safetensors.torch.load_model(model, path, strict=False)
+    except RuntimeError as error:  # of other shapes, one a line
+        raise ValueError(f"{rule}, got {str(error).splitlines()[-1].strip()}") from error
+    if missing or unexpected:
+        parts = {"without": sorted(missing), "with no place for": sorted(unexpected)}
+        got = " and ".join(f"{how} {_few(names)}" for how, names in parts.items() if names)
+        raise ValueError(f"{rule}, got one {got}")
+
+
+def _few(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _example(args: Namespace, source: Source) -> Any:
     """A batch of two samples where the data has as many; None where there is none to be had."""
     if args.data is not None:
         data = load_data(args.data, source, nsamples=2, seqlen=args.seqlen, batch_size=2)
-        return _with_mask(source, next(iter(data)))
+        first = next(iter(data), None)
+        if first is None:
+            raise ValueError(f"--data must hold at least one batch, got none in {args.data}")
+        return _with_mask(source, first)
     tokenizer = source.tokenizer()
     if tokenizer is None:
         return None

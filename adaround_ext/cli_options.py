@@ -33,6 +33,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def tolerance(text: str) -> float:
+    """A finite number from 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number of at least 0, got {text!r}")
+    return value
+
+
 def group_size(text: str) -> int | None:
     """Columns that share a scale; -1, as other tools have it, is a scale a channel."""
     return None if text == "-1" else positive(text)

@@ -282,14 +282,16 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     text = "exports written elsewhere (default: all that are in RUN)"
     parser.add_argument("exports", nargs="*", metavar="EXPORT", help=text)
-    text = "inputs to compare on: a UTF-8 text file, or module:loader"
+    text = "inputs to compare on, as of quantize: a UTF-8 text file, or module:loader"
     parser.add_argument("--data", required=True, metavar="DATA", help=text)
     for name, default, text in (
-        ("--nsamples", 32, "windows of text, or batches of a loader"),
-        ("--seqlen", 128, "tokens of a window"),
+        ("--nsamples", 8, "windows of text, spread evenly over the file"),
+        ("--seqlen", 512, "tokens of a window, special ones included"),
         ("--batch-size", 8, "windows of a batch"),
     ):
         text = f"{text} (default: %(default)s)"
         parser.add_argument(name, type=options.positive, default=default, metavar="N", help=text)
     text = "relative error that counts as equal (default: %(default)s)"
-    parser.add_argument("--tolerance", type=float, default=TOLERANCE, metavar="X", help=text)
+    parser.add_argument(
+        "--tolerance", type=options.tolerance, default=TOLERANCE, metavar="X", help=text
+    )

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from adaround_ext import load_quantized
+from adaround_ext.cli_parser import make_parser
 from adaround_ext.export.manifest import read_manifest
 from tests.cli_fixtures import FAST, Run
 
@@ -80,6 +81,10 @@ def test_verify_fails_where_models_differ(run: Run, folder: Path) -> None:
             ["export", "out", *MODEL, "--format", "gguf", "onnx", "-o", "x"],
             "--output must be left out for several formats, got x",
         ),
+        (
+            ["export", "out", *MODEL, "--format", "onnx", "--data", "nets_of_the_cli:nothing"],
+            "--data must hold at least one batch, got none in nets_of_the_cli:nothing",
+        ),
         (["verify", "out", *MODEL, *IMAGES], "RUN must hold exports, got none in out"),
         (["export", "out", *MODEL, "--format", "safetensors", "-o", "out"], "folder must be new"),
     ],
@@ -89,6 +94,79 @@ def test_bad_usage(run: Run, folder: Path, command: list[str], message: str) -> 
     status, out, err = run(*command)
     assert (status, out) == (1, "")
     assert message in err
+
+
+def test_exports_that_are_there_are_left_as_they_are(run: Run, folder: Path) -> None:
+    assert run("quantize", *NET, "--output", "out", *FAST)[0] == 0
+    both = ["export", "out", *MODEL, "--format", "safetensors", "gguf"]
+    status, out, _ = run(*both)
+    assert (status, "safetensors: written to out/safetensors" in out) == (1, True)
+    before = (folder / "out/safetensors/adaround.json").stat().st_mtime_ns
+    status, out, _ = run(*both)
+    assert status == 1  # gguf holds no convolutions
+    assert "safetensors: already in out/safetensors, left as it is: remove it to write it" in out
+    assert "gguf: refused: GGUF cannot hold this model" in out
+    document = json.loads(run(*both, "--json")[1])
+    assert document["there"] == {"safetensors": "out/safetensors"}
+    assert (document["written"], [*document["refused"]]) == ({}, ["gguf"])
+    assert (folder / "out/safetensors/adaround.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("flat", "--model nets_of_the_cli:flat must make the model that was quantized, got one "
+         "with no place for 0.bias, 0.weight, 1.bias and 6 more"),
+        ("other", "size mismatch for 4."),
+        ("longer", "got one without 5.bias, 5.weight"),
+    ],
+)  # fmt: skip
+def test_another_model_than_was_quantized(
+    run: Run, folder: Path, factory: str, message: str
+) -> None:
+    path = folder / "nets_of_the_cli.py"
+    path.write_text(
+        path.read_text()
+        + """
+def other():
+    return nn.Sequential(*net()[:4], nn.Linear(16, 4))
+
+def longer():
+    return nn.Sequential(*net(), nn.Linear(3, 3))
+"""
+    )
+    assert run("quantize", *NET, "--output", "out", *FAST)[0] == 0
+    model = ["--model", f"nets_of_the_cli:{factory}"]
+    status, out, err = run("export", "out", *model, "--format", "safetensors")
+    assert (status, out) == (1, "")
+    assert message in err and err.count("\n") == 1 and len(err) < 300
+
+
+@pytest.mark.parametrize("value", ["nan", "-1", "inf", "small"])
+def test_tolerance(run: Run, folder: Path, value: str) -> None:
+    status, _, err = run("verify", "out", *IMAGES, "--tolerance", value)
+    assert status == 2
+    assert f"--tolerance: must be a finite number of at least 0, got '{value}'" in err
+
+
+def test_verify_takes_the_data_of_quantize(run: Run, folder: Path, bert: Path, text: Path) -> None:
+    """--nsamples is of windows; a loader gives all that it has. Defaults hold as many tokens."""
+    assert run("quantize", *NET, "--output", "out", *FAST, "--nsamples", 1)[0] == 0
+    report = json.loads((folder / "out" / "report.json").read_text())
+    assert report["batches"] == 2
+    assert run("export", "out", *MODEL, "--format", "safetensors")[0] == 0
+    options = ["--nsamples", 1, "--json"]
+    assert json.loads(run("verify", "out", *MODEL, *IMAGES, *options)[1])["batches"] == 2
+    windows = ["--data", text, "--nsamples", 6, "--seqlen", 12]
+    assert run("quantize", bert, *windows, "--output", "bert", *FAST)[0] == 0
+    assert run("export", "bert", "--format", "safetensors")[0] == 0
+    document = json.loads(run("verify", "bert", *windows, "--batch-size", 4, "--json")[1])
+    assert document["batches"] == 2
+    assert [tuple(run["outputs"][0]["shape"]) for run in document["runs"]] == [(4, 12, 16)] * 2
+    args = [make_parser().parse_args([*command, "--data", "x"]) for command in (
+        ["quantize", "m", "--output", "o"], ["verify", "out"],
+    )]  # fmt: skip
+    assert args[0].seqlen == args[1].seqlen
 
 
 def test_changed_files_are_refused(run: Run, folder: Path) -> None:
