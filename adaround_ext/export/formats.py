@@ -23,7 +23,7 @@ TRACED = ("onnx", "aimet")  # these need an example of what the model takes
 
 def format_module(kind: str) -> ModuleType:
     """The module of a format; ValueError for another name."""
-    if kind not in _MODULES:
+    if not isinstance(kind, str) or kind not in _MODULES:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {kind!r}")
     return importlib.import_module(f"adaround_ext.export.{_MODULES[kind]}")
 

@@ -37,7 +37,7 @@ def new_export(folder: str | os.PathLike[str], kind: str) -> Iterator[tuple[Path
     It becomes ``folder``, with its manifest, when all is written; after an error nothing is left.
     ValueError unless ``folder`` is new or an empty directory.
     """
-    folder = Path(folder).absolute()
+    folder = path_of(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"folder must be new or empty, got {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -59,6 +59,13 @@ def new_export(folder: str | os.PathLike[str], kind: str) -> Iterator[tuple[Path
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def path_of(folder: object) -> Path:
+    """TypeError for what is no path."""
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"folder must be a path, got {type(folder).__name__}")
+    return Path(folder)
 
 
 def _umask() -> int:
@@ -86,7 +93,7 @@ def read_manifest(folder: str | os.PathLike[str], kind: str | None = None) -> Ma
     Raises FileNotFoundError without a manifest, ValueError for one that is damaged, of another
     ``kind``, or whose files are missing, changed or cut.
     """
-    folder = Path(folder)
+    folder = path_of(folder)
     path = folder / NAME
     rule = f"{folder} must be a directory that an export wrote"
     if not path.is_file():

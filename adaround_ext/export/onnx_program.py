@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +21,11 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _LARGE = 3 << 29  # bytes of all initializers: 1.5 GiB; one file cannot have 2 GiB
+# What may help where the code that it writes does not run.
+NAMES_HINT = (
+    "; torch.export writes the names of modules into code: those with quotes, line breaks or "
+    "backslashes, and words of Python, must be renamed"
+)
 _SMALL = 1024  # bytes of an initializer that stays in the file of the graph
 
 
@@ -44,7 +52,11 @@ def traced(
     shapes: torch.export's dynamic_shapes. Raises ValueError for a model that torch.onnx.export
     cannot trace, and where ``args`` do not lead through every layer.
     """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_inference():
+            raise ValueError(f"model must not be made in inference_mode, as {name} was")
     with (
+        _without_noise(),
         torch.compiler.set_stance("default"),  # torch.cond compiles its branches
         marked(model, layers, quantizers, kwargs) as called,
     ):
@@ -61,7 +73,9 @@ def traced(
         except Exception as error:
             cause = error.__cause__ or error
             rule = "model must be one that torch.onnx.export can trace"
-            raise ValueError(f"{rule}, got {type(cause).__name__}: {cause}") from error
+            got = f"{type(cause).__name__}: {cause}"
+            hint = NAMES_HINT if isinstance(cause, SyntaxError) else ""
+            raise ValueError(f"{rule}, got {got}{hint}") from error
     missing = [layer.name for index, layer in enumerate(layers) if index not in called]
     if missing:
         rule = "args must lead through every quantized layer"
@@ -69,6 +83,20 @@ def traced(
     assert program is not None
     graph: ir.Model = program.model
     return graph
+
+
+@contextmanager
+def _without_noise() -> Iterator[None]:
+    """What torch's own exporter says of itself, whatever the model: nobody can do anything."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # one line for each operator of torchvision, without that
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def save(graph: ir.Model, path: Path, external_data: bool | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import inf, isfinite, sqrt
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext.export.formats import format_module
-from adaround_ext.export.manifest import read_manifest
+from adaround_ext.export.manifest import path_of, read_manifest
 from adaround_ext.export.runner import Runner, arguments, module_runner
-from adaround_ext.trace import evaluation
+from adaround_ext.trace import evaluation, tensors
 
 TOLERANCE = 1e-5  # of the relative error: float32 sums in another order
 
@@ -98,25 +98,61 @@ def verify(
 ) -> ParityReport:
     """Runs exported directories in their runtimes beside ``model``, the simulated one.
 
-    data: batches as the model takes them. Raises ValueError for a damaged directory, one of an
-    unknown format, and without data; ImportError where a runtime is not installed.
+    data: batches as the model takes them; one tensor or mapping is one batch. tolerance: of the
+    relative error, where equality is promised. Raises ValueError for a damaged directory, one of an
+    unknown format, and data that can show nothing: none, NaN, or such that an output of the model
+    has no finite number; ImportError where a runtime is not installed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch module, got {type(model).__name__}")
-    folders = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
-    if not folders:
-        raise ValueError("folders must hold at least one export, got none")
-    batches = [arguments(batch) for batch in ([data] if isinstance(data, Tensor) else data)]
-    if not batches:
-        raise ValueError("data must hold at least one batch, got none")
+    paths = _paths(folders)
+    batches = _batches(data)
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
+        raise TypeError(f"tolerance must be a number, got {tolerance!r}")
+    if not 0 <= tolerance < inf:
+        raise ValueError(f"tolerance must be finite and at least 0, got {tolerance}")
     with evaluation(model):
         wanted = [module_runner("simulated", model).run(*batch) for batch in batches]
+        _check_outputs(wanted)
         runs = [
             _compare(kind, runner, batches, wanted)
-            for folder in folders
-            for kind, runner in _runners(Path(folder), model)
+            for path in paths
+            for kind, runner in _runners(path, model)
         ]
     return ParityReport(type(model).__name__, len(batches), tolerance, tuple(runs))
+
+
+def _paths(folders: object) -> list[Path]:
+    if isinstance(folders, (str, os.PathLike)) or not isinstance(folders, Iterable):
+        folders = [folders]
+    paths = [path_of(folder) for folder in folders]
+    if not paths:
+        raise ValueError("folders must hold at least one export, got none")
+    return paths
+
+
+def _batches(data: object) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
+        raise TypeError(f"data must be an iterable of batches, got {type(data).__name__}")
+    batches = [arguments(b) for b in ([data] if isinstance(data, (Tensor, Mapping)) else data)]
+    if not batches:
+        raise ValueError("data must hold at least one batch, got none")
+    for index, batch in enumerate(batches):
+        found = list(tensors(batch))
+        if found and not any(tensor.numel() for tensor in found):
+            raise ValueError(f"data must hold samples, got none in batch {index}")
+        bad = sum(int(tensor.isnan().sum()) for tensor in found)
+        if bad:
+            raise ValueError(f"data must not be NaN, got {bad} such values in batch {index}")
+    return batches
+
+
+def _check_outputs(wanted: Sequence[Sequence[Tensor]]) -> None:
+    """That there is something to compare: the same NaN in both models shows nothing."""
+    for index in range(len(wanted[0])):
+        found = [outputs[index] for outputs in wanted if index < len(outputs)]
+        if not any(bool(tensor.isfinite().any()) for tensor in found):
+            raise ValueError(f"data must give finite numbers, got none in output {index}")
 
 
 def _runners(folder: Path, model: nn.Module) -> list[tuple[str, Runner]]:

@@ -53,6 +53,7 @@ def save_quantized(
     Raises TypeError and ValueError for a model that is not quantized, or changed since, and for a
     directory that is not new or empty.
     """
+    _check_switch("complete", complete)
     with new_export(folder, KIND) as (part, details):
         details.update(write_codes(model, part, complete))
 
@@ -108,6 +109,7 @@ def load_quantized(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch module, got {type(model).__name__}")
+    _check_switch("packed", packed)
     manifest = read_manifest(folder, KIND)
     rule = f"{folder} must be a directory that save_quantized wrote"
     try:
@@ -129,6 +131,11 @@ def runners(folder: Path, model: nn.Module) -> list[Runner]:
     if quantizers(packed):
         compact = dataclasses.replace(compact, exact=False, note=FLIPS)
     return [module_runner("load_quantized", plain), compact]
+
+
+def _check_switch(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def _stored_layer(layer: QuantizedLayer, modules: Mapping[str, nn.Module]) -> StoredLayer:

@@ -27,6 +27,7 @@ from adaround_ext.export.hugging_face import (
 from adaround_ext.export.layers import QuantizedLayer, quantized_layers, refuse
 from adaround_ext.export.manifest import new_export, read_manifest
 from adaround_ext.export.onnx_names import ordered
+from adaround_ext.export.onnx_program import NAMES_HINT
 from adaround_ext.export.onnx_trace import automatic_shapes, signature_of
 from adaround_ext.export.runner import Runner, arguments, module_runner, output_tensors
 
@@ -216,7 +217,13 @@ def _save_program(model: nn.Module, batch: Any, path: Path) -> None:
     model.__dict__["forward"] = forward
     with torch.no_grad():
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
-    torch.export.save(program, path)
+        torch.export.save(program, path)
+        try:  # some names get lost on the way
+            torch.export.load(path).module()(*args, **kwargs)
+        except Exception as error:
+            got = f"{type(error).__name__}: {error}"
+            rule = "model must be one that torch.export can load and run again"
+            raise ValueError(f"{rule}, got {got}{NAMES_HINT}") from error
 
 
 def _program_runner(path: Path) -> Runner:
