@@ -12,6 +12,7 @@ from tests.helpers import strided, unaligned
 
 Change = Callable[[Tensor], object]
 HUGE = (2**16, 2**16)  # 2^32 elements, which take no memory until they are copied
+_MOST_CHANGED = 2**20
 DTYPES = [
     "bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64",
     "complex64", "float8_e4m3fn", "float8_e5m2", "uint16",
@@ -137,8 +138,9 @@ def _in_inference_mode(t: Tensor) -> Tensor:
 
 
 def change(value: object, name: str) -> object:
-    """``value`` changed; as it was where it is no tensor or the change means nothing for it."""
-    if not isinstance(value, Tensor):
+    """``value`` changed; as it was where it is no tensor, or the change means nothing for it or
+    would need memory that only the op may ask for."""
+    if not isinstance(value, Tensor) or value.numel() > _MOST_CHANGED:
         return value
     # A scalar has no rows, numbers of other kinds no NaN, sparse tensors no views.
     with suppress(RuntimeError, TypeError, IndexError, NotImplementedError):
