@@ -15,7 +15,7 @@ CPP := $(filter csrc/%,$(NATIVE)) $(wildcard tests/native/*)
 # What decides the build besides the contents of files.
 SETTINGS := $(USE_CUDA) $(FORCE_CUDA) $(CUDA_HOME) $(TORCH_CUDA_ARCH_LIST) $(DEBUG) $(NATIVE)
 
-.PHONY: help demo test fuzz lint format sanitize bench build wheel clean FORCE
+.PHONY: help demo test fuzz lint format sanitize mutants bench build wheel clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -43,6 +43,9 @@ format: $(DONE)/lint  ## write the style that lint checks
 
 sanitize: build $(DONE)/test  ## the CPU ops under sanitizers, memory and threads
 	WORKERS=$(WORKERS) scripts/sanitize.sh
+
+mutants: build $(DONE)/test  ## plant bugs in the CPU ops: do the tests notice? half an hour
+	$(BIN)/python -m scripts.mutation_check $(ARGS)
 
 bench: build $(DONE)/demo  ## all benchmarks
 	$(BIN)/python -m benchmarks $(ARGS)
