@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from torch import Tensor, nn
 
@@ -36,6 +39,22 @@ def swapped(weights: Iterable[tuple[Target, Tensor, Tensor | None]]) -> Iterator
             parameter.data = value
         for layer in made:
             layer.register_parameter("bias", None)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C has its effect after what is inside, which is done whole or not begun."""
+    if threading.current_thread() is not threading.main_thread():  # where Ctrl-C does not come
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came and callable(before):
+        before(*came[0])
 
 
 def apply_(

@@ -225,7 +225,7 @@ class Collector:
         """Indices of targets with the same settings, and their problems, after finish()."""
         self.finish()
         seconds = self.seconds
-        rows = torch.arange(sum(layer.rows for layer in self.unit.layers))
+        rows = torch.arange(sum(layer.rows for layer in self.unit.layers), device="cpu")
         split = rows.split([layer.rows for layer in self.unit.layers])
         for part in self.unit.same_settings():
             targets = [self.unit.targets[i] for i in part]

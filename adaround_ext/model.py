@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.parameter import is_lazy
 
 from adaround_ext.activations import ActivationConfig
-from adaround_ext.apply import apply_
+from adaround_ext.apply import apply_, uninterrupted
 from adaround_ext.attachment import full_precision_activations
 from adaround_ext.blocks import BlockCall, Blocks, block_calls, find_blocks
 from adaround_ext.cache import MEMORY_BUDGET, ActivationCache
@@ -196,9 +196,10 @@ def quantize_(
         with residence:
             data.device = device
             fitter.run()
-        for target, fitted in fitter.fitted.items():
-            apply_(target, fitted.weight, fitted.bias, fitted.dequantized)
-        undo.pop_all()  # from here on the changes stay
+        with uninterrupted():
+            for target, fitted in fitter.fitted.items():
+                apply_(target, fitted.weight, fitted.bias, fitted.dequantized)
+            undo.pop_all()  # from here on the changes stay
     laps |= fitter.seconds | {"total": time.perf_counter() - started}
     memory = {"host_before": host_before, "host_peak": host_memory()[1]}
     memory |= {f"cache_{place}": size for place, size in cache.peak.items() if place != "device"}

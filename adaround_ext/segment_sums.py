@@ -55,7 +55,7 @@ class Vectors:
 
     def tensors(self) -> list[Tensor]:
         """All of it, the count as a float64 scalar."""
-        count = torch.tensor(float(self.count), dtype=torch.float64)
+        count = torch.tensor(float(self.count), dtype=torch.float64, device="cpu")
         return [count, self.shift, self.first, self.missed, self.energy]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext import ActivationConfig, quantize_
+from adaround_ext import model as model_module
 from tests import models
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -122,6 +124,26 @@ def test_refused_and_unchanged(
     with pytest.raises(error, match=message):
         quantize_(model, data, **{**FAST, **arguments})
     before.check()
+
+
+def test_an_interruption_at_the_end_comes_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never a model of which some layers are quantized and others are not."""
+    write, calls = model_module.apply_, []
+
+    def interrupted(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGINT)
+        write(*args)
+
+    monkeypatch.setattr(model_module, "apply_", interrupted)
+    model = net()
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_(model, images(), **FAST)
+    assert signal.getsignal(signal.SIGINT) is handler
+    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    assert len(layers) == 2 and all(hasattr(layer, "quantized_weight") for layer in layers)
 
 
 @pytest.mark.parametrize("mode", ["sequential", "parallel"])
