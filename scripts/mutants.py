@@ -367,7 +367,7 @@ MUTANTS = [
     Mutant(
         "strides are not looked at",
         "csrc/arguments.h",
-        "    v = torch::stable::contiguous(v_in);\n",
+        '    v = contiguous({"v", &v_in});\n',
         "    v = v_in;\n",
         "ops",
     ),
