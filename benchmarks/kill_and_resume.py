@@ -10,13 +10,13 @@ other run has a folder of its own, is killed once, and is started again with the
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import random
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,14 @@ from adaround_ext import quantize_
 from benchmarks import common, minilm
 from benchmarks.common import Options, Target
 
-_READY = "ready"
 
-
-def child(folder: Path, result: Path, blocks: int) -> None:
+def child(folder: Path, result: Path, blocks: int, ready: Event) -> None:
     """One run, resumed where it can be; writes all codes and parameters."""
+    torch.set_num_threads(1)
     wanted = tuple(f"encoder.layer.{index}." for index in range(blocks))
     model, tokenizer = minilm.load_encoder()
     batches = minilm.text_batches(tokenizer)
-    print(_READY, flush=True)
+    ready.set()
     quantize_(
         model, batches, preset="fast", checkpoint_dir=str(folder), progress=False,
         filter_fn=lambda _, name: name.startswith(wanted),
@@ -48,20 +47,23 @@ def child(folder: Path, result: Path, blocks: int) -> None:
     save_file(found | {n: t.contiguous() for n, t in model.state_dict().items()}, result)
 
 
-def start(folder: Path, result: Path, blocks: int) -> subprocess.Popen[str]:
+def start(folder: Path, result: Path, blocks: int) -> BaseProcess:
     """A run that has loaded its model."""
-    command = [sys.executable, "-m", "benchmarks.kill_and_resume", "--child", folder, result]
-    command += ["--blocks", blocks]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    if process.stdout.readline().strip() != _READY:
+    # Forked from a process that has everything imported, which takes seconds.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["transformers", "benchmarks.kill_and_resume"])
+    ready = context.Event()
+    process = context.Process(target=child, args=(folder, result, blocks, ready))
+    process.start()
+    if not ready.wait(timeout=300):
         raise RuntimeError("the run did not start")
     return process
 
 
-def finish(process: subprocess.Popen[str]) -> None:
-    if process.wait() != 0:
-        raise RuntimeError(f"the run ended with {process.returncode}")
+def finish(process: BaseProcess) -> None:
+    process.join()
+    if process.exitcode != 0:
+        raise RuntimeError(f"the run ended with {process.exitcode}")
 
 
 def rounds(count: int, seed: int, folder: Path, blocks: int) -> tuple[float, list[dict[str, Any]]]:
@@ -78,8 +80,8 @@ def rounds(count: int, seed: int, folder: Path, blocks: int) -> tuple[float, lis
         moment = drawn.uniform(0, seconds)
         process = start(run, result, blocks)
         time.sleep(moment)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         kept = len(list(run.glob("layer_*.safetensors")))
         finish(start(run, result, blocks))
         got = load_file(result)
@@ -97,11 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, metavar="FILE.json")
-    parser.add_argument("--child", type=Path, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.child:
-        child(*options.child, options.blocks)
-        return
     facts = common.machine_facts(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
         seconds, rows = rounds(options.rounds, options.seed, Path(folder), options.blocks)
