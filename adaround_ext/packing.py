@@ -23,6 +23,12 @@ def _packed_bytes(cols: int, bits: int) -> int:
     return (cols * bits + 7) // 8
 
 
+def _check_matrix(name: str, tensor: Tensor) -> None:
+    torch._check(
+        tensor.dim() == 2, lambda: f"{name} must be a matrix, got shape {list(tensor.shape)}"
+    )
+
+
 def pack_bits(codes: Tensor, bits: int, qmin: int) -> Tensor:
     """``packed`` of ``codes`` [rows, cols].
 
@@ -34,10 +40,7 @@ def pack_bits(codes: Tensor, bits: int, qmin: int) -> Tensor:
 
 @torch.library.register_fake("adaround_ext::pack_bits")
 def _(codes: Tensor, bits: int, qmin: int) -> Tensor:
-    torch._check(
-        codes.dim() == 2,
-        lambda: f"codes must be a matrix [rows, cols], got shape {list(codes.shape)}",
-    )
+    _check_matrix("codes", codes)
     rows, cols = codes.shape
     return codes.new_empty((rows, _packed_bytes(cols, bits)), dtype=torch.uint8)
 
@@ -49,6 +52,7 @@ def unpack_bits(packed: Tensor, bits: int, cols: int, qmin: int) -> Tensor:
 
 @torch.library.register_fake("adaround_ext::unpack_bits")
 def _(packed: Tensor, bits: int, cols: int, qmin: int) -> Tensor:
+    _check_matrix("packed", packed)
     return packed.new_empty((packed.shape[0], cols), dtype=_code_dtype(qmin))
 
 
@@ -83,6 +87,7 @@ def _(
     bits: int,
     qmin: int,
 ) -> Tensor:
+    _check_matrix("packed", packed)
     _check_same_device(x=x, packed=packed, scale=scale, zero_point=zero_point, bias=bias)
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 

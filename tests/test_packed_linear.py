@@ -267,3 +267,9 @@ def test_the_weight_is_that_of_dequantize(device: torch.device) -> None:
     )
     codes = reference.unpack_bits(problem.packed, 8, 64, -128)
     assert torch.equal(got, ops.dequantize(codes, problem.scale, far).t())
+
+
+def test_positions_of_nothing_take_no_time(device: torch.device) -> None:
+    x, scale = torch.empty(2**40, 0, device=device), torch.ones(1, 1, device=device)
+    packed = torch.empty(0, 0, dtype=torch.uint8, device=device)
+    assert packed_linear(x, packed, scale, scale.int(), None, 4, 0).shape == (2**40, 0)

@@ -258,3 +258,12 @@ def test_compiled(device: torch.device) -> None:
     compiled = torch.compile(there_and_back, fullgraph=True, backend="aot_eager")
     for got, expected in zip(compiled(codes), there_and_back(codes), strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 4, 4)])
+def test_fake_kernels_refuse_what_is_no_matrix(shape: tuple[int, ...]) -> None:
+    packed = torch.empty(shape, dtype=torch.uint8, device="meta")
+    with pytest.raises(RuntimeError, match="packed must be a matrix, got shape"):
+        unpack_bits(packed, 4, 8, 0)
+    with pytest.raises(RuntimeError, match="codes must be a matrix, got shape"):
+        pack_bits(packed, 4, 0)

@@ -121,9 +121,12 @@ Tensor packed_linear_cpu(
     const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& zero_point,
     const std::optional<Tensor>& bias, int64_t bits, int64_t qmin) {
   const LinearArguments args(x, packed, scale, zero_point, bias, bits, qmin);
+  const Tensor y = allocate(args.x, args.y_shape);
+  if (y.numel() == 0) {  // however many positions without columns there are
+    return torch::stable::to(y, x.scalar_type());
+  }
   const int64_t stride = blocks_of(args.cols, kLinearBlock) * kLinearBlock;
   const Tensor arranged = allocate(args.x, {args.positions, stride});
-  const Tensor y = allocate(args.x, args.y_shape);
   PackedLinear(args, bits, qmin, arranged, y).run();
   return x.scalar_type() == ScalarType::Float ? y : torch::stable::to(y, x.scalar_type());
 }
