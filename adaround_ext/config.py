@@ -118,8 +118,7 @@ class AdaRoundConfig:
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 0, _MOST[name])
         for name in ("symmetric", "narrow_range", "refine", "progress", "scale_free"):
-            if not isinstance(getattr(self, name), bool):
-                fail(name, "True or False", getattr(self, name))
+            check_flag(name, getattr(self, name))
         if self.narrow_range and not self.symmetric:
             fail("narrow_range", "False unless symmetric", self.narrow_range)
         if (self.granularity == "per_group") != (self.group_size is not None):
@@ -236,6 +235,11 @@ def refuse_unknown(kind: type[Any], values: Mapping[str, Any]) -> None:
 
 def fail(name: str, rule: str, got: object) -> None:
     raise ValueError(f"{name} must be {rule}, got {got!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        fail(name, "True or False", value)
 
 
 def check_int(name: str, value: object, least: int, most: int | None = None) -> None:

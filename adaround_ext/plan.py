@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from adaround_ext.config import AdaRoundConfig
+from adaround_ext.config import AdaRoundConfig, check_flag
 from adaround_ext.function_preserving import extent
 from adaround_ext.layers import SUPPORTED, MatrixLayer, matrix_layer
 from adaround_ext.overrides import RESERVED, LayerSettings, Overrides
@@ -67,8 +67,10 @@ def make_plan(
 ) -> Plan:
     """refused: layers that cannot be quantized, and why.
 
-    Raises ValueError and TypeError that name ``overrides``, ``filter_fn`` or the layer.
+    Raises ValueError and TypeError that name ``overrides``, ``filter_fn``, ``activation_aware`` or
+    the layer.
     """
+    check_flag("activation_aware", activation_aware)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn must be a function of module and name, got {filter_fn!r}")
     names: dict[nn.Module, list[str]] = defaultdict(list)

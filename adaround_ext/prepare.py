@@ -15,6 +15,7 @@ from adaround_ext.activations import ActivationConfig
 from adaround_ext.attachment import attach, detach, observing
 from adaround_ext.batch_norm import fold_batch_norm_
 from adaround_ext.calibration import Calibration, unpadded
+from adaround_ext.config import check_flag
 from adaround_ext.equalize import equalize_
 from adaround_ext.function_preserving import HALF_TOLERANCE, TOLERANCE
 from adaround_ext.layers import SUPPORTED, MatrixLayer, matrix_layer
@@ -141,8 +142,9 @@ def prepare_(
     """Traces the model on one batch; folds batch norms and equalizes layers where that is asked.
 
     ``undo`` gets what takes the changes back. Batch norms and pairs that cannot be folded or
-    equalized are noted with the reason.
+    equalized are noted with the reason. ValueError that names ``equalize``.
     """
+    check_flag("equalize", equalize)
     prepared = Prepared(trace(model, run))
     if batch_norm == "fold":
         folded = fold_batch_norm_(model, prepared.trace, run)

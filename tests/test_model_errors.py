@@ -104,6 +104,8 @@ def with_nan(value: float) -> list[Tensor]:
         (images(), {"blocks": [None]}, TypeError, "blocks must be .*got None in it"),
         (images(), {"filter_fn": 3}, TypeError, "filter_fn must be a function .*got 3"),
         (images(), {"cache_dir": "/nowhere"}, ValueError, "cache_dir must be a folder that exists"),
+        (images(), {"equalize": 1}, ValueError, "equalize must be True or False, got 1"),
+        (images(), {"activation_aware": "yes"}, ValueError, "activation_aware must be True or"),
         (images(), {"batch_norm": "drop"}, ValueError, "batch_norm must be one of fold, keep"),
         (
             images(),
