@@ -223,6 +223,9 @@ def test_cases_that_once_went_wrong() -> None:
         op_case("refine_", changes=[("gram", "meta")]),
         op_case("tabu_search_", changes=[("scale", "none")]),
     ]
+    # No rows for more positions than anyone could walk through.
+    nothing: dict[str, Any] = {"rows": 0, "cols": 0, "n_groups": 1, "gram_groups": 1, "seed": 2}
+    cases.append(op_case("packed_linear", **nothing, changes=[("x", "many-empty-rows")]))
     outcome = harness.replay("ops", [dataclasses.asdict(case) for case in cases])
     assert not outcome.failures
-    assert outcome.counts["no memory"] == 1
+    assert outcome.counts == {"no memory": 1, "right": 2, "refused": 2}

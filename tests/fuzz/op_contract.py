@@ -52,9 +52,9 @@ def devices(given: Arguments) -> set[str]:
 
 
 def is_huge(given: Arguments) -> bool:
-    """Whether an argument, laid out in memory, would not fit."""
+    """Whether an argument, laid out in memory, or a result of its rows may not fit."""
     tensors = (t for t in given.values() if isinstance(t, Tensor))
-    return any(t.numel() * t.element_size() > 2**29 for t in tensors)
+    return any(max(t.numel() * t.element_size(), *t.shape, 0) > 2**29 for t in tensors)
 
 
 def outputs(op: str, given: Arguments) -> list[tuple[list[int], torch.dtype]]:
