@@ -84,7 +84,7 @@ def make_plan(
         return sorted((c for m in modules for c in trace.calls_of(m)), key=lambda c: c.begin)
 
     ordered = sorted(((layer, calls(layer)) for layer in found), key=lambda pair: pair[1][0].begin)
-    changes = LayerSettings(overrides or {}, config, names)
+    changes = LayerSettings({} if overrides is None else overrides, config, names)
     targets: list[Target] = []
     last = len(ordered) - 1
     for index, (layer, own) in enumerate(ordered):

@@ -97,6 +97,7 @@ def with_nan(value: float) -> list[Tensor]:
         (images(), {"overrides": {0: {"bits": 8}}}, TypeError, "or module types as keys, got 0"),
         (images(), {"overrides": {nn.LSTM: "skip"}}, ValueError, "overrides must match modules"),
         (images(), {"overrides": {"2": {"bits": 8}}}, ValueError, "'2' matches none"),
+        (images(), {"overrides": ()}, TypeError, "overrides must be a mapping, got tuple"),
         (images(), {"overrides": ["0"]}, TypeError, "overrides must be a mapping, got list"),
         (images(), {"blocks": ["stage*"]}, ValueError, "blocks must name modules.*'stage\\*'"),
         (images(), {"blocks": "0"}, TypeError, "blocks must be a sequence of names, .*got '0'"),
