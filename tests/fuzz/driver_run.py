@@ -175,16 +175,17 @@ def _check_report(report: LayerReport, row_scales: bool) -> None:
     losses = report.losses
     # Weights of which nearest does not fit the dtype may have no better either.
     require(losses["final"] < math.inf or losses["nearest"] == math.inf, f"lost: {losses}")
-    # A quadratic form of the energy's size, by products in float32. Where the energy itself is
-    # lost in rounding, as squares near the ends of float32 are, it is no measure.
-    energy = report.energy if report.energy > 0 else 0.0
-    if energy:
-        least = losses["final"] + 1e-6 * energy + 1e-40
-        require(least >= 0, f"losses are negative: {losses}, energy {report.energy}")
+    # Quadratic forms, by products in float32: good to a share of the largest of these numbers. An
+    # energy that is lost itself, as squares near the ends of float32 are, is no measure.
+    numbers = [abs(v) for v in (*losses.values(), report.energy) if math.isfinite(v)]
+    largest = max(numbers, default=0.0)
+    slack = 1e-6 * largest + 1e-40
+    if report.energy > 0:
+        require(losses["final"] >= -slack, f"negative: {losses}, energy {report.energy}")
     if row_scales:
-        slack = 1e-5 * losses["nearest"] + 1e-10 * energy + 1e-40
         worse = f"{losses['final']} is worse than nearest, {losses['nearest']}"
-        require(losses["final"] <= losses["nearest"] + slack, worse)
+        least = 1e-5 * abs(losses["nearest"]) + 1e-10 * largest + 1e-40
+        require(losses["final"] <= losses["nearest"] + least, worse)
     for name in ("flipped", "clipped", "undecided"):
         require(0 <= getattr(report, name) <= 1, f"{name} is no share")
 

@@ -140,7 +140,7 @@ def _in_inference_mode(t: Tensor) -> Tensor:
 def change(value: object, name: str) -> object:
     """``value`` changed; as it was where it is no tensor, or the change means nothing for it or
     would need memory that only the op may ask for."""
-    if not isinstance(value, Tensor) or value.numel() > _MOST_CHANGED:
+    if not isinstance(value, Tensor) or max(value.numel(), *value.shape, 0) > _MOST_CHANGED:
         return value
     # A scalar has no rows, numbers of other kinds no NaN, sparse tensors no views.
     with suppress(RuntimeError, TypeError, IndexError, NotImplementedError):
