@@ -6,7 +6,7 @@ mapped files too, but those can be dropped). Without the right to make a cgroup 
 and the memory that no file backs is what counts. The solver is the cheapest, rounding to nearest:
 what is measured is memory.
 
-    python -m benchmarks.larger_than_memory [--layers 200] [--output FILE.json]
+    python -m benchmarks.larger_than_memory [--layers 160] [--output FILE.json]
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from benchmarks.decoder import llama_shaped
 _CGROUPS = Path("/sys/fs/cgroup/memory")
 _SHAPE = {"hidden": 512, "intermediate": 1408, "heads": 8, "kv_heads": 4, "vocabulary": 8192}
 _SHARE = 0.4  # of the weights, which the limit allows
-_TOKENS = (4, 8, 64)  # batches, sequences, length
+_TOKENS = (2, 8, 32)  # batches, sequences, length
 
 
 def write_shards(layers: int, folder: Path) -> int:
@@ -120,7 +120,7 @@ def limited(size: int) -> Iterator[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.larger_than_memory")
-    parser.add_argument("--layers", type=int, default=200)
+    parser.add_argument("--layers", type=int, default=160)
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
