@@ -47,6 +47,8 @@ class Calibration:
         cache: ActivationCache,
         device: torch.device | None,
     ) -> None:
+        if forward_fn is not None and not callable(forward_fn):
+            raise TypeError(f"forward_fn must be a function of model and batch, got {forward_fn!r}")
         self._model = model
         self._forward_fn = forward_fn
         self._padding_mask = padding_mask
@@ -90,6 +92,8 @@ class Calibration:
                 content = leaf.tobytes() if isinstance(leaf, np.ndarray) else repr(leaf).encode()
                 self._hash.update(content + b";")
         for tensor in found:
+            if tensor.is_meta:
+                raise ValueError(f"calibration must hold data, got a meta tensor in batch {index}")
             add_tensor(self._hash, tensor)
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum())):
                 bad = tensor.numel() - int(torch.isfinite(tensor).sum())

@@ -138,7 +138,7 @@ def quantize_(
         cache = stack.enter_context(ActivationCache(memory_budget, cache_dir, dtype=cache_dtype))
         stack.enter_context(evaluation(model, config.seed))
         home = single_device(model)
-        device = home if device is None else torch.device(device)
+        device = home if device is None else _device(device)
         moves = device != home
         offload = None if offload_dir is None else Offload(offload_dir)
         if offload is not None and (home is None or home.type != "cpu"):
@@ -242,6 +242,17 @@ def _check(
         raise TypeError(f"activations must be an ActivationConfig or None, got {came}")
     if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 0:
         raise ValueError(f"memory_budget must be a number of bytes, got {memory_budget!r}")
+
+
+def _device(device: torch.device | str) -> torch.device:
+    """``device`` as torch knows it, ValueError where there is none that holds data."""
+    try:
+        found = torch.empty(1, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device must be one of this machine, got {device!r}: {error}") from error
+    if found.type == "meta":
+        raise ValueError(f"device must hold data, got {device!r}")
+    return found
 
 
 def _common(calls: list[BlockCall], plan: Plan) -> int:

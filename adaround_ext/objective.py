@@ -86,6 +86,11 @@ class GramObjective(Quadratic):
         self.row_energies = self.row_losses(nothing)
         if centred:
             self.row_energies = self.row_energies + self.bias_change(nothing).square()
+        if not bool(self.row_energies.isfinite().all()):
+            raise ValueError(
+                "weights, inputs and targets must be so small that float32 holds the squares of "
+                "outputs, got larger values"
+            )
 
     def _add_targets(self, moments: Tensor, s: GramStatistics) -> None:
         mismatch = (s.mismatch if self.centred else s.plain_mismatch()) / self.unit[:, None]

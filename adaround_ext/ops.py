@@ -5,9 +5,11 @@
 runs. ``qmin`` and ``qmax`` lie in [-128, 127] (codes int8) or [0, 255] (codes uint8). ``weight`` is
 float32, bfloat16 or float16, on the CPU also float64; ``v``, the moments and ``scale`` are float32,
 or float64 beside a float64 weight; arithmetic is float32 (float64). Arguments that are written must
-be contiguous and share no memory with others; those that are read may have any strides.
-Every op raises ValueError (from torch 2.15 on, which translates all C++ exceptions alike:
-RuntimeError) with a message that names the argument, the rule and what came.
+be contiguous and share no memory with others (what lies between the elements of a strided one
+counts as its own); those that are read may have any strides.
+Every op raises ValueError with a message that names the argument, the rule and what came;
+RuntimeError where memory is short, from fake kernels, and from torch 2.15 on, which translates all
+C++ exceptions alike.
 The source is Nagel et al., "Up or Down?", ICML 2020; formulas: csrc/rounding_math.h.
 """
 

@@ -3,8 +3,9 @@
 Every case ends in an exception of the right kind or in a right result: never in a crash, a hang or
 silence. ``python -m tests.fuzz --help``; a case is plain JSON, so that it can be run again alone.
 
-op_cases, op_arguments, op_contract, op_oracle   the ops: what is drawn, the arguments that it
-                                                 stands for, which of them are valid, what is right
-driver_cases, driver_layers, driver_models       optimize_layer and quantize_
-child, harness                                   cases in a process that may die, and its watcher
+op_cases, tensor_changes     what is drawn for an op; op_arguments makes the arguments of it
+op_contract, op_oracle       which arguments are valid, and what is then right; op_run asks both
+driver_cases, driver_values  the same for optimize_layer and quantize_; driver_models has the layers
+driver_state, driver_run     and models, driver_run judges, driver_state what must not change
+child, harness               cases in a process that may die, and its watcher; planted tries them
 """

@@ -20,8 +20,6 @@ from tests.fuzz.driver_values import (
     VALUES,
 )
 
-# What Python and torch say of another kind of value here is said of no argument.
-UNCHECKED = {"forward_fn", "device"}
 # What of a call is wrong.
 FAULTS = [
     (),
@@ -63,15 +61,14 @@ def driver_cases(draw: st.DrawFn) -> DriverCase:
     good, bad = (LAYERS, BAD_LAYERS) if layer else (MODELS, BAD_MODELS)
     faults = draw(st.sampled_from(FAULTS))
     targets = ["none", "none", "tensor", "list", "generator"] if layer else ["none"]
-    bad_kinds = BAD_KINDS if layer else [kind for kind in BAD_KINDS if kind != "meta"]
     return DriverCase(
         call="optimize_layer" if layer else "quantize_",
         model=draw(st.sampled_from(list(bad if "model" in faults else good))),
         dtype=draw(st.sampled_from(["float32", "float32", "float32", "float64", "bfloat16",
                                     "float16"])),
-        data=draw(st.sampled_from(bad_kinds if "data" in faults else KINDS)),
+        data=draw(st.sampled_from(BAD_KINDS if "data" in faults else KINDS)),
         values=draw(st.sampled_from(BAD_VALUES if "values" in faults else VALUES)),
-        targets=draw(st.sampled_from(bad_kinds if "data" in faults and layer else targets)),
+        targets=draw(st.sampled_from(BAD_KINDS if "data" in faults and layer else targets)),
         train=draw(st.booleans()),
         grad=draw(st.booleans()),
         seed=draw(st.integers(0, 99)),
@@ -93,7 +90,5 @@ def _settings(draw: st.DrawFn, layer: bool, wrong: bool) -> dict[str, Any]:
         name = draw(st.sampled_from(list(bad)))
         settings[name] = draw(st.sampled_from(bad[name]))
     elif wrong:
-        settings[draw(st.sampled_from(sorted(good.keys() - UNCHECKED)))] = draw(
-            st.sampled_from(ODD)
-        )
+        settings[draw(st.sampled_from(sorted(good)))] = draw(st.sampled_from(ODD))
     return settings

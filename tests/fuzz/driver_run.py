@@ -175,6 +175,7 @@ def _batches(data: Any) -> Iterator[Any]:
 
 def _check_report(case: DriverCase, report: LayerReport, row_scales: bool) -> None:
     losses = report.losses
+    require(math.isfinite(report.energy), f"energy {report.energy}")
     # Weights of which nearest does not fit the dtype may have no better either.
     require(losses["final"] < math.inf or losses["nearest"] == math.inf, f"lost: {losses}")
     # Quadratic forms, by products in float32: good to a share of the largest of these numbers. An

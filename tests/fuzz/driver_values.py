@@ -93,6 +93,7 @@ BAD_MODEL_SETTINGS: dict[str, list[Any]] = {
     "batch_norm": ["drop"],
     "padding_mask": ["mask:raises"],
     "cache_dtype": ["torch.int8"],
+    "device": ["meta", "cuda:99", "nowhere"],
     "cache_dir": ["/nowhere/at/all"],
     "checkpoint_dir": ["/proc/nowhere"],
 }  # fmt: skip
