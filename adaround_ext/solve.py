@@ -173,9 +173,7 @@ def _results(problem: Problem, solved: Solved, config: AdaRoundConfig) -> list[L
     for layer in problem.layers:
         rows = slice(begin, begin + layer.rows)
         begin = rows.stop
-        kept = rows
-        if config.granularity == "per_tensor":
-            kept = slice(rows.start, rows.start + 1)  # a row where all share it
+        kept = slice(rows.start, rows.start + 1) if _shared(config) else rows
         improvable = solved.marks.get("improvable")
         counts = {name: int(n[rows].sum()) for name, n in solved.counts.items()}
         weights = max(layer.rows * cols, 1)
@@ -212,6 +210,12 @@ def _results(problem: Problem, solved: Solved, config: AdaRoundConfig) -> list[L
             )
         )
     return results
+
+
+def _shared(config: AdaRoundConfig) -> bool:
+    """Whether a layer has one scale."""
+    given = config.scale
+    return config.granularity == "per_tensor" or (isinstance(given, Tensor) and given.numel() == 1)
 
 
 def _share(mask: Tensor) -> float:
