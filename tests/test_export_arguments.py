@@ -138,17 +138,17 @@ def test_names_of_modules_that_cannot_be_traced(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", TRACED)
-def test_inference_mode(kind: str, tmp_path: Path) -> None:
-    """Examples made in it are fine, models are refused in words."""
-    need(kind)
+def test_inference_mode(tmp_path: Path) -> None:
+    """Examples made in it are fine, models are refused in words by what traces."""
+    need("onnx")
     model, _ = example()
     with torch.inference_mode():
         made, x = copy.deepcopy(model), torch.randn(4, 32)
-        export_model(model, tmp_path / "out", kind, batch=x)
+        export_model(model, tmp_path / "out", "onnx", batch=x)
     assert verify(model, tmp_path / "out", x).ok
-    with pytest.raises(ValueError, match=r"model must not be made in inference_mode, as 0\.weight"):
-        export_model(made, tmp_path / "other", kind, batch=x)
+    for kind in TRACED:
+        with pytest.raises(ValueError, match=r"model must not be made in inference_mode, as 0\.we"):
+            export_model(made, tmp_path / "other", kind, batch=x)
 
 
 def test_tracing_is_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -219,15 +219,22 @@ def _save_program(model: nn.Module, batch: Any, path: Path) -> None:
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
         torch.export.save(program, path)
         try:  # some names get lost on the way
-            torch.export.load(path).module()(*args, **kwargs)
+            _program(path)(*args, **kwargs)
         except Exception as error:
             got = f"{type(error).__name__}: {error}"
             rule = "model must be one that torch.export can load and run again"
-            raise ValueError(f"{rule}, got {got}{NAMES_HINT}") from error
+            hint = NAMES_HINT if isinstance(error, (SyntaxError, AttributeError)) else ""
+            raise ValueError(f"{rule}, got {got}{hint}") from error
+
+
+def _program(path: Path) -> nn.Module:
+    with torch.device("cpu"):  # torch.export.load puts some tensors on the caller's default device
+        loaded: nn.Module = torch.export.load(path).module()
+    return loaded
 
 
 def _program_runner(path: Path) -> Runner:
-    program = torch.export.load(path).module()
+    program = _program(path)
 
     def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         with torch.no_grad():
