@@ -141,7 +141,7 @@ def test_an_interruption_at_the_end_comes_after_it(monkeypatch: pytest.MonkeyPat
     def interrupted(*args: Any) -> None:
         calls.append(1)
         if len(calls) == 1:
-            # As Python does on the signal; a real one would end a process that runs tests elsewhere.
+            # As Python does on the signal.
             signal.getsignal(signal.SIGINT)(signal.SIGINT, None)
         write(*args)
 
@@ -149,7 +149,6 @@ def test_an_interruption_at_the_end_comes_after_it(monkeypatch: pytest.MonkeyPat
     model = net()
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("Ctrl-C comes to the main thread")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         quantize_(model, images(), **FAST)
