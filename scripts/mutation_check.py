@@ -3,7 +3,7 @@
 Each goes into a copy of the sources, which is built with sanitizers and tested as in
 ``scripts/sanitize.sh``. Fails where a bug is not noticed, or where its place is not found.
 
-    python -m scripts.mutation_check [--only TEXT] [--output FILE.json]
+    python -m scripts.mutation_check [--only TEXT ...] [--output FILE.json]
 """
 
 from __future__ import annotations
@@ -132,11 +132,13 @@ def check(mutants: Sequence[Mutant], folder: Path) -> list[Outcome]:
 def main() -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default="", help="mutants with this text in name or file")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="texts in names or files of mutants"
+    )
     parser.add_argument("--output", type=Path, help="where to write the outcomes as JSON")
     options = parser.parse_args()
     facts = common.machine_facts(torch.device("cpu"))
-    chosen = [m for m in MUTANTS if options.only in m.name or options.only in m.file]
+    chosen = [m for m in MUTANTS if any(text in m.name + m.file for text in options.only)]
     with tempfile.TemporaryDirectory() as folder:
         outcomes = check(chosen, Path(folder))
     survived = [outcome.mutant for outcome in outcomes if outcome.caught_by is None]

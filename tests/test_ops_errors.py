@@ -201,8 +201,18 @@ STEP_CASES: list[tuple[str, Change, str]] = [
     ("scale", lambda a: a["exp_avg_sq"].flatten()[-8:].view(4, 2), "exp_avg_sq is written in pla"),
     # What is read is copied first, and would yet be changed.
     ("grad", lambda a: a["v"][:1].expand(ROWS, COLS), "v is written in place and must not share"),
+    (
+        "step",
+        lambda a: a["weight_q"].flatten()[-2:].view(torch.int64),
+        "weight_q is written in place and must not share memory with step",
+    ),
 ]
 SEARCH_CASES: list[tuple[str, Change, str]] = [
+    (
+        "codes",
+        lambda a: a["residual"].flatten()[:COLS].view(torch.int8).view(ROWS, COLS),
+        "codes is written in place and must not share memory with residual",
+    ),
     ("codes", lambda a: a["codes"][0], "codes must be a matrix [rows, cols], got shape [6]"),
     ("codes", lambda a: a["codes"].to(torch.uint8), "codes must have dtype Char, got Byte"),
     ("qmin", lambda a: 0, "codes must have dtype Byte, got Char"),
