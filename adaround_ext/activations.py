@@ -89,9 +89,8 @@ class ActivationQuantizer(nn.Module):
         self.enabled = True
         self.observer: Callable[[Tensor], None] | None = None
         self.handles: list[RemovableHandle] = []  # of the hooks that call it
-        self.register_buffer(
-            "scale", torch.tensor(torch.nan, dtype=torch.float32, device="cpu")
-        )  # no range yet
+        no_range = torch.tensor(torch.nan, dtype=torch.float32, device="cpu")
+        self.register_buffer("scale", no_range)
         self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32, device="cpu"))
         for name, value in zip(("qmin", "qmax"), self._codes, strict=True):
             self.register_buffer(name, torch.tensor(value, dtype=torch.int32, device="cpu"))

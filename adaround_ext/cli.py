@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Standard output is for the result alone, whatever models and loaders print.
         with redirect_stdout(sys.stderr), _process_as_before():
             document, text, *ok = args.command(args)
-        if args.json:
+        if args.json and document is not None:
             text = json.dumps(_strict(document), indent=2, allow_nan=False)
         if text:
             print(text, flush=True)

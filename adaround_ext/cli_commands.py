@@ -70,8 +70,7 @@ def quantize(args: Namespace) -> Output:
                 progress=not args.quiet,
             )
         if folder is None:  # one rank writes, and says what
-            args.json = False
-            return {}, ""
+            return None, ""
         save(source, report, folder)
         written = sorted(path.name for path in folder.iterdir())
     if args.html is not None:

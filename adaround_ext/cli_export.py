@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from adaround_ext.export.formats import FORMATS, TRACED, export_model
 from adaround_ext.export.manifest import NAME, read_manifest
 from adaround_ext.export.parity import verify as compare
 from adaround_ext.export.safetensors import KIND, load_quantized
+from adaround_ext.wording import some
 
 _EXAMPLE = "A short text, as this model may get it."
 
@@ -113,13 +114,8 @@ def _load_state(model: torch.nn.Module, path: Path, name: str) -> None:
         raise ValueError(f"{rule}, got {str(error).splitlines()[-1].strip()}") from error
     if missing or unexpected:
         parts = {"without": sorted(missing), "with no place for": sorted(unexpected)}
-        got = " and ".join(f"{how} {_few(names)}" for how, names in parts.items() if names)
+        got = " and ".join(f"{how} {some(names)}" for how, names in parts.items() if names)
         raise ValueError(f"{rule}, got one {got}")
-
-
-def _few(names: Sequence[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _example(args: Namespace, source: Source) -> Any:

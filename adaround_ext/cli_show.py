@@ -12,7 +12,7 @@ from adaround_ext.model_report import LayerEntry, ModelReport
 from adaround_ext.plan import Plan
 from adaround_ext.report_plot import as_bytes, as_count, as_percent, as_time
 
-Output = tuple[dict[str, Any], str]
+Output = tuple[dict[str, Any] | None, str]  # no document: another process has it
 _TOTALS = (
     ("model", "model", str),
     ("mode", "mode", str),

@@ -14,7 +14,7 @@ from adaround_ext.cache import GrowingTensor
 from adaround_ext.calibration import unpadded
 from adaround_ext.choice import choose_objective
 from adaround_ext.data import check
-from adaround_ext.distributed import Ranks
+from adaround_ext.distributed import ALONE, Ranks
 from adaround_ext.layers import MatrixLayer
 from adaround_ext.plan import Target
 from adaround_ext.pose import gram_problems, sampled_problems
@@ -110,18 +110,17 @@ def parallel_segments(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
 class Collector:
     """What one unit needs of the data: moments, or for the sampled objective all of it."""
 
-    def __init__(self, unit: Unit, folder: str | None, ranks: Ranks | None = None) -> None:
+    def __init__(self, unit: Unit, folder: str | None, ranks: Ranks = ALONE) -> None:
         """folder: where the sampled objective's inputs go, None for memory. ranks: those that
         collect the rest of the same data."""
         self.unit = unit
-        self._ranks = ranks or Ranks()
+        self._ranks = ranks
         self.seconds = 0.0
         self.unpaired = 0
         self._sequences = 0
         self._statistics: GramStatistics | None = None
         self._inputs = GrowingTensor(folder)
         self._targets = [GrowingTensor(folder) for _ in unit.targets]
-        self._finished = False
 
     def add(
         self,
@@ -129,7 +128,7 @@ class Collector:
         inputs: list[Tensor],
         targets: list[list[Tensor]] | None,
         mask: Tensor | None,
-        segment: int = 0,
+        segment: int,
     ) -> None:
         """Tensors of one batch, one a call (of each layer, where they are targets).
 
@@ -201,10 +200,7 @@ class Collector:
                 kept.append(outputs[index])
 
     def finish(self) -> None:
-        """Joins what all ranks have collected; ValueError where no data came."""
-        if self._finished:
-            return
-        self._finished = True
+        """Joins what all ranks have collected, once; ValueError where no data came."""
         started = time.perf_counter()
         ranks = self._ranks
         counts = ranks.gather((self._sequences, self.unpaired), "statistics")
@@ -223,7 +219,6 @@ class Collector:
 
     def problems(self) -> Iterator[tuple[list[int], Iterator[Problem]]]:
         """Indices of targets with the same settings, and their problems, after finish()."""
-        self.finish()
         seconds = self.seconds
         rows = torch.arange(sum(layer.rows for layer in self.unit.layers), device="cpu")
         split = rows.split([layer.rows for layer in self.unit.layers])

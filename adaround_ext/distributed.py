@@ -6,22 +6,20 @@ here and there, and codes gathered; nothing is said during an optimisation.
 
 from __future__ import annotations
 
+import io
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 Reduction = Literal["ordered", "fast"]
 REDUCTIONS = ("ordered", "fast")
 T = TypeVar("T")
-_PIECE = 1 << 23  # float64 values in flight at a time: 64 MiB
 _LOST = (
     "another rank stopped answering during {what}: its own output says why. Layers that were done "
     "are in checkpoint_dir, if that was given: the same call goes on from there"
@@ -119,12 +117,13 @@ class Ranks:
                 raise RuntimeError(f"rank {rank} stopped during {what}: {other}")
         return [own for _, own in told]
 
-    def same(self, what: str, value: object) -> None:
-        """ValueError unless all ranks have this value."""
-        found = self.gather(value, what)
-        for rank, other in enumerate(found):
-            if other != found[0]:
-                raise ValueError(f"{what} must be the same on all ranks, got another on {rank}")
+    def same(self, values: Mapping[str, object]) -> None:
+        """ValueError, naming what differs, unless all ranks have these values."""
+        first, *others = self.gather(values, "the start")
+        for rank, other in enumerate(others, 1):
+            for name, value in first.items():
+                if other[name] != value:
+                    raise ValueError(f"{name} must be the same on all ranks, got another on {rank}")
 
     def share(self, weights: Sequence[float]) -> list[range]:
         """Consecutive items for each rank, about the same sum of ``weights`` for all."""
@@ -139,27 +138,17 @@ class Ranks:
         """Every rank's value, at every rank; tensors in it come back on the CPU."""
         if self.size == 1:
             return [value]
-        data: list[Tensor] = []
-
-        def shape(tensor: Tensor) -> _Shape:
-            flat = tensor.detach().contiguous().view(-1)
-            data.append(flat.view(torch.uint8).to(self.device))
-            return _Shape(tuple(tensor.shape), tensor.dtype)
-
-        # Tensors as bytes of their own: pickled they would take many times longer.
-        plain = pickle.dumps(pytree.tree_map_only(Tensor, shape, value))
-        head = torch.frombuffer(bytearray(plain), dtype=torch.uint8).to(self.device)
-        own = torch.cat([head, *data])
-        sizes = self._all(what, torch.tensor([len(head), len(own)], device=self.device))
+        plain, data = _packed(value)
+        own = torch.cat([head.to(self.device) for head in (plain, *data)])
+        sizes = self._all(what, torch.tensor([len(plain), len(own)], device=self.device))
         ends = [tuple(map(int, size)) for size in sizes]
         longest = max(end for _, end in ends)
         padded = torch.cat([own, own.new_zeros(longest - len(own))])
         found = [flat.cpu() for flat in self._all(what, padded)]
-        return [_unpacked(flat, *end) for flat, end in zip(found, ends, strict=True)]
-
-    def matrix_sum(self, *shape: int) -> MatrixSum:
-        """A sum over the segments of all ranks, of float32 or float64 matrices."""
-        return MatrixSum(self, shape)
+        return [
+            _Unpickler(flat[:head], flat[head:end]).load()
+            for flat, (head, end) in zip(found, ends, strict=True)
+        ]
 
     def all_to_all(self, values: Tensor, counts: Sequence[int], size: int) -> Tensor:
         """values [ranks, own count, size], some for each rank; [all counts, size] for this one."""
@@ -191,83 +180,40 @@ class Ranks:
             raise RuntimeError(_LOST.format(what=what)) from error
 
 
-class MatrixSum:
-    """A float64 sum of matrices, added in the order of ranks and, in each, as they came."""
-
-    def __init__(self, ranks: Ranks, shape: tuple[int, ...]) -> None:
-        self._ranks, self._shape = ranks, shape
-        self._values: list[Tensor] = []
-
-    def add(self, value: Tensor | None) -> None:
-        """``value`` is the sum's from now on; None counts for nothing."""
-        if value is None:
-            return
-        apart = self._ranks.size > 1 and self._ranks.ordered
-        if apart or not self._values:
-            self._values.append(value if apart else value.double())
-        else:
-            self._values[0] += value
-
-    def total(self, device: torch.device, counts: list[int]) -> Tensor:
-        """The sum of ``counts[rank]`` matrices of each rank; zeros where there is none."""
-        ranks = self._ranks
-        if ranks.size == 1:
-            return self._values.pop().view(self._shape) if self._values else self._zeros(device)
-        total = self._zeros(device)
-        flat = total.view(-1)
-        size = max(1, min(_PIECE // max(1, sum(counts)), len(flat)))
-        step = -(-size // ranks.size) * ranks.size  # a part for each rank
-        for begin in range(0, len(flat), step) if any(counts) else ():
-            pieces = [value.view(-1)[begin : begin + step] for value in self._values]
-            found = (self._ordered if ranks.ordered else self._reduced)(pieces, counts, step)
-            flat[begin : begin + step] = found[: len(flat) - begin]
-        self._values.clear()
-        return total
-
-    def _ordered(self, pieces: list[Tensor], counts: list[int], step: int) -> Tensor:
-        """Each rank adds up a part of the piece and sends it to all."""
-        size = step // self._ranks.size
-        block = self._block(pieces, len(pieces), step)
-        parts = block.view(len(pieces), self._ranks.size, size).transpose(0, 1)
-        first, *others = self._ranks.all_to_all(parts, counts, size)
-        for other in others:
-            first += other
-        return self._ranks.concatenate(first.contiguous())
-
-    def _reduced(self, pieces: list[Tensor], counts: list[int], step: int) -> Tensor:
-        block = self._block(pieces, 1, step)[0]
-        self._ranks.add_up(block)
-        return block
-
-    def _block(self, pieces: list[Tensor], rows: int, step: int) -> Tensor:
-        block = torch.zeros(rows, step, dtype=torch.float64, device=self._ranks.device)
-        for row, piece in zip(block, pieces, strict=False):
-            row[: len(piece)] = piece
-        return block
-
-    def _zeros(self, device: torch.device) -> Tensor:
-        return torch.zeros(self._shape, dtype=torch.float64, device=device)
+ALONE = Ranks()
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """Stands for a tensor in what is pickled."""
+class _Pickler(pickle.Pickler):
+    """Leaves tensors out, whose bytes pickle would take many times longer for."""
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.tensors: list[Tensor] = []
+
+    def persistent_id(self, value: object) -> tuple[tuple[int, ...], torch.dtype] | None:
+        if not isinstance(value, Tensor):
+            return None
+        self.tensors.append(value.detach().contiguous().view(-1).view(torch.uint8))
+        return tuple(value.shape), value.dtype
 
 
-def _unpacked(data: Tensor, head: int, end: int) -> Any:
-    """The tree that :meth:`Ranks.gather` sent as bytes: ``head`` of them pickled, then tensors."""
-    begin = head
+class _Unpickler(pickle.Unpickler):
+    """Reads ``plain``, with tensors whose bytes lie behind each other in ``data``."""
 
-    def tensor(stands: _Shape) -> Tensor:
-        nonlocal begin
-        stop = begin + torch.Size(stands.shape).numel() * stands.dtype.itemsize
+    def __init__(self, plain: Tensor, data: Tensor) -> None:
+        super().__init__(io.BytesIO(plain.numpy().tobytes()))
+        self._data = data
+
+    def persistent_load(self, key: tuple[tuple[int, ...], torch.dtype]) -> Tensor:
+        shape, dtype = key
+        own, self._data = self._data.tensor_split([torch.Size(shape).numel() * dtype.itemsize])
         # A copy: bytes of another dtype may begin at any address here.
-        found = data[begin:stop].clone().view(stands.dtype).view(stands.shape)
-        begin = stop
-        return found
+        return own.clone().view(dtype).view(shape)
 
-    plain = pickle.loads(data[:head].numpy().tobytes())
-    return pytree.tree_map_only(_Shape, tensor, plain)
+
+def _packed(value: object) -> tuple[Tensor, list[Tensor]]:
+    """What :class:`_Unpickler` reads, as bytes."""
+    file = io.BytesIO()
+    pickler = _Pickler(file)
+    pickler.dump(value)
+    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8), pickler.tensors

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,17 +101,14 @@ class Fitter:
 
     def _restored(self, segment: list[Unit]) -> dict[Unit, list[LayerResult]]:
         """Results of the units that are in the checkpoint, which only the first rank has."""
-
-        def load() -> list[list[dict[str, Any]] | None]:
-            found = [self._loaded(unit) for unit in segment]
-            return [None if own is None else [vars(r) for r in own] for own in found]
-
-        loaded = self.ranks.from_first("the reading of checkpoint_dir", load)
+        loaded = self.ranks.from_first(
+            "the reading of checkpoint_dir", lambda: [self._loaded(unit) for unit in segment]
+        )
         found = {}
         for unit, own in zip(segment, loaded, strict=True):
             if own is not None:
                 device = self.home or unit.layers[0].weight.device
-                found[unit] = [LayerResult(**result).to(device) for result in own]
+                found[unit] = [result.to(device) for result in own]
                 self.resumed += len(own)
         return found
 

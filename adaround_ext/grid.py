@@ -12,9 +12,8 @@ from adaround_ext.reference import expand_grid
 
 # The search runs over blocks of about this many weights, which stay in the cache.
 _BLOCK = 1 << 16
-_COARSE = torch.linspace(
-    0.2, 1.0, 41, dtype=torch.float32, device="cpu"
-).tolist()  # shares of the min-max scale
+# Shares of the min-max scale.
+_COARSE = torch.linspace(0.2, 1.0, 41, dtype=torch.float32, device="cpu").tolist()
 _FINE = [offset * 0.0025 for offset in range(-7, 8) if offset]
 
 

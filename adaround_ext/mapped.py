@@ -15,7 +15,8 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-_SHOWN = 3
+from adaround_ext.model_checks import check_module
+from adaround_ext.wording import some
 
 
 def map_weights_(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
@@ -28,8 +29,7 @@ def map_weights_(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
     Returns the names that were given values. Raises ValueError, before anything is changed, for
     names that are not in the files and for another shape or dtype; FileNotFoundError without files.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch module, got {type(model).__name__}")
+    check_module(model)
     paths = sorted(Path(folder).glob("*.safetensors"))
     if not paths:
         raise FileNotFoundError(f"folder must hold safetensors files, got none in {folder}")
@@ -51,7 +51,7 @@ def map_weights_(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
         found[id(tensor)] = value, names
     if missing:
         raise ValueError(
-            f"all tensors on the meta device must be in {folder}, got none for {_listed(missing)}: "
+            f"all tensors on the meta device must be in {folder}, got none for {some(missing)}: "
             "computed buffers need another device (accelerate.init_empty_weights leaves them there)"
         )
     for value, names in found.values():
@@ -69,7 +69,7 @@ def _stored(paths: list[Path]) -> dict[str, Tensor]:
             raise ValueError(f"folder must hold safetensors files, got {path}: {error}") from error
         twice = sorted(found.keys() & own.keys())
         if twice:
-            raise ValueError(f"folder must hold every name once, got {_listed(twice)} twice")
+            raise ValueError(f"folder must hold every name once, got {some(twice)} twice")
         found |= own
     return found
 
@@ -95,11 +95,6 @@ def _put(model: nn.Module, names: list[str], value: Tensor) -> None:
             is_parameter = isinstance(before, nn.Parameter)
             made = nn.Parameter(value, before.requires_grad) if is_parameter else value
         setattr(module, own, made)
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 class Offload:

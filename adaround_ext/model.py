@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed import ProcessGroup
 from torch.nn.parameter import is_lazy
 
 from adaround_ext.activations import ActivationConfig
@@ -24,21 +24,17 @@ from adaround_ext.checkpoint import Checkpoint
 from adaround_ext.collect import Unit, make_units, parallel_segments, sequential_segments
 from adaround_ext.config import AdaRoundConfig, make_config
 from adaround_ext.distributed import Ranks, Reduction
-from adaround_ext.fingerprint import (
-    model_digest,
-    plain_config,
-    plain_name,
-    run_fingerprint,
-    versions,
-)
+from adaround_ext.fingerprint import model_digest
 from adaround_ext.fitting import Fitter
 from adaround_ext.mapped import Offload
 from adaround_ext.memory import device_memory, host_memory
+from adaround_ext.model_checks import check_module, refuse_inference
 from adaround_ext.model_report import LayerEntry, ModelReport
 from adaround_ext.overrides import Overrides
 from adaround_ext.plan import FilterFn, Plan, make_plan
 from adaround_ext.prepare import BatchNorm, prepare_, quantize_activations_, unlike_layers
 from adaround_ext.residence import Residence
+from adaround_ext.run_record import plain_config, plain_name, run_fingerprint, versions
 from adaround_ext.trace import evaluation
 
 _MODES = ("sequential", "parallel")
@@ -66,7 +62,7 @@ def quantize_(
     cache_dtype: torch.dtype | None = None,
     checkpoint_dir: str | None = None,
     offload_dir: str | None = None,
-    process_group: ProcessGroup | None = None,
+    process_group: dist.ProcessGroup | None = None,
     reduction: Reduction = "ordered",
     progress: bool = True,
     **settings: Any,
@@ -173,13 +169,10 @@ def quantize_(
             parts = run_fingerprint(digest, data, plan, calls)
             parts |= {"mode": mode, "batch_norm": batch_norm, "equalize": equalize}
             parts |= {"cache_dtype": str(cache_dtype)}
-            parts |= {
-                "forward_fn": plain_name(forward_fn),
-                "padding_mask": plain_name(padding_mask),
-            }
+            names = {"forward_fn": forward_fn, "padding_mask": padding_mask}
+            parts |= {name: plain_name(value) for name, value in names.items()}
             parts |= {"activations": None if activations is None else activations.to_dict()}
-        for name, value in parts.items():
-            ranks.same(name, value)
+        ranks.same(parts)
         checkpoint = None
         with ranks.together("the opening of checkpoint_dir"):
             if checkpoint_dir is not None and ranks.first:
@@ -224,15 +217,13 @@ def quantize_(
 
 
 def _check(
-    model: object, mode: object, batch_norm: object, activations: object, memory_budget: object
+    model: nn.Module, mode: object, batch_norm: object, activations: object, memory_budget: object
 ) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch module, got {type(model).__name__}")
+    check_module(model)
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise ValueError(f"model must have been run once, got {name} without a shape")
-        if parameter.is_inference():
-            raise ValueError(f"model must not be made in inference_mode, as {name} was")
+    refuse_inference(model.named_parameters())
     choices = {"mode": (mode, _MODES), "batch_norm": (batch_norm, _BATCH_NORM)}
     for name, (value, allowed) in choices.items():
         if value not in allowed:

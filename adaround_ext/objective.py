@@ -107,9 +107,9 @@ class GramObjective(Quadratic):
         own = copy.copy(self)
         for name in ("_buffer", "target_product"):  # cached, and of all rows
             own.__dict__.pop(name, None)
-        names = ["target", "unit", "row_energies", "_weight", "_missed", "_constant"]
-        for name in names + ["_mismatch"] * (self._mismatch is not None):
+        for name in ("target", "unit", "row_energies", "_weight", "_missed", "_constant"):
             setattr(own, name, getattr(self, name)[part])
+        own._mismatch = None if self._mismatch is None else self._mismatch[part]
         return own
 
     @cached_property

@@ -51,8 +51,8 @@ def gram_problems(
         seconds += time.perf_counter() - started
         stacked = [layers[i] for i in part]
         yield Problem(
-            stacked, [layer.rows for layer in stacked], weight, Problem.stacked_bias(stacked),
-            objective, "gram", reason, statistics.count, seconds, notes,
+            stacked, [layer.rows for layer in stacked], weight, _biases(stacked), objective, "gram",
+            reason, statistics.count, seconds, notes,
         )  # fmt: skip
         started, seconds = time.perf_counter(), 0.0
 
@@ -83,11 +83,20 @@ def sampled_problems(
             config.seed,
         )  # fmt: skip
         seconds += time.perf_counter() - started
-        bias = Problem.stacked_bias([layer])
         yield Problem(
-            [layer], [layer.rows], weight, bias, objective, "sampled", reason, samples, seconds
-        )
+            [layer], [layer.rows], weight, _biases([layer]), objective, "sampled", reason, samples,
+            seconds,
+        )  # fmt: skip
         started, seconds = time.perf_counter(), 0.0
+
+
+def _biases(layers: list[MatrixLayer]) -> Tensor:
+    """float64 [rows] of all layers, 0 where there is none."""
+    found = []
+    for layer in layers:
+        nothing = layer.weight.new_zeros(layer.rows, dtype=torch.float64)
+        found.append(nothing if layer.bias is None else layer.bias.double())
+    return torch.cat(found)
 
 
 def _activation(config: AdaRoundConfig) -> Callable[[Tensor], Tensor] | None:

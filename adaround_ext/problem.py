@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,17 +34,6 @@ class Problem:
     samples: int
     collecting_seconds: float
     notes: tuple[str, ...] = ()
-
-    @staticmethod
-    def stacked_bias(layers: Sequence[MatrixLayer]) -> Tensor:
-        """``bias`` for these layers."""
-        parts = [
-            layer.weight.new_zeros(layer.rows, dtype=torch.float64)
-            if layer.bias is None
-            else layer.bias.double()
-            for layer in layers
-        ]
-        return torch.cat(parts)
 
     @property
     def name(self) -> str:
@@ -99,8 +88,9 @@ class Outcome:
 class Solved:
     """All that is reported of the rows of a problem, a value a row.
 
-    codes [rows, cols]; scale and zero_point [rows or 1, n_groups]; bias float64 [rows] or None;
-    losses, energy: float64 [rows]. counts: of weights with a property; marks: of rows.
+    codes [rows, cols]; scale and zero_point [rows or 1, n_groups]; all else [rows]. bias, energy
+    and losses are float64, bias None where it stays; counts: of weights with a property; marks:
+    rows that have one; starts: rows that each start won.
     """
 
     codes: Tensor
@@ -112,7 +102,7 @@ class Solved:
     counts: dict[str, Tensor]
     marks: dict[str, Tensor]
     starts: dict[str, Tensor]
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float]
 
     @staticmethod
     def join(parts: Sequence[Solved], device: torch.device) -> Solved:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adaround_ext.data import Rebatcher
 from adaround_ext.layers import MatrixLayer
+from adaround_ext.matrix_sums import ProductSum
 from adaround_ext.products import fixed_bmm
 
 # Inputs are cut again into this many samples (tokens of a linear layer) before X X^T, so that the
@@ -20,28 +21,9 @@ _BLOCK = 192
 _SHIFT_POSITIONS = 256  # enough for the rough mean that inputs are shifted by
 
 
-class ProductSum:
-    """A sum of float32 matrices in the order in which they come.
-
-    ``value`` is float64, but a lone matrix stays float32: many segments have one only.
-    """
-
-    def __init__(self) -> None:
-        self.value: Tensor | None = None
-
-    def add(self, product: Tensor) -> None:
-        """``product`` is the sum's from now on."""
-        if self.value is None:
-            self.value = product
-        elif self.value.dtype == torch.float64:
-            self.value += product
-        else:
-            self.value = self.value.double().add_(product)
-
-
 @dataclass
 class Vectors:
-    """The small sums of a segment, float64, for x' = x - shift.
+    """The small sums of a segment for x' = x - shift, float64 but for the shift itself.
 
     shift float32 [groups, cols]; first [groups, cols] = sum x'; missed [rows] = sum e and energy
     [rows] = sum e^2 of what the layers miss of their targets. count: positions.
@@ -52,11 +34,6 @@ class Vectors:
     first: Tensor
     missed: Tensor
     energy: Tensor
-
-    def tensors(self) -> list[Tensor]:
-        """All of it, the count as a float64 scalar."""
-        count = torch.tensor(float(self.count), dtype=torch.float64, device="cpu")
-        return [count, self.shift, self.first, self.missed, self.energy]
 
 
 class SegmentSums:

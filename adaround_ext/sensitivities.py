@@ -21,6 +21,7 @@ from adaround_ext.capture import Replay, Watch
 from adaround_ext.collect import Collector, Unit, make_units, parallel_segments
 from adaround_ext.config import AdaRoundConfig, check_int, make_config
 from adaround_ext.fitting import of_calls
+from adaround_ext.model_checks import check_module
 from adaround_ext.overrides import Overrides
 from adaround_ext.plan import FilterFn, Target, make_plan
 from adaround_ext.precision import full_precision
@@ -72,8 +73,7 @@ def sensitivity(
     Raises TypeError and ValueError that name the argument, the rule and what came: also where the
     model returns no floating-point tensor, none but zeros, or other shapes when it is quantized.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch module, got {type(model).__name__}")
+    check_module(model)
     widths = _widths(bits)
     config = make_config(AdaRoundConfig(preset="fast") if config is None else config, settings)
     if average_bits is not None:
@@ -182,6 +182,7 @@ def _solutions(
     """Every target at every width, each problem posed once."""
     owners = {target.matrix: target for target in collector.unit.targets}
     device = collector.unit.layers[0].weight.device
+    collector.finish()
     for part, problems in collector.problems():
         config = collector.unit.targets[part[0]].config
         for problem in problems:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from adaround_ext.collect import Collector, Unit
-from adaround_ext.distributed import Ranks
+from adaround_ext.distributed import ALONE, Ranks
 from adaround_ext.precision import full_precision
 from adaround_ext.result import LayerResult
 from adaround_ext.solve import solve_all
@@ -47,17 +46,16 @@ def solved_apart(
     """The results of ``units`` at every rank; each is ``own`` at one, which empties that list."""
     numbers = {unit: number for number, unit in enumerate(units)}
 
-    def solve() -> dict[int, list[dict[str, Any]]]:
+    def solve() -> dict[int, list[LayerResult]]:
         found = {}
         while own:  # and each one's statistics are freed after it
             collector = own.pop(0)
-            results = solved(collector, Ranks())
-            found[numbers[collector.unit]] = [vars(result) for result in results]
+            found[numbers[collector.unit]] = solved(collector, ALONE)
         return found
 
     results: dict[Unit, list[LayerResult]] = {}
     for part in ranks.exchange("the rounding of single layers", solve):
-        for number, values in part.items():
+        for number, found in part.items():
             device = units[number].layers[0].weight.device
-            results[units[number]] = [LayerResult(**v).to(device) for v in values]
+            results[units[number]] = [result.to(device) for result in found]
     return results

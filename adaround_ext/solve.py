@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from adaround_ext import ops
 from adaround_ext.anneal import anneal
 from adaround_ext.config import AdaRoundConfig
-from adaround_ext.distributed import Ranks
+from adaround_ext.distributed import ALONE, Ranks
 from adaround_ext.gram_solver import GramSolver
 from adaround_ext.grid import QuantGrid, baseline_codes, make_grid, nearest_codes, position
 from adaround_ext.layers import MatrixLayer
@@ -30,7 +29,7 @@ def solve_all(
     layers: list[MatrixLayer],
     problems: Iterable[Problem],
     config: AdaRoundConfig,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[LayerResult]:
     """A result a layer, in the order of ``layers``: problems may hold them in another.
 
@@ -43,13 +42,11 @@ def solve_all(
     return [results[id(layer)] for layer in layers]
 
 
-def solve(
-    problem: Problem, config: AdaRoundConfig, ranks: Ranks | None = None
-) -> list[LayerResult]:
+def solve(problem: Problem, config: AdaRoundConfig, ranks: Ranks = ALONE) -> list[LayerResult]:
     """Grid, search, report: a result a layer."""
-    if ranks is None or ranks.size == 1:
-        return _results(problem, _solve_rows(problem, config), config)
-    return _results(problem, _share_rows(problem, config, ranks), config)
+    if ranks.size > 1:
+        return _results(problem, _share_rows(problem, config, ranks), config)
+    return _results(problem, _solve_rows(problem, config), config)
 
 
 def shareable(layer: MatrixLayer, config: AdaRoundConfig, kind: str) -> bool:
@@ -64,13 +61,12 @@ def _share_rows(problem: Problem, config: AdaRoundConfig, ranks: Ranks) -> Solve
     blocks = [min(_ROWS, rows - begin) for begin in range(0, rows, _ROWS)]
     own = ranks.share(blocks)[ranks.rank]
 
-    def solve_own() -> dict[str, Any] | None:
+    def solve_own() -> Solved | None:
         part = slice(own.start * _ROWS, min(own.stop * _ROWS, rows))
-        return vars(_solve_rows(problem.rows(part), config)) if own else None
+        return _solve_rows(problem.rows(part), config) if own else None
 
     parts = ranks.exchange(f"the rounding of {problem.name}", solve_own)
-    found = [Solved(**part) for part in parts if part is not None]
-    return Solved.join(found, problem.weight.device)
+    return Solved.join([part for part in parts if part is not None], problem.weight.device)
 
 
 def _solve_rows(problem: Problem, config: AdaRoundConfig) -> Solved:
@@ -146,8 +142,10 @@ def _described(
         "undecided": outcome.undecided,
     }
     rows = {"fallback": outcome.fallback, "improvable": outcome.improvable}
-    stored = ops.dequantize(outcome.codes, grid.scale, grid.zero_point).to(problem.dtype)
-    bias = problem.new_bias(stored.float()) if objective.centred else None
+    bias = None
+    if objective.centred:
+        stored = ops.dequantize(outcome.codes, grid.scale, grid.zero_point).to(problem.dtype)
+        bias = problem.new_bias(stored.float())
     watch.lap("evaluation")
     watch.seconds["total"] = sum(watch.seconds.values())
     return Solved(
@@ -173,7 +171,7 @@ def _results(problem: Problem, solved: Solved, config: AdaRoundConfig) -> list[L
     for layer in problem.layers:
         rows = slice(begin, begin + layer.rows)
         begin = rows.stop
-        kept = slice(rows.start, rows.start + 1) if _shared(config) else rows
+        kept = slice(rows.start, rows.start + 1) if _one_scale(config) else rows
         improvable = solved.marks.get("improvable")
         counts = {name: int(n[rows].sum()) for name, n in solved.counts.items()}
         weights = max(layer.rows * cols, 1)
@@ -182,7 +180,7 @@ def _results(problem: Problem, solved: Solved, config: AdaRoundConfig) -> list[L
             reason=problem.reason,
             preset=config.preset,
             bits=config.bits,
-            starts={name: _share(won[rows]) for name, won in solved.starts.items()},
+            starts={name: _fraction(won[rows]) for name, won in solved.starts.items()},
             scale_candidates=chosen.scale_candidates,
             search_steps=chosen.search_steps,
             rounds=chosen.rounds,
@@ -212,11 +210,11 @@ def _results(problem: Problem, solved: Solved, config: AdaRoundConfig) -> list[L
     return results
 
 
-def _shared(config: AdaRoundConfig) -> bool:
+def _one_scale(config: AdaRoundConfig) -> bool:
     """Whether a layer has one scale."""
     given = config.scale
     return config.granularity == "per_tensor" or (isinstance(given, Tensor) and given.numel() == 1)
 
 
-def _share(mask: Tensor) -> float:
+def _fraction(mask: Tensor) -> float:
     return int(mask.count_nonzero()) / max(mask.numel(), 1)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from adaround_ext.data import Batch
-from adaround_ext.distributed import Ranks
+from adaround_ext.distributed import ALONE, Ranks
 from adaround_ext.layers import MatrixLayer
+from adaround_ext.matrix_sums import MatrixSum
 from adaround_ext.products import fixed_bmm
 from adaround_ext.segment_sums import SegmentSums, Vectors
 
@@ -41,22 +42,21 @@ class GramStatistics:
         layers: list[MatrixLayer],
         positions: int | None,
         seed: int,
-        ranks: Ranks | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """positions: drawn of each sample, None for all. ranks: who has the other segments."""
         first = layers[0]
         self._device = first.weight.device
         self._layers, self._positions, self._seed = layers, positions, seed
-        self._ranks = ranks or Ranks()
+        self._ranks = ranks
         groups = torch.arange(first.groups, device=self._device)
         per_layer = [groups.repeat_interleave(item.rows // first.groups) for item in layers]
         self._group = torch.cat(per_layer)  # of each row
         self._segment = 0
         self._open: SegmentSums | None = None
         self._closed: list[Vectors] = []
-        self._covariance = self._ranks.matrix_sum(first.groups, first.cols, first.cols)
-        self._mismatch = self._ranks.matrix_sum(len(self._group), first.cols)
-        self._targeted = 0  # segments that have targets
+        self._covariance = MatrixSum(ranks, (first.groups, first.cols, first.cols))
+        self._mismatch = MatrixSum(ranks, (len(self._group), first.cols))
         self.count = 0
         self.has_targets = False
 
@@ -95,27 +95,30 @@ class GramStatistics:
             self._closed.append(sums.vectors)
             self._covariance.add(sums.covariance.value)
             self._mismatch.add(sums.mismatch.value)
-            self._targeted += sums.mismatch.value is not None
 
     def finish(self) -> None:
         """Joins what all segments have; the moments are ready afterwards."""
         self._close()
-        own = [vectors.tensors() for vectors in self._closed], self._targeted
-        ranks = self._ranks.gather(own, "statistics")
-        self.has_targets = any(targeted for _, targeted in ranks)
-        segments = [[t.to(self._device) for t in some] for found, _ in ranks for some in found]
-        self.covariance = self._covariance.total(self._device, [len(found) for found, _ in ranks])
-        self.mismatch = self._mismatch.total(self._device, [targeted for _, targeted in ranks])
-        self._closed.clear()
-        if segments:
-            self._join(*(torch.stack(column) for column in zip(*segments, strict=True)))
+        own = self._closed, len(self._covariance), len(self._mismatch)
+        found = self._ranks.gather(own, "statistics")
+        segments, inputs, targets = zip(*found, strict=True)
+        self.has_targets = any(targets)
+        self.covariance = self._covariance.total(self._device, list(inputs))
+        self.mismatch = self._mismatch.total(self._device, list(targets))
+        self._closed = []
+        if any(inputs):
+            self._join([vectors for own in segments for vectors in own])
 
-    def _join(
-        self, counts: Tensor, shifts: Tensor, firsts: Tensor, missed: Tensor, energies: Tensor
-    ) -> None:
-        """From sums about the shifts of segments [segments, ...] to moments about the mean."""
-        self.count = int(counts.sum())
-        n = counts[:, None, None]
+    def _join(self, segments: list[Vectors]) -> None:
+        """From sums about each segment's shift to moments about the mean."""
+
+        def stacked(name: str) -> Tensor:
+            return torch.stack([getattr(own, name).to(self._device) for own in segments])
+
+        shifts, firsts, missed, energies = map(stacked, ("shift", "first", "missed", "energy"))
+        counts = [own.count for own in segments]
+        self.count = sum(counts)
+        n = torch.tensor(counts, dtype=torch.float64, device=self._device)[:, None, None]
         moved = shifts.double() - shifts[0].double()
         if len(counts) > 1:
             self._move(moved, firsts + n * moved / 2, missed)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import re
 import tempfile
-from pathlib import Path
 
 import torch
+
+from benchmarks.bench_memory import status_bytes
 
 # memory: resident bytes. objects: that the garbage collector knows. tensors: among them.
 # descriptors, threads: of the process. files: below the folder for temporary files.
@@ -31,7 +31,7 @@ def census() -> tuple[int, ...]:
     tensors = sum(issubclass(type(item), torch.Tensor) for item in objects)
     descriptors, threads = (len(os.listdir(f"/proc/self/{name}")) for name in ("fd", "task"))
     files = sum(len(found) + len(folders) for _, folders, found in os.walk(tempfile.gettempdir()))
-    return _resident(), len(objects), tensors, descriptors, threads, files
+    return status_bytes("VmRSS"), len(objects), tensors, descriptors, threads, files
 
 
 def _trim() -> None:
@@ -39,10 +39,3 @@ def _trim() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def _resident() -> int:
-    found = re.search(r"VmRSS:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    if found is None:
-        raise RuntimeError("/proc/self/status has no VmRSS")
-    return 1024 * int(found.group(1))

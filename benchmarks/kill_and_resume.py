@@ -48,12 +48,7 @@ def child(folder: Path, result: Path, blocks: int, ready: Event) -> None:
         model, batches, preset="fast", checkpoint_dir=str(folder), progress=False,
         filter_fn=lambda _, name: name.startswith(wanted),
     )  # fmt: skip
-    found = {
-        f"{name}.codes": module.quantized_weight.codes
-        for name, module in model.named_modules()
-        if hasattr(module, "quantized_weight")
-    }
-    save_file(found | {n: t.contiguous() for n, t in model.state_dict().items()}, result)
+    save_file(minilm.quantized_state(model), result)
 
 
 def start(folder: Path, result: Path, blocks: int) -> BaseProcess:

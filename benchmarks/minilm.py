@@ -168,3 +168,13 @@ def relative_error(
         error += (x.double() @ delta.T + change).square().sum().item()
         power += (x.double() @ weight.T).square().sum().item()
     return error / power
+
+
+def quantized_state(model: nn.Module) -> dict[str, Tensor]:
+    """All that quantize_ leaves of a model: codes of its layers, parameters and buffers."""
+    codes = {
+        f"{name}.codes": module.quantized_weight.codes
+        for name, module in model.named_modules()
+        if hasattr(module, "quantized_weight")
+    }
+    return codes | {name: tensor.contiguous() for name, tensor in model.state_dict().items()}

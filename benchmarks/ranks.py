@@ -51,11 +51,8 @@ def child(rank: int, world: int, store: str, preset: str, reduction: Any) -> Non
     )
     seconds = time.perf_counter() - started
     digest = hashlib.sha256()
-    for _, module in model.named_modules():
-        if hasattr(module, "quantized_weight"):
-            digest.update(module.quantized_weight.codes.numpy().tobytes())
-    for tensor in model.state_dict().values():
-        digest.update(tensor.contiguous().numpy().tobytes())
+    for tensor in minilm.quantized_state(model).values():
+        digest.update(tensor.numpy().tobytes())
     parts = {name: report.seconds[name] for name in ("forward", "statistics", "solving")}
     print(json.dumps({"seconds": seconds, "digest": digest.hexdigest(), "parts": parts}))
     if world > 1:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from adaround_ext import ActivationConfig, gram_solver, quantize_, shared_work
 from tests import models
+from tests.test_model import codes
 
 Case = tuple[Callable[[], nn.Module], Callable[[], list[Any]], dict[str, Any]]
 QUICK: dict[str, Any] = {"preset": "fast", "bits": 3, "progress": False}
@@ -78,12 +79,7 @@ def run_case(
     model, batches = make(), data()
     settings = {**QUICK, **own, **arguments}
     quantize_(model, batches, process_group=process_group, **settings)
-    codes = {
-        f"{layer}.codes": module.quantized_weight.codes
-        for layer, module in model.named_modules()
-        if hasattr(module, "quantized_weight")
-    }
-    return {**model.state_dict(), **codes}
+    return model.state_dict() | {f"{layer}.codes": own for layer, own in codes(model).items()}
 
 
 def run(group: dist.ProcessGroup, folder: str) -> None:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from adaround_ext.grid import quant_range
 from adaround_ext.layers import MatrixLayer, matrix_layer
+from adaround_ext.model_checks import check_module
 from adaround_ext.result import QuantizedWeight
+from adaround_ext.wording import some
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +89,7 @@ def quantized_layers(model: nn.Module) -> list[QuantizedLayer]:
     Modules that hold one weight are one layer. Raises TypeError for what is no module; ValueError
     where none is quantized, and naming a layer whose weight is no longer what its codes say.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch module, got {type(model).__name__}")
+    check_module(model)
     names: dict[nn.Parameter, list[str]] = defaultdict(list)
     first: dict[nn.Parameter, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -127,10 +128,5 @@ def refuse(
         if why is not None:
             found[why].append(layer.name)
     if found:
-        listed = "; ".join(f"{_some(names)}: {why}" for why, names in found.items())
+        listed = "; ".join(f"{some(names)}: {why}" for why, names in found.items())
         raise ValueError(f"{what} cannot hold this model: {listed}")
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

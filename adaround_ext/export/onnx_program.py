@@ -15,6 +15,7 @@ from torch import nn
 from adaround_ext.activations import ActivationQuantizer
 from adaround_ext.export.layers import QuantizedLayer
 from adaround_ext.export.onnx_trace import marked
+from adaround_ext.model_checks import refuse_inference
 from adaround_ext.native import build_info
 
 if TYPE_CHECKING:
@@ -52,9 +53,7 @@ def traced(
     shapes: torch.export's dynamic_shapes. Raises ValueError for a model that torch.onnx.export
     cannot trace, and where ``args`` do not lead through every layer.
     """
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_inference():
-            raise ValueError(f"model must not be made in inference_mode, as {name} was")
+    refuse_inference((*model.named_parameters(), *model.named_buffers()))
     with (
         _without_noise(),
         torch.compiler.set_stance("default"),  # torch.cond compiles its branches

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from adaround_ext.export.formats import format_module
 from adaround_ext.export.manifest import path_of, read_manifest
 from adaround_ext.export.runner import Runner, arguments, module_runner
+from adaround_ext.model_checks import check_module
 from adaround_ext.trace import evaluation, tensors
 
 TOLERANCE = 1e-5  # of the relative error: float32 sums in another order
@@ -103,8 +104,7 @@ def verify(
     unknown format, and data that can show nothing: none, NaN, or such that an output of the model
     has no finite number; ImportError where a runtime is not installed.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch module, got {type(model).__name__}")
+    check_module(model)
     paths = _paths(folders)
     batches = _batches(data)
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):

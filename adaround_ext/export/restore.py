@@ -14,6 +14,7 @@ from adaround_ext.export.stored import QUANTIZER, StoredLayer, StoredModel
 from adaround_ext.function_preserving import Journal
 from adaround_ext.grid import quant_range
 from adaround_ext.layers import MatrixLayer
+from adaround_ext.model_checks import refuse_inference
 from adaround_ext.packing import unpack_bits
 from adaround_ext.placement import KINDS, Place, Site
 from adaround_ext.result import QuantizedWeight, write_
@@ -29,9 +30,7 @@ def restore_(
     Raises ValueError, starting with ``rule`` where the files are at fault, before anything of the
     model is changed.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.is_inference():
-            raise ValueError(f"model must not be made in inference_mode, as {name} was")
+    refuse_inference(model.named_parameters())
     matrices = stored.check_layers(model)
     _check_identities(stored, model)
     _check_tensors(stored, matrices, tensors, model, rule)

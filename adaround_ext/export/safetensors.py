@@ -35,6 +35,7 @@ from adaround_ext.export.stored import (
     narrowest,
 )
 from adaround_ext.json_values import read_value
+from adaround_ext.model_checks import check_module
 from adaround_ext.native import build_info
 from adaround_ext.packing import pack_bits
 
@@ -107,8 +108,7 @@ def load_quantized(
     Everything is checked before anything is changed. Raises FileNotFoundError without such a
     directory, ValueError for one that is damaged, cut, foreign or of another model.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch module, got {type(model).__name__}")
+    check_module(model)
     _check_switch("packed", packed)
     manifest = read_manifest(folder, KIND)
     rule = f"{folder} must be a directory that save_quantized wrote"

@@ -1,0 +1,20 @@
+"""What every call asks of the model it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+
+def check_module(model: object) -> None:
+    """TypeError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch module, got {type(model).__name__}")
+
+
+def refuse_inference(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """ValueError for a model's named tensor that only inference mode can write to or trace."""
+    for name, tensor in tensors:
+        if tensor.is_inference():
+            raise ValueError(f"model must not be made in inference_mode, as {name} was")
