@@ -24,6 +24,7 @@ from tests.fuzz import driver_models, driver_state, driver_values
 from tests.fuzz.bits import bits
 from tests.fuzz.driver_cases import DriverCase, driver_cases
 from tests.fuzz.verdict import check_error, require
+from tests.global_state import process_state
 
 Case = DriverCase
 cases = driver_cases
@@ -52,11 +53,11 @@ def run(case: DriverCase) -> str:
     held = [m for m in _modules(model) if isinstance(m, nn.Module)]
     given = [t for t in pytree.tree_leaves((arguments, settings)) if isinstance(t, Tensor)]
     writes = case.call == "quantize_"
-    before, process = _states(held, given, False), driver_state.process_state()
+    before, process = _states(held, given, False), process_state()
     kept = _states(held, given, writes)
     handed = iter(model) if case.model == "iterator" else model
     result, error = _call(case, handed, arguments, settings)
-    driver_state.require_same(process, driver_state.process_state())
+    driver_state.require_same(process, process_state())
     if error is not None:
         driver_state.require_same(before, _states(held, given, False))
         forward = settings.get("forward_fn") or models.run

@@ -1,11 +1,9 @@
-"""All that a call must leave as it was: the caller's modules and tensors, and the process."""
+"""What a call must leave as it was of the caller's modules and tensors, odd ones too."""
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,26 +12,6 @@ from tests.fuzz.bits import bits
 from tests.fuzz.verdict import require
 
 State = dict[str, Any]
-
-
-def process_state() -> State:
-    """Everything global that the package could leave changed."""
-    return {
-        "torch's random state": torch.get_rng_state().tolist(),
-        "Python's random state": random.getstate(),
-        "NumPy's random state": str(np.random.get_state()),
-        "threads": torch.get_num_threads(),
-        "grad mode": torch.is_grad_enabled(),
-        "inference mode": torch.is_inference_mode_enabled(),
-        "default dtype": torch.get_default_dtype(),
-        "matmul precision": torch.get_float32_matmul_precision(),
-        "autocast": torch.is_autocast_enabled("cpu"),
-        "autocast cache": torch.is_autocast_cache_enabled(),
-        "fast path of attention": torch.backends.mha.get_fastpath_enabled(),
-        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
-        "denormals": float(torch.tensor(1e-40) * 1) != 0,
-        "global hooks": len(nn.modules.module._global_forward_hooks),
-    }
 
 
 def tensor_state(t: Tensor) -> tuple[Any, ...]:
