@@ -134,7 +134,19 @@ def test_refused_and_unchanged(
     before.check()
 
 
-def test_an_interruption_at_the_end_comes_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def ctrl_c() -> Iterator[Any]:
+    """Python's handler of Ctrl-C, which a process in the background does not have."""
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("Ctrl-C comes to the main thread")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interruption_at_the_end_comes_after_it(
+    ctrl_c: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Never a model of which some layers are quantized and others are not."""
     write, calls = model_module.apply_, []
 
@@ -147,12 +159,9 @@ def test_an_interruption_at_the_end_comes_after_it(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(model_module, "apply_", interrupted)
     model = net()
-    if threading.current_thread() is not threading.main_thread():
-        pytest.skip("Ctrl-C comes to the main thread")
-    handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         quantize_(model, images(), **FAST)
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(signal.SIGINT) is ctrl_c
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     assert len(layers) == 2 and all(hasattr(layer, "quantized_weight") for layer in layers)
 
