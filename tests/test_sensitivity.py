@@ -1,15 +1,10 @@
-"""Sensitivity of layers and bit widths, and the assignment under a budget."""
+"""Sensitivity of layers and bit widths, and what it suggests under a budget."""
 
 from __future__ import annotations
 
 import copy
-import itertools
-import json
 import math
-import random
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,26 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext import Sensitivity, quantize_, sensitivity
-from adaround_ext import assignment as assignment_module
-from adaround_ext.assignment import assign_bits
+from tests.sensitive_models import QUIET, Branches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-QUIET: dict[str, Any] = {"progress": False}
-
-
-class Branches(nn.Module):
-    """Summed branches: the fragile one is scaled up, and small."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(24, 40)
-        self.fragile = nn.Linear(24, 12)
-        self.second = nn.Linear(40, 40)
-        self.third = nn.Linear(40, 12)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.third(self.second(self.first(x).relu()).relu())
-        return 20 * self.fragile(x) + y
 
 
 class Convolutions(nn.Module):
@@ -68,13 +46,6 @@ class Encoder(nn.Module):
 
     def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self.down(self.up(self.embedding(ids)).relu())
-
-
-@pytest.fixture(scope="module")
-def branches() -> tuple[Branches, Tensor, Sensitivity]:
-    torch.manual_seed(0)
-    model, x = Branches(), torch.randn(96, 24)
-    return model, x, sensitivity(model, x, progress=False)
 
 
 def state(model: nn.Module) -> dict[str, tuple[int, bytes]]:
@@ -310,84 +281,6 @@ def test_overrides_escape_names_and_order_modules() -> None:
     assert {e.name: e.config["bits"] for e in report.layers} == {"a*": 4, "ab": 2}
 
 
-def brute_force(
-    errors: Mapping[str, Mapping[int, float]], weights: Mapping[str, int], budget: float
-) -> float:
-    best = math.inf
-    room = budget * sum(weights.values()) * (1 + 1e-12)
-    for bits in itertools.product(*(own for own in errors.values())):
-        chosen = dict(zip(errors, bits, strict=True))
-        if sum(weights[n] * b for n, b in chosen.items()) <= room:
-            best = min(best, math.fsum(errors[n][b] for n, b in chosen.items()))
-    return best
-
-
-def instance(
-    draw: random.Random, layers: int, monotone: bool
-) -> tuple[dict[str, dict[int, float]], dict[str, int]]:
-    widths = sorted(draw.sample(range(2, 9), draw.randint(1, 4)))
-    errors, weights = {}, {}
-    for index in range(layers):
-        name = f"l{index}"
-        weights[name] = draw.choice([1, 2, 7, 64, draw.randint(1, 999)])
-        size = 10 ** draw.uniform(-3, 1)
-        errors[name] = {
-            b: size * (4.0**-b * draw.uniform(0.7, 1.4) if monotone else draw.random())
-            for b in widths
-        }
-    return errors, weights
-
-
-@pytest.mark.parametrize("monotone", [True, False])
-def test_assignments_are_the_best_there_are(monotone: bool) -> None:
-    draw = random.Random(3)
-    for _ in range(150):
-        errors, weights = instance(draw, draw.randint(1, 5), monotone)
-        widths = list(errors["l0"])
-        budget = draw.uniform(min(widths), max(widths))
-        found = assign_bits(errors, weights, budget)
-        assert assign_bits(errors, weights, budget) == found
-        total = sum(weights.values())
-        assert sum(weights[n] * b for n, b in found.items()) <= budget * total * (1 + 1e-12)
-        got = math.fsum(errors[n][b] for n, b in found.items())
-        assert got == pytest.approx(brute_force(errors, weights, budget), rel=1e-9)
-
-
-def test_large_instances_stay_near_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    errors, weights = instance(random.Random(5), 300, True)
-    widths = list(errors["l0"])
-    assert len(widths) > 1
-    budget = min(widths) + 0.4 * (max(widths) - min(widths))
-    exact = assign_bits(errors, weights, budget)
-    best = math.fsum(errors[n][b] for n, b in exact.items())
-    assert sum(weights[n] * b for n, b in exact.items()) <= budget * sum(weights.values())
-    # With few states it is still as good as greedy, which is near the best with many layers.
-    monkeypatch.setattr(assignment_module, "_MOST_STATES", 4)
-    thinned = assign_bits(errors, weights, budget)
-    assert sum(weights[n] * b for n, b in thinned.items()) <= budget * sum(weights.values())
-    got = math.fsum(errors[n][b] for n, b in thinned.items())
-    assert best <= got < 1.1 * best
-
-
-def test_a_wider_width_that_is_no_better_is_not_taken() -> None:
-    errors = {"a": {2: 0.5, 3: 0.7, 4: 0.5, 8: 0.4}, "b": {2: 0.3, 3: 0.3, 4: 0.3, 8: 0.3}}
-    assert assign_bits(errors, {"a": 10, "b": 10}, 8) == {"a": 8, "b": 2}
-    assert assign_bits(errors, {"a": 10, "b": 10}, 4.9) == {"a": 2, "b": 2}
-    infinite = {"a": {2: math.inf, 4: 0.1}, "b": {2: 1.0, 4: math.nan}}
-    assert assign_bits(infinite, {"a": 1, "b": 1}, 3) == {"a": 4, "b": 2}
-    with pytest.raises(ValueError, match=r"average_bits must leave room .* 3 on average, got 2\.5"):
-        assign_bits(infinite, {"a": 1, "b": 1}, 2.5)
-    with pytest.raises(ValueError, match="errors must be finite for some bit width of 'a'"):
-        assign_bits({"a": {2: math.inf}}, {"a": 1}, 2)
-
-
-def test_a_budget_means_the_whole_number() -> None:
-    errors = {name: {2: 1.0, 3: 0.1} for name in "ab"}
-    assert 2.01 * 100 < 201  # in floating point
-    assert assign_bits(errors, {"a": 1, "b": 99}, 2.01) == {"a": 3, "b": 2}
-    assert assign_bits({}, {}, 3) == {}
-
-
 @pytest.mark.parametrize("budget", [1.9, 8.1, math.nan, math.inf, True, "4"])
 def test_budgets_out_of_range(branches: tuple[Branches, Tensor, Sensitivity], budget: Any) -> None:
     _, _, found = branches
@@ -438,90 +331,3 @@ def test_bad_arguments(arguments: dict[str, Any], kind: type[Exception], message
     usual = {"model": Branches(), "calibration": torch.randn(8, 24), "bits": (2, 4)}
     with pytest.raises(kind, match=message):
         sensitivity(**{**usual, **QUIET, **arguments})
-
-
-def test_predicted(branches: tuple[Branches, Tensor, Sensitivity]) -> None:
-    _, _, found = branches
-    chosen = {**dict.fromkeys(found.layers, 4), "fragile": 8}
-    wanted = sum(found.network[n][b] for n, b in chosen.items())
-    assert found.predicted(chosen) == pytest.approx(wanted)
-    with pytest.raises(ValueError, match=r"exactly the layers, differs in \['first', 'other'\]"):
-        found.predicted({"other" if n == "first" else n: b for n, b in chosen.items()})
-    with pytest.raises(ValueError, match="got 5 for fragile"):
-        found.predicted({**chosen, "fragile": 5})
-    with pytest.raises(ValueError, match="count must be at least 1, got 0"):
-        found.worst(0)
-
-
-def test_files(branches: tuple[Branches, Tensor, Sensitivity], tmp_path: Path) -> None:
-    _, _, found = branches
-    path = tmp_path / "sensitivity.json"
-    found.save(path)
-    assert Sensitivity.load(path) == found
-    assert Sensitivity.load(path).suggest(3) == found.suggest(3)
-    assert list(tmp_path.iterdir()) == [path]
-    values = json.loads(path.read_text())
-    for change, message in (
-        ({"format": "other"}, "format 'adaround_ext.sensitivity.1', got 'other'"),
-        ({"more": 1}, "unknown 'more'"),
-        ({"bits": [2, 3, 4]}, "a number for each of"),
-        ({"weights": {"first": 3}}, "must have the layers as keys"),
-        ({"batches": "2"}, "batches must be int, got str"),
-    ):
-        path.write_text(json.dumps(values | change))
-        with pytest.raises(ValueError, match=f"written by Sensitivity.save: .*{message}"):
-            Sensitivity.load(path)
-
-
-def test_the_table(branches: tuple[Branches, Tensor, Sensitivity]) -> None:
-    _, _, found = branches
-    lines = str(found).splitlines()
-    assert lines[1].split() == [
-        "layer",
-        "weights",
-        "2",
-        "bits",
-        "3",
-        "bits",
-        "4",
-        "bits",
-        "8",
-        "bits",
-    ]
-    assert [line.split()[0] for line in lines[2:]] == list(found.worst())
-    assert len({len(line) for line in lines[1:]}) == 1
-    values = found.to_dict() | {"average_bits": 3.0}
-    lines = str(Sensitivity.from_dict(values)).splitlines()
-    assert [int(line.split()[-1]) for line in lines[2:-1]] == [
-        found.suggest(3)[name] for name in found.worst()
-    ]
-    assert "chosen for at most 3 bits" in lines[-1]
-
-
-def test_the_heat_map(
-    branches: tuple[Branches, Tensor, Sensitivity],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    pytest.importorskip("matplotlib")
-    _, _, found = branches
-    path = tmp_path / "map.png"
-    figure = found.plot(path)
-    assert path.read_bytes().startswith(b"\x89PNG")
-    axes = figure.axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == list(found.layers)
-    shown = axes.images[0].get_array()
-    assert shown.tolist() == [list(found.network[name].values()) for name in found.layers]
-    names = tuple(f"layer.{i}" for i in range(130))
-    errors = {name: {2: math.inf, 4: 0.0} for name in names}
-    many = Sensitivity("$Many", names, dict.fromkeys(names, 1), (2, 4), errors, errors, None, 1, ())
-    assert (
-        not many.plot(tmp_path / "many.svg")
-        .axes[0]
-        .get_yticklabels()[0]
-        .get_text()
-        .startswith("layer")
-    )
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match="adaround_ext with its extra 'demo'"):
-        found.plot()
