@@ -75,6 +75,11 @@ class Ranks:
             self.device = torch.device("cuda", torch.cuda.current_device())
 
     @property
+    def summation(self) -> str:
+        """In which order sums are added up, by name: equal names, equal bits."""
+        return "ordered" if self.ordered or self.size == 1 else f"fast, {self.size} ranks"
+
+    @property
     def first(self) -> bool:
         """Whether this is the rank that writes files and shows progress."""
         return self.rank == 0

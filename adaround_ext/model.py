@@ -172,7 +172,8 @@ def quantize_(
             names = {"forward_fn": forward_fn, "padding_mask": padding_mask}
             parts |= {name: plain_name(value) for name, value in names.items()}
             parts |= {"activations": None if activations is None else activations.to_dict()}
-        ranks.same(parts)
+            parts |= {"reduction": ranks.summation}
+        ranks.same(parts | {"memory_budget": memory_budget})
         checkpoint = None
         with ranks.together("the opening of checkpoint_dir"):
             if checkpoint_dir is not None and ranks.first:

@@ -134,6 +134,8 @@ class GramObjective(Quadratic):
         if self._mismatch is not None:
             cross = (error * self._mismatch).sum(1, dtype=torch.float64)
             losses = losses - self.unit * 2 * cross + self._constant
+            # A mean square: below 0 is what rounding left of terms that are many times larger.
+            losses = losses.clamp(min=0)
         return losses
 
     def bias_change(self, weight_q: Tensor) -> Tensor:
@@ -180,7 +182,8 @@ class SampledObjective:
         self._batch_size = batch_size
         self._generator = torch.Generator(inputs.device).manual_seed(seed)
         mean = inputs.square().mean(dtype=torch.float64)
-        self._divisor = float(mean) if normalize and mean > 0 else 1.0
+        # Differences are divided, not their squares, which float32 does not hold for tiny inputs.
+        self._unit = float(mean.sqrt()) if normalize and mean > 0 else 1.0
         zeros = torch.zeros_like(weight)
         self.row_energies = self._mean_square(zeros, relative_to_zero=True)
         if not bool(mean.isfinite() & self.row_energies.isfinite().all()):
@@ -199,9 +202,9 @@ class SampledObjective:
         x, y = self._inputs[chosen], self._targets[chosen]
         with torch.enable_grad():
             leaf = weight_q.detach().requires_grad_()
-            difference = self._outputs(x, leaf) - y
+            difference = (self._outputs(x, leaf) - y) / self._unit
             positions = y.numel() // y.shape[1]
-            loss = difference.square().sum() / (positions * self._divisor)
+            loss = difference.square().sum() / positions
             (grad,) = torch.autograd.grad(loss, leaf)
         return grad.contiguous()
 

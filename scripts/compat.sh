@@ -3,6 +3,7 @@
 # choice of the rest, and a row of the table in README.md. Prints the row last.
 #   scripts/compat.sh TORCH_VERSION [pytest arguments]
 #   PYTHON=python3.12 scripts/compat.sh 2.12.0
+# RESULTS=FILE.json adds the row to a file, in the place of an older one of the same versions.
 # ENVIRONMENT=folder keeps the environment (torch with CUDA: 7 GB); else it goes when the run ends.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,6 +14,8 @@ tag=$("$python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
 wheel=$(echo "$PWD"/dist/*-"$tag"-"$tag"-*.whl)
 [[ -e "$wheel" ]] || { echo "one wheel for $tag must be in dist/: run make wheel" >&2; exit 1; }
 
+results=${RESULTS:+$(realpath "$RESULTS")}
+commit=$(git rev-parse HEAD)
 work=$(mktemp -d)
 trap 'rm -r "$work"' EXIT
 environment=${ENVIRONMENT:-$work/venv}
@@ -29,9 +32,11 @@ tests=("${names[@]/#/tests/test_}")
 status=0
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$environment/bin/python" -m pytest -q -p no:cacheprovider \
   --junitxml=result.xml "${tests[@]/%/.py}" "$@" || status=$?
-"$environment/bin/python" - <<'END'
+"$environment/bin/python" - "$results" "$commit" <<'END'
+import json
 import platform
 import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import torch
@@ -53,9 +58,23 @@ elif not info["cuda_toolkit"]:
 else:
     cuda = f"{torch.version.cuda}, `_C_cuda` " + ("loads" if info["cuda_loaded"] else "DOES NOT LOAD")
     cuda += ", GPU" if torch.cuda.is_available() else ", no GPU"
-cells = [platform.python_version(), info["torch"], cuda, " ".join(INSTRUCTION_SETS)]
-cells += [str(tests - skipped - failed), str(skipped), str(failed)]
-print("| Python | torch | CUDA | instruction sets | passed | skipped | failed |")
-print("| " + " | ".join(cells) + " |")
+row = {
+    "Python": platform.python_version(),
+    "torch": info["torch"],
+    "CUDA": cuda,
+    "instruction sets": " ".join(INSTRUCTION_SETS),
+    "passed": tests - skipped - failed,
+    "skipped": skipped,
+    "failed": failed,
+}
+print("| " + " | ".join(row) + " |")
+print("| " + " | ".join(map(str, row.values())) + " |")
+results, commit = sys.argv[1:]
+if results:
+    path = Path(results)
+    rows = json.loads(path.read_text()) if path.exists() else []
+    same = ("Python", "torch", "CUDA")
+    rows = [old for old in rows if any(old[name] != row[name] for name in same)]
+    path.write_text(json.dumps([*rows, row | {"commit": commit}], indent=1) + "\n")
 END
 exit $status

@@ -18,6 +18,7 @@ from tests import models
 from tests.test_model import codes
 
 Case = tuple[Callable[[], nn.Module], Callable[[], list[Any]], dict[str, Any]]
+FAST = "fast reduction"
 QUICK: dict[str, Any] = {"preset": "fast", "bits": 3, "progress": False}
 FEW: dict[str, Any] = {"steps": 20, "search_steps": 30, "scale_candidates": 3}
 
@@ -85,7 +86,8 @@ def run_case(
 def run(group: dist.ProcessGroup, folder: str) -> None:
     """Every case, its result in a file."""
     found = {name: run_case(name, group) for name in CASES}
-    found["fast reduction"] = run_case("convolutions", group, reduction="fast")
+    checkpoint = f"{folder}/{FAST}"
+    found[FAST] = run_case("convolutions", group, reduction="fast", checkpoint_dir=checkpoint)
     torch.save(found, Path(folder) / f"{dist.get_rank()}.pt")
 
 
@@ -117,7 +119,7 @@ def _fails(message: str, after: int) -> Callable[..., None]:
 
 
 def differ(group: dist.ProcessGroup, folder: str, difference: str) -> None:
-    """The second rank has another model, other data or another configuration."""
+    """The second rank has another model, other data or another argument."""
     torch.manual_seed(0)
     model, batches, settings = models.ResidualNet(), images(), dict(QUICK)
     if dist.get_rank() == 1:
@@ -126,7 +128,7 @@ def differ(group: dist.ProcessGroup, folder: str, difference: str) -> None:
         elif difference == "data":
             batches.pop()
         else:
-            settings["bits"] = 4
+            settings[difference] = {"bits": 4, "reduction": "fast", "memory_budget": 0}[difference]
     quantize_(model, batches, process_group=group, **settings)
 
 

@@ -60,6 +60,7 @@ INPUTS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "duplicated": (changed(duplicated), ""),
     "large": (lambda x: x * 1e15, ""),
     "small": (lambda x: x * 1e-15, ""),
+    "tiny": (lambda x: x * 1e-20, ""),  # their squares are no normal numbers of float32
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "fast": {"preset": "fast"},
@@ -92,7 +93,7 @@ def assert_sound(
     assert bool(((result.scale > 0) & result.scale.isfinite()).all())
     assert result.bias is None or bool(result.bias.isfinite().all())
     report = result.report
-    assert all(math.isfinite(loss) for loss in report.losses.values())
+    assert all(0 <= loss < math.inf for loss in report.losses.values())
     assert all(math.isfinite(loss) for loss in report.relative.values())
     assert report.improvable_rows is None or report.improvable_rows >= 0
     losses = result_losses(layer, result, x, targets)

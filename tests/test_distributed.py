@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 
 from adaround_ext import cli, quantize_
 from adaround_ext.distributed import Ranks
-from tests.distributed_cases import CASES, rank_of, run_case
+from tests.distributed_cases import CASES, FAST, rank_of, run_case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,14 +55,18 @@ def ends(processes: list[BaseProcess], folder: Path) -> list[tuple[int | None, s
 
 
 @pytest.fixture(scope="module", params=WORLDS)
-def found(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[list[dict[str, Any]]]:
-    """What every rank made of every case."""
+def run_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where every rank has left what it made of every case."""
     folder = tmp_path_factory.mktemp("ranks")
     for status, text in ends(start(request.param, folder, "run"), folder):
         assert status == 0, text
-    yield [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(run_folder: Path) -> list[dict[str, Any]]:
+    """What every rank made of every case."""
+    return [torch.load(path) for path in sorted(run_folder.glob("*.pt"))]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -77,11 +80,16 @@ def test_same_bits_as_one_process(name: str, found: list[dict[str, Any]]) -> Non
 
 def test_the_fast_reduction_has_the_same_result_at_all_ranks(found: list[dict[str, Any]]) -> None:
     expected = run_case("convolutions", None)
-    first, *others = (rank["fast reduction"] for rank in found)
+    first, *others = (rank[FAST] for rank in found)
     for key, tensor in first.items():
         assert all(torch.equal(tensor, other[key]) for other in others)
         if key.endswith("codes"):  # other last bits of the statistics move few codes, if any
             assert (tensor != expected[key]).double().mean() < 0.05
+
+
+def test_a_checkpoint_of_the_fast_reduction_is_for_as_many_ranks(run_folder: Path) -> None:
+    with pytest.raises(ValueError, match="of a run with another reduction"):
+        run_case("convolutions", None, checkpoint_dir=str(run_folder / FAST))
 
 
 @pytest.mark.parametrize(
@@ -110,6 +118,8 @@ def test_one_rank_fails_and_all_say_so(
         ("model", "model must be the same on all ranks, got another on 1"),
         ("data", "calibration must be the same on all ranks, got another on 1"),
         ("bits", "configuration must be the same on all ranks, got another on 1"),
+        ("reduction", "reduction must be the same on all ranks, got another on 1"),
+        ("memory_budget", "memory_budget must be the same on all ranks, got another on 1"),
     ],
 )
 def test_ranks_that_were_given_different_things(

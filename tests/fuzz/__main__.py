@@ -9,7 +9,11 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
+import torch
+
+from benchmarks import common
 from tests.fuzz import harness
 
 DRIVER_SHARE = 10  # one case of the driver in so many: each takes as long as some of the ops
@@ -20,6 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cases", type=int, default=1000, help="of both targets together")
     parser.add_argument("--seed", type=int, help="of the first batch; random without it")
     parser.add_argument("--target", choices=harness.TARGETS, help="both without it")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="where counts go")
     parser.add_argument(
         "--replay", metavar="CASE", help="run this one case, as a failure prints it"
     )
@@ -43,6 +48,7 @@ def main() -> int:
         outcome = harness.replay(options.target, [json.loads(options.replay)])
         print(*outcome.failures or [f"ended as it should: {dict(outcome.counts)}"], sep="\n")
         return bool(outcome.failures)
+    facts = common.machine_facts(torch.device("cpu"))
     seed = random.randrange(2**32) if options.seed is None else options.seed
     print(f"fuzzing {options.cases} cases, seed {seed}", flush=True)
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
@@ -59,7 +65,12 @@ def main() -> int:
             break
     for target, ended in counts.items():
         print(f"{target}: {sum(ended.values())} cases, {dict(ended)}")
-    print(f"{len(failures)} failures in {time.perf_counter() - started:.0f} s, seed {seed}")
+    seconds = time.perf_counter() - started
+    print(f"{len(failures)} failures in {seconds:.0f} s, seed {seed}")
+    if options.output is not None:
+        found = {"seed": seed, "seconds": seconds, "cases": counts}
+        found |= {"failures": list(map(str, failures))}
+        common.write_json(options.output, {"machine": facts, "results": found})
     return bool(failures)
 
 
