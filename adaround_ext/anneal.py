@@ -13,6 +13,7 @@ from adaround_ext.config import AdaRoundConfig
 from adaround_ext.grid import QuantGrid
 from adaround_ext.objective import Objective
 from adaround_ext.presets import Settings
+from adaround_ext.repeat import repeat
 from adaround_ext.schedule import schedule_table
 
 _UNDECIDED = (0.05, 0.95)
@@ -60,13 +61,17 @@ def anneal(
         chosen.steps, chosen.learning_rate, chosen.reg_weight, config.beta, config.warmup
     ).to(weight.device)
     step = torch.zeros(1, dtype=torch.int64, device=weight.device)
-    for _ in tqdm(range(chosen.steps), desc=name, disable=not config.progress):
+
+    def one_step() -> None:
         grad = objective.gradient(state.weight_q)
         ops.rounding_step_(
             state.v, state.exp_avg, state.exp_avg_sq, state.weight_q, grad, weight, grid.scale,
             grid.zero_point, grid.qmin, grid.qmax, schedule, step, objective.as_error,
             config.scale_free,
         )  # fmt: skip
+
+    with tqdm(total=chosen.steps, desc=name, disable=not config.progress) as bar:
+        repeat(one_step, chosen.steps, weight.device, objective.generator, bar.update)
     qrange = grid.scale, grid.zero_point, grid.qmin, grid.qmax
     soft, _ = ops.soft_quantize(weight, state.v, *qrange, 2.0)
     h = reference.rectified_sigmoid(state.v)

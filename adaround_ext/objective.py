@@ -28,6 +28,7 @@ class Objective(Protocol):
 
     as_error: bool  # gradient takes w_q - target instead of w_q
     dtype: torch.dtype  # of the gradient and what it takes
+    generator: torch.Generator | None  # which gradient draws from
 
     def gradient(self, weight_q: Tensor) -> Tensor:
         """d loss / d weight_q [rows, cols] for the soft weights or errors [rows, cols]."""
@@ -51,6 +52,7 @@ class GramObjective(Quadratic):
     """
 
     as_error = True
+    generator: torch.Generator | None = None
 
     def __init__(
         self,
@@ -180,7 +182,7 @@ class SampledObjective:
         self._activation: Callable[[Tensor], Tensor] = activation or torch.nn.Identity()
         self._targets = self._activation(targets)
         self._batch_size = batch_size
-        self._generator = torch.Generator(inputs.device).manual_seed(seed)
+        self.generator: torch.Generator | None = torch.Generator(inputs.device).manual_seed(seed)
         mean = inputs.square().mean(dtype=torch.float64)
         # Differences are divided, not their squares, which float32 does not hold for tiny inputs.
         self._unit = float(mean.sqrt()) if normalize and mean > 0 else 1.0
@@ -196,7 +198,7 @@ class SampledObjective:
         chosen = torch.randint(
             len(self._inputs),
             (self._batch_size,),
-            generator=self._generator,
+            generator=self.generator,
             device=self._inputs.device,
         )
         x, y = self._inputs[chosen], self._targets[chosen]

@@ -19,10 +19,10 @@ _SUM = 512
 def fixed_bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a [groups, m, k] times b [groups, k, n]; a lone product filled up with zeros to whole blocks.
 
-    Of several groups each product has one thread. ``out`` is memory that may be used for it: large
-    results in new memory cost page faults.
+    Of several groups each product has one thread, and on CUDA no number of threads decides. ``out``
+    is memory that may be used for it: large results in new memory cost page faults.
     """
-    if len(a) > 1:
+    if len(a) > 1 or a.is_cuda:
         return torch.bmm(a, b) if out is None else torch.bmm(a, b, out=out)
     m, k, n = a.shape[1], a.shape[2], b.shape[2]
     if m % _BLOCK:

@@ -1,0 +1,113 @@
+"""Steps in CUDA graphs: as many as were asked for, and the bits of plain ones.
+
+Where there is no GPU a stand-in for torch's graphs records and replays, which shows the counting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from adaround_ext import AdaRoundConfig, optimize_layer, repeat
+from tests.conftest import DEVICES
+
+COUNTS = [0, 1, 99, 100, 103, 127, 128, 153, 500]
+
+
+class Recorder:
+    """Stands in for torch.cuda's streams and graphs; ``fails`` makes captures fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> None:
+        self.fails = fails
+        self.recording = False
+        self.recorded = self.done = self.replays = 0
+        self.generators: list[Any] = []
+        for name in ("current_stream", "Stream", "CUDAGraph"):
+            monkeypatch.setattr(torch.cuda, name, lambda: self)
+        for name in ("device", "stream"):
+            monkeypatch.setattr(torch.cuda, name, nullcontext)
+
+    def step(self) -> None:
+        if self.recording and self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        if self.recording:
+            self.recorded += 1
+        else:
+            self.done += 1
+
+    def wait_stream(self, other: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def register_generator_state(self, generator: object) -> None:
+        self.generators.append(generator)
+
+    def capture_begin(self, capture_error_mode: str) -> None:
+        self.recording = True
+
+    def capture_end(self) -> None:
+        self.recording = False
+
+    def replay(self) -> None:
+        assert not self.recording
+        self.done += self.recorded
+        self.replays += 1
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_steps_are_counted(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Recorder(monkeypatch)
+    generator, told = torch.Generator(), [0]
+    repeat.repeat(cuda.step, count, torch.device("cuda"), generator, told.append)
+    assert cuda.done == sum(told) == count
+    assert (cuda.replays > 0) == (count >= 100)
+    assert cuda.generators == [generator] * (count >= 100)
+    assert cuda.recorded <= 25
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_steps_that_cannot_be_captured(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Recorder(monkeypatch, fails=True)
+    warned = pytest.warns(RuntimeWarning, match="launched one by one.*is capturing")
+    told = [0]
+    with warned if count >= 100 else nullcontext():
+        repeat.repeat(cuda.step, count, torch.device("cuda"), None, told.append)
+    assert cuda.done == sum(told) == count
+    assert not cuda.recording
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_the_cpu_has_no_graphs(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Recorder(monkeypatch)
+    repeat.repeat(cuda.step, count, torch.device("cpu"), None, lambda steps: None)
+    assert (cuda.done, cuda.replays) == (count, 0)
+
+
+def _in_a_row(step: Callable[[], None], count: int, *_: object) -> None:
+    for _ in range(count):
+        step()
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+@pytest.mark.parametrize("layer", [nn.Linear(40, 24), nn.Conv2d(4, 8, 3, groups=2)])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"products": "float32"}, {"objective": "sampled", "activation": "relu"}],
+    ids=["gram", "float32", "sampled"],
+)
+def test_bits_of_graphs(
+    device: str, layer: nn.Module, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = AdaRoundConfig(starts=("adaround",), steps=137, progress=False)
+    layer = layer.to(device)
+    x = torch.randn((50, 40) if isinstance(layer, nn.Linear) else (20, 4, 6, 6), device=device)
+    replayed = optimize_layer(layer, x, config=config, **settings)
+    monkeypatch.setattr("adaround_ext.anneal.repeat", _in_a_row)
+    plain = optimize_layer(layer, x, config=config, **settings)
+    assert torch.equal(replayed.codes, plain.codes)
+    assert replayed.report.losses == plain.report.losses
