@@ -11,6 +11,7 @@ import torch
 from benchmarks import (
     bench_layer,
     bench_leaks,
+    bench_loop,
     bench_memory,
     bench_ops,
     bench_packed,
@@ -27,6 +28,7 @@ _BENCHES = {
     "ops": bench_ops.run,
     "packed": bench_packed.run,
     "layer": bench_layer.run,
+    "loop": bench_loop.run,
     "memory": bench_memory.run,
     "leaks": bench_leaks.run,
     "tuning": bench_tuning.run,

@@ -13,7 +13,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-# Arguments of llama_shaped. 1b-ish has TinyLlama's shape: 1.1e9 weights, 4.4 GB in float32.
+# Arguments of llama_shaped. 1b-ish has TinyLlama's shape: 1.1e9 weights, 4.4 GB in float32; 8b has
+# that of Llama 3: 8.0e9 weights, 16 GB in bfloat16.
 PRESETS = {
     "tiny": {
         "layers": 2,
@@ -31,6 +32,14 @@ PRESETS = {
         "kv_heads": 4,
         "vocabulary": 32000,
     },
+    "8b": {
+        "layers": 32,
+        "hidden": 4096,
+        "intermediate": 14336,
+        "heads": 32,
+        "kv_heads": 8,
+        "vocabulary": 128256,
+    },
 }
 _PADDING = 0  # the token behind a sequence's end, and none of a sequence's own
 
@@ -43,8 +52,10 @@ def llama_shaped(
     kv_heads: int,
     vocabulary: int,
     seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> LlamaForCausalLM:
-    """A causal language model in float32 and eval mode, its weights drawn by ``seed``.
+    """A causal language model in eval mode, its weights drawn by ``seed`` on ``device``.
 
     Weights have the variance 1 / ``hidden``, biases do not exist, and the output layer is not tied
     to the embedding. ImportError without transformers; ValueError where ``heads`` does not divide
@@ -68,11 +79,17 @@ def llama_shaped(
         initializer_range=hidden**-0.5,
         tie_word_embeddings=False,
         use_cache=False,
-        dtype=torch.float32,
+        dtype=dtype,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+    cuda = [] if torch.device(device).type == "cpu" else [device]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.random.fork_rng(devices=cuda), torch.device(device):
+            torch.manual_seed(seed)
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
     model.eval()
     return model
 

@@ -2,13 +2,15 @@
 
 Weights are random and data are synthetic, so no error here says anything about a trained model.
 Each model is quantized in a process of its own, whose peak of memory is counted above the loaded
-model. Calibration data come from a generator, so what is kept of them counts too. llama-tiny and
-llama-small are decoders of 2 and 4 layers, calibrated with 64 sequences of 128 tokens, of which
-half are padded on the right.
+model, on CUDA also that of the device, with the model. Calibration data come from a generator, so
+what is kept of them counts too. llama-tiny and llama-small are decoders of 2 and 4 layers,
+calibrated with 64 sequences of 128 tokens, of which half are padded on the right; llama-8b has the
+shape of Llama 3's, with 128 sequences of 2,048 tokens: for a GPU, in bfloat16.
 
     python -m examples.shapes [--models resnet18 resnet50 mobilenet_v2 llama-tiny llama-small]
         [--images 256] [--preset balanced] [--mode sequential] [--output FILE.json]
     python -m examples.shapes --models resnet18 --compare-images 256 1024
+    python -m examples.shapes --device cuda --dtype bfloat16 --models llama-8b --group-size 128
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,19 +35,34 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet50": networks.resnet50,
     "mobilenet_v2": networks.mobilenet_v2,
 }
+
+
+class Decoder(NamedTuple):
+    """Arguments of llama_shaped, and its sequences; half of them may be padded."""
+
+    shape: dict[str, int]
+    sequences: int = 64
+    length: int = 128
+    batch_size: int = 8
+    padded: bool = True
+
+
 DECODERS = {
-    "llama-tiny": decoder.PRESETS["tiny"],
-    "llama-small": {
-        "layers": 4,
-        "hidden": 512,
-        "intermediate": 1408,
-        "heads": 8,
-        "kv_heads": 4,
-        "vocabulary": 4096,
-    },
+    "llama-tiny": Decoder(decoder.PRESETS["tiny"]),
+    "llama-small": Decoder(
+        {
+            "layers": 4,
+            "hidden": 512,
+            "intermediate": 1408,
+            "heads": 8,
+            "kv_heads": 4,
+            "vocabulary": 4096,
+        }
+    ),
+    "llama-8b": Decoder(decoder.PRESETS["8b"], 128, 2048, 1, padded=False),
 }
 MODELS = (*NETWORKS, *DECODERS)
-SEQUENCES, LENGTH, SEQUENCE_BATCH = 64, 128, 8
+USUAL = tuple(model for model in MODELS if model != "llama-8b")  # it takes a GPU
 WARNING = "RANDOM WEIGHTS, SYNTHETIC DATA: seconds and memory only, errors mean nothing here"
 PARTS = ("calibration", "tracing", "forward", "statistics", "solving", "total")
 Batches = Iterator[Any]  # of images, or of a decoder's arguments by name
@@ -53,19 +70,30 @@ Row = dict[str, Any]
 
 
 def workload(
-    model: str, images: int, batch_size: int
+    model: str,
+    images: int,
+    batch_size: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> tuple[nn.Module, int, Callable[[], Batches]]:
-    """A model, its number of samples, and what makes their batches anew."""
+    """A model on ``device``, its number of samples, and what makes their batches anew there."""
     if model in NETWORKS:
-        return NETWORKS[model](), images, lambda: networks.synthetic_images(images, batch_size)
-    shape = DECODERS[model]
-    half, kind = SEQUENCES // 2, (SEQUENCE_BATCH, LENGTH, shape["vocabulary"])
+        network = NETWORKS[model]().to(device, dtype)
 
-    def batches() -> Batches:
-        whole = decoder.token_batches(SEQUENCES - half, *kind, seed=0)
-        return chain(whole, decoder.token_batches(half, *kind, seed=1, padded=True))
+        def image_batches() -> Batches:
+            return (x.to(device, dtype) for x in networks.synthetic_images(images, batch_size))
 
-    return decoder.llama_shaped(**shape), SEQUENCES, batches
+        return network, images, image_batches
+    shape, count, length, sequence_batch, padded = DECODERS[model]
+    half, kind = count // 2 * padded, (sequence_batch, length, shape["vocabulary"])
+
+    def token_batches() -> Batches:
+        found = [decoder.token_batches(count - half, *kind, seed=0)]
+        if half:
+            found.append(decoder.token_batches(half, *kind, seed=1, padded=True))
+        return ({name: x.to(device) for name, x in batch.items()} for batch in chain(*found))
+
+    return decoder.llama_shaped(**shape, dtype=dtype, device=device), count, token_batches
 
 
 def quantized(
@@ -78,9 +106,13 @@ def quantized(
     preset: Literal["fast", "balanced", "best"],
     mode: Literal["sequential", "parallel"],
     limit: int | None,
+    group_size: int | None,
+    device: str,
+    dtype: str,
 ) -> Row:
     """One model by quantize_, all layers or the first ``limit``. For a process of its own."""
-    network, samples, batches = workload(model, images, batch_size)
+    stored = getattr(torch, dtype)
+    network, samples, batches = workload(model, images, batch_size, stored, device)
     layers = [name for name, m in network.named_modules() if isinstance(m, SUPPORTED)]
     chosen = set(layers[:limit])
     data_bytes = _first_forward(network, batches()) * samples
@@ -93,6 +125,8 @@ def quantized(
             progress=sys.stderr.isatty(),
             bits=bits,
             preset=preset,
+            granularity="per_channel" if group_size is None else "per_group",
+            group_size=group_size,
         )
     row = {
         "model": model,
@@ -130,10 +164,12 @@ def show(rows: Sequence[Row]) -> None:
         ],
     )
     print("calibration: making the data, and keeping them.")
-    names = ("model", "samples", "weights_mb", "data_mb", "peak_mb", "over_nearest")
+    names = ("model", "samples", "weights_mb", "data_mb", "peak_mb", "device_peak_mb")
+    names += ("over_nearest",)
+    header = ("model", "samples", "model MB", "data MB", "host MB", "device MB")
     common.print_table(
-        f"Peak of host memory above the loaded model; {WARNING}",
-        ("model", "samples", "model MB", "data MB", "peak MB", "error over nearest's"),
+        f"Peak of host memory above the loaded model, of the device's with it; {WARNING}",
+        (*header, "error over nearest's"),
         [[row[name] for name in names] for row in rows],
     )
 
@@ -167,15 +203,19 @@ def rows_of(options: argparse.Namespace) -> Iterator[Row]:
             nearest, error = run.result["nearest_error"], run.result["relative_error"]
             yield run.result | {
                 "seconds": run.seconds,
-                "weights_mb": 4 * run.result["parameters"] / 1e6,
+                "weights_mb": getattr(torch, options.dtype).itemsize
+                * run.result["parameters"]
+                / 1e6,
                 "peak_mb": run.peak_mb,
+                "device_peak_mb": run.result["memory"].get("device_peak", 0) / 1e6,
                 "over_nearest": error / nearest if nearest else None,
             }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
-    facts = common.machine_facts(torch.device("cpu"))
+    device = torch.device(options.device)
+    facts = common.machine_facts(device)
     common.note(WARNING)
     rows: list[Row] = []
     for row in rows_of(options):
@@ -183,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         common.note(f"{row['model']}, {row['samples']} samples: {figures}")
         rows.append(row)
         if options.output is not None:  # after each model, as all of them take long
-            plain = common.document("shapes", Options(torch.device("cpu")), facts, rows, [])
+            plain = common.document("shapes", Options(device), facts, rows, [])
             plain |= {"warning": WARNING, "settings": _settings(options)}
             common.write_json(options.output, plain)
     show(rows)
@@ -193,14 +233,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("batch_size", "bits", "preset", "mode", "limit")
+    names = ("batch_size", "bits", "preset", "mode", "limit", "group_size", "device", "dtype")
     return {name: getattr(options, name) for name in names}
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.shapes", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--models", nargs="+", default=list(USUAL), choices=MODELS)
     parser.add_argument("--images", type=int, default=256, metavar="N")
     parser.add_argument(
         "--compare-images", nargs="+", type=int, metavar="N", help="peaks side by side"
@@ -209,6 +249,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--bits", type=int, default=4, choices=range(2, 9))
     parser.add_argument("--preset", default="balanced", choices=("fast", "balanced", "best"))
     parser.add_argument("--mode", default="sequential", choices=("sequential", "parallel"))
+    parser.add_argument("--group-size", type=int, metavar="N", help="columns that share a scale")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N layers")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     options = parser.parse_args(arguments)

@@ -170,9 +170,12 @@ def test_shapes_of_decoders(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     output = tmp_path / "result.json"
     chosen = ["--models", "llama-tiny", "--preset", "fast", "--mode", "parallel", "--limit", "3"]
+    chosen += ["--dtype", "bfloat16", "--group-size", "16"]
     shapes.main([*chosen, "--output", str(output)])
     (row,) = json.loads(output.read_text())["results"]
     assert (row["model"], row["samples"], row["layers"]) == ("llama-tiny", 64, 3)
+    assert row["average_bits"] == 4 + 32 / 16  # a float32 scale a group
+    assert row["weights_mb"] == 2 * row["parameters"] / 1e6
     assert row["data_mb"] == 64 * 128 * 2 * 8 / 1e6  # tokens and mask, in int64
     assert 0 < row["over_nearest"] < 1
 

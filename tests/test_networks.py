@@ -207,7 +207,7 @@ def test_wrong_decoders_are_refused() -> None:
         decoder.llama_shaped(1, 30, 8, 4, 2, 20)
     with pytest.raises(ValueError, match=r"kv_heads must divide heads, got .*kv_heads=3"):
         decoder.llama_shaped(1, 32, 8, 4, 3, 20)
-    with pytest.raises(ValueError, match=r"^name must be one of tiny, 1b-ish, got 'large'"):
+    with pytest.raises(ValueError, match=r"^name must be one of tiny, 1b-ish, 8b, got 'large'"):
         decoder.preset("large")
 
 
