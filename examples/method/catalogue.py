@@ -1,0 +1,9 @@
+"""The experiments by name, in the order in which docs/method.md has them."""
+
+from __future__ import annotations
+
+from examples.method import schemes
+from examples.method.experiment import Experiment
+
+_ALL = (schemes.EXPERIMENT,)
+EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _ALL}
