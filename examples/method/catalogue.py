@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from examples.method import schemes
+from examples.method import objectives, schemes, taylor
 from examples.method.experiment import Experiment
 
-_ALL = (schemes.EXPERIMENT,)
+_ALL = (schemes.EXPERIMENT, taylor.EXPERIMENT, objectives.EXPERIMENT)
 EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _ALL}

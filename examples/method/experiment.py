@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from examples.digits import mean_and_error
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -84,13 +86,6 @@ class Experiment:
     claims: Callable[[Values], list[Claim]]
     draw: Callable[[Figure, Values], None]
     size: tuple[float, float] = (9.0, 4.5)
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and its standard error, which is 0 for one value."""
-    if len(values) == 1:
-        return values[0], 0.0
-    return statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
 
 
 def pm(values: Sequence[float], digits: int = 2) -> str:

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from adaround_ext import optimize_layer, reference
-from adaround_ext.grid import QuantGrid, baseline_codes, nearest_codes
+from adaround_ext.grid import baseline_codes, nearest_codes
 from benchmarks import common, digits
+from examples.method.adaround import PAPER, our_codes, paper_codes
 from examples.method.experiment import Claim, Experiment, Table, Text, Values, pm
-from examples.method.workload import Layer, Score, calibration, network, test_images
+from examples.method.workload import Layer, Score, network, test_images
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +23,6 @@ SETTINGS: tuple[tuple[digits.Kind, int], ...] = (
 )
 LAYER = "conv"
 CLAIMED = ("separable", 3)  # where nearest loses about as much as in the paper
-PAPER = reference.ReferenceConfig(steps=1500, learning_rate=1e-1)  # as in examples/digits.py
 TITLES = {
     "full": Text("not quantized", "未量化"),
     "nearest": Text("nearest", "最近舍入"),
@@ -66,8 +63,10 @@ def run(
         "nearest": nearest_codes(layer.weight, grid),
         "ceil": simple["ceil"],
         "floor": simple["floor"],
-        "paper": paper_codes(layer, grid, seed),
-        **{preset: our_codes(layer, grid, preset) for preset in ("fast", "balanced", "best")},
+        "paper": paper_codes(layer, grid, seed, layer.model.get_submodule("relu")),
+        **{
+            preset: our_codes(layer, grid, preset=preset) for preset in ("fast", "balanced", "best")
+        },
     }
     scores = {"full": asdict(score(layer.weight))}
     scores |= {name: asdict(score.codes(codes, grid)) for name, codes in schemes.items()}
@@ -92,35 +91,6 @@ def summary(drawn: Sequence[Score]) -> dict[str, dict[str, float]]:
     mean = Score(*(statistics.fmean(asdict(d)[name] for d in drawn) for name in asdict(drawn[0])))
     best = max(drawn, key=lambda one: (one.accuracy, -one.loss))
     return {"stochastic": asdict(mean), "stochastic best": asdict(best)}
-
-
-def our_codes(layer: Layer, grid: QuantGrid, preset: str) -> Tensor:
-    """The library's on the same grid, with the bias kept, so that only the rounding differs."""
-    found = optimize_layer(
-        layer.matrix.layer, layer.inputs(calibration().images), preset=preset,
-        bits=(grid.qmax + 1).bit_length(), granularity="per_tensor", scale=grid.scale, bias="keep",
-    )  # fmt: skip
-    return found.codes
-
-
-def paper_codes(layer: Layer, grid: QuantGrid, seed: int) -> Tensor:
-    """The paper's loop on the layer's outputs after their ReLU, eq. (25)."""
-    x = layer.inputs(calibration().images)
-    activation = layer.model.get_submodule("relu")
-
-    def forward(x: Tensor, weight: Tensor) -> Tensor:
-        own = layer.matrix.weight_from_matrix(weight)
-        y: Tensor = activation(layer.matrix.forward(x, own, layer.matrix.bias))
-        return y
-
-    config = reference.ReferenceConfig(
-        steps=PAPER.steps, learning_rate=PAPER.learning_rate, seed=seed
-    )
-    targets = forward(x, layer.weight)
-    return reference.optimize(
-        layer.weight, grid.scale, grid.zero_point, grid.qmin, grid.qmax, x, targets, forward,
-        config, channel_dim=1,
-    )  # fmt: skip
 
 
 def of(values: Values, kind: str, bits: int, scheme: str, name: str) -> list[float]:
