@@ -19,7 +19,6 @@ from examples.method.catalogue import EXPERIMENTS
 from examples.method.experiment import Experiment, Values, claims_table
 
 RESULTS = common.FOLDER / "results" / "cpu-2core" / "method"  # those that the documents show
-PICTURES = pages.DOCS / "images"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -87,10 +86,12 @@ def publish(chosen: Sequence[Experiment], output: Path | None) -> None:
             continue
         claims += [(experiment, claim) for claim in experiment.claims(values)]
         if experiment in chosen:
-            pictures.save(experiment, values, (output or PICTURES) / f"method_{name}.svg")
+            pictures.save(
+                experiment, values, (output or pages.DOCS / "images") / f"method_{name}.svg"
+            )
             tables += experiment.tables(values)
     if output is None:
-        pages.write([*tables, claims_table(claims)])
+        pages.write([*tables, claims_table(claims)], pages.DOCS)
 
 
 def read(path: Path) -> Values | None:

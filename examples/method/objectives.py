@@ -179,8 +179,8 @@ def tables(values: Values) -> list[Table]:
                 )
             )
         name = EXPERIMENT.name if layer == FIRST else f"{EXPERIMENT.name}_second"
-        title = f"{layer} of {KIND}, {runs[0]['weights']} weights at {bits} bits"
-        found.append(Table(name, title, header, rows))
+        caption = f"{layer} of {KIND}, {runs[0]['weights']} weights at {bits} bits"
+        found.append(Table(name, caption, header, rows))
     return found
 
 

@@ -51,8 +51,8 @@ def replaced(text: str, name: str, table: str) -> str | None:
     return pattern.sub(lambda match: f"{match[1]}{table}{match[3]}", text)
 
 
-def write(tables: Sequence[Table], folder: Path = DOCS) -> None:
-    """Puts the tables into both documents, and says what has no place there."""
+def write(tables: Sequence[Table], folder: Path) -> None:
+    """Puts the tables into both documents in the folder, and says what has no place there."""
     for language, name in PAGES.items():
         path = folder / name
         if not path.exists():

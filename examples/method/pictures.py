@@ -20,8 +20,8 @@ INK, FAINT, LINE = "#2b2b2b", "#777777", "#d9d9d9"
 
 
 def save(experiment: Experiment, values: Values, path: Path) -> None:
-    style = {"svg.hashsalt": experiment.name, "font.size": 9, "axes.edgecolor": FAINT}
-    with rc_context(style):
+    # The salt makes the ids of the same picture the same.
+    with rc_context({"svg.hashsalt": experiment.name, "font.size": 9, "axes.edgecolor": FAINT}):
         figure = Figure(experiment.size, dpi=160, facecolor="white", layout="constrained")
         FigureCanvasAgg(figure)
         experiment.draw(figure, values)

@@ -123,13 +123,13 @@ def tables(values: Values) -> list[Table]:
         ]
     rows: list[list[Text | str]] = []
     for scheme, title in TITLES.items():
-        row = [title, paper.get(scheme, "-")]
+        row: list[Text | str] = [title, paper.get(scheme, "-")]
         for setting in settings_of(values):
             row.append(pm(of(values, *setting, scheme, "accuracy")))
             row.append(pm(of(values, *setting, scheme, "loss"), 3))
         rows.append(row)
-    title = f"Schemes for the first layer: test accuracy and loss; {values['draws']} draws"
-    return [Table(EXPERIMENT.name, title, header, rows)]
+    caption = f"Schemes for the first layer: test accuracy and loss; {values['draws']} draws"
+    return [Table(EXPERIMENT.name, caption, header, rows)]
 
 
 def claims(values: Values) -> list[Claim]:
@@ -151,7 +151,7 @@ def claims(values: Values) -> list[Claim]:
 
     def above(run: dict[str, Any]) -> float:
         nearest, drawn = run["scores"]["nearest"]["accuracy"], run["stochastic_accuracies"]
-        return sum(one > nearest for one in drawn) / len(drawn)
+        return float(sum(one > nearest for one in drawn) / len(drawn))
 
     where = f"{setting[0]}, {setting[1]} bits"
     where_zh = f"{setting[0]}，{setting[1]} 位"

@@ -131,8 +131,8 @@ def tables(values: Values) -> list[Table]:
         for bits in bits_of(values)
         for name, title in PREDICTORS.items()
     ]
-    title = f"Correlations over {values['draws']} stochastic roundings of the first layer"
-    return [Table(EXPERIMENT.name, title, header, rows)]
+    caption = f"Correlations over {values['draws']} stochastic roundings of the first layer"
+    return [Table(EXPERIMENT.name, caption, header, rows)]
 
 
 def claims(values: Values) -> list[Claim]:
