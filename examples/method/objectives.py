@@ -39,15 +39,15 @@ class Problem:
 FIRST = "conv"
 PROBLEMS = (Problem(FIRST, 3, samples=4000), Problem("blocks.0.pointwise", 2, samples=1000))
 QUICK = (Problem(FIRST, 3, samples=1000),)
-METHODS = {
+METHODS = {  # the paper's problems (13), (20) and (21)
     "nearest": Text("nearest", "最近舍入"),
-    "task cem": Text("task loss (13), cross-entropy method", "任务损失 (13)，交叉熵方法"),
-    "task search": Text("task loss (13), our tabu search", "任务损失 (13)，本库禁忌搜索"),
-    "task both": Text("task loss (13), one after the other", "任务损失 (13)，先后两者"),
-    "local cem": Text("local error (20), cross-entropy method", "局部误差 (20)，交叉熵方法"),
-    "local search": Text("local error (20), our tabu search", "局部误差 (20)，本库禁忌搜索"),
-    "relaxed paper": Text("relaxation (21), the paper's loop", "连续松弛 (21)，论文算法"),
-    "relaxed ours": Text("relaxation (21), our annealing", "连续松弛 (21)，本库退火"),
+    "task cem": Text("task loss, cross-entropy method", "任务损失，交叉熵方法"),
+    "task search": Text("task loss, our tabu search", "任务损失，本库禁忌搜索"),
+    "task both": Text("task loss, one after the other", "任务损失，先后两者"),
+    "local cem": Text("local error, cross-entropy method", "局部误差，交叉熵方法"),
+    "local search": Text("local error, our tabu search", "局部误差，本库禁忌搜索"),
+    "relaxed paper": Text("relaxation, the paper's loop", "连续松弛，论文算法"),
+    "relaxed ours": Text("relaxation, our annealing", "连续松弛，本库退火"),
 }
 FIGURES = {
     "nearest": "52.29",

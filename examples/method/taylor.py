@@ -200,11 +200,13 @@ def draw(figure: Figure, values: Values) -> None:
                       rasterized=True)  # fmt: skip
             axes.plot(nearest[name], nearest[what], "D", color=pictures.RED, markersize=6)
             text = f"rank correlation {run['correlations'][name][f'spearman_{what}']:.2f}"
-            axes.text(0.97, 0.03, text, transform=axes.transAxes, ha="right", color=pictures.INK)
+            left = axes is bottom
+            axes.text(0.03 if left else 0.97, 0.03, text, transform=axes.transAxes,
+                      ha="left" if left else "right", color=pictures.INK)  # fmt: skip
         top.set_yscale("log")
     # By the diagonal, nearest lies apart from the draws.
-    lower[1].annotate("nearest", (nearest["diagonal"], nearest["accuracy"]), xytext=(0, -14),
-                      textcoords="offset points", ha="center", color=pictures.RED)  # fmt: skip
+    lower[1].annotate("nearest", (nearest["diagonal"], nearest["accuracy"]), xytext=(7, -3),
+                      textcoords="offset points", color=pictures.RED)  # fmt: skip
 
 
 EXPERIMENT = Experiment(
