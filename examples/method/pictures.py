@@ -22,7 +22,7 @@ INK, FAINT, LINE = "#2b2b2b", "#777777", "#d9d9d9"
 def save(experiment: Experiment, values: Values, path: Path) -> None:
     # The salt makes the ids of the same picture the same.
     with rc_context({"svg.hashsalt": experiment.name, "font.size": 9, "axes.edgecolor": FAINT}):
-        figure = Figure(experiment.size, dpi=160, facecolor="white", layout="constrained")
+        figure = Figure(experiment.size, dpi=120, facecolor="white", layout="constrained")
         FigureCanvasAgg(figure)
         experiment.draw(figure, values)
         path.parent.mkdir(parents=True, exist_ok=True)
