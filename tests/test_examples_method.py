@@ -60,6 +60,8 @@ def test_markdown() -> None:
     assert pages.markdown(TABLE, "en") == (
         "| method | loss |\n| :-- | --: |\n| up \\1 | 1.5 |\n| x | 2 |\n"
     )
+    mixed = Table("m", "M", ("a", "b"), [("x", "100 draws"), ("y", "all draws")])
+    assert "| :-- | :-- |" in pages.markdown(mixed, "en")  # words, though one begins with a number
     assert pages.markdown(TABLE, "zh").startswith("| 方法 | loss |\n| :-- | --: |\n| 上 | 1.5 |\n")
 
 

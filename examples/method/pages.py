@@ -33,7 +33,7 @@ def markdown(table: Table, language: Language) -> str:
 
 
 def _words(rows: list[list[str]], column: int) -> bool:
-    return not any(re.match(r"[-+−]?\d|-$", row[column]) for row in rows)
+    return not all(re.match(r"[-+−]?\d|-$", row[column]) for row in rows)
 
 
 def show(table: Table) -> None:
