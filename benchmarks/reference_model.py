@@ -26,7 +26,7 @@ from adaround_ext.trace import evaluation, trace
 def nearest_(model: nn.Module, images: Tensor, config: AdaRoundConfig) -> None:
     """Folds batch norms and rounds every layer's weight to the nearest value of its grid."""
     with evaluation(model):
-        for layer in _layers(model, images, config):
+        for layer in layers_of(model, images, config):
             weight = layer.matrix.weight_matrix()
             grid = make_grid(weight, layer.config)
             codes = nearest_codes(weight, grid)
@@ -43,15 +43,15 @@ def adaround_(
     "mse". ValueError for a layer that runs more than once.
     """
     with evaluation(model):
-        layers = _layers(model, images, config)
+        layers = layers_of(model, images, config)
         modules = [layer.matrix.layer for layer in layers]
-        targets = _outputs(model, modules, images)
+        targets = outputs_of(model, modules, images)
         for layer, y in zip(layers, targets, strict=True):
-            x = _input(model, layer.matrix.layer, images)
+            x = input_of(model, layer.matrix.layer, images)
             _write(layer, _optimized(layer, x, y, settings))
 
 
-def _layers(model: nn.Module, images: Tensor, config: AdaRoundConfig) -> list[Target]:
+def layers_of(model: nn.Module, images: Tensor, config: AdaRoundConfig) -> list[Target]:
     """The layers in execution order with what follows them, after batch norms are folded."""
 
     def run() -> object:
@@ -66,7 +66,7 @@ def _layers(model: nn.Module, images: Tensor, config: AdaRoundConfig) -> list[Ta
     return layers
 
 
-def _outputs(model: nn.Module, modules: list[nn.Module], images: Tensor) -> list[Tensor]:
+def outputs_of(model: nn.Module, modules: list[nn.Module], images: Tensor) -> list[Tensor]:
     found: dict[nn.Module, Tensor] = {}
     with ExitStack() as hooks:
         for module in modules:
@@ -77,7 +77,7 @@ def _outputs(model: nn.Module, modules: list[nn.Module], images: Tensor) -> list
     return [found[module] for module in modules]
 
 
-def _input(model: nn.Module, module: nn.Module, images: Tensor) -> Tensor:
+def input_of(model: nn.Module, module: nn.Module, images: Tensor) -> Tensor:
     found: list[Tensor] = []
     with module.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].clone())):
         model(images)

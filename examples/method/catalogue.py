@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from examples.method import objectives, schemes, taylor
+from examples.method import objectives, relaxations, schemes, taylor
 from examples.method.experiment import Experiment
 
-_ALL = (schemes.EXPERIMENT, taylor.EXPERIMENT, objectives.EXPERIMENT)
+_ALL = (
+    schemes.EXPERIMENT,
+    taylor.EXPERIMENT,
+    objectives.EXPERIMENT,
+    relaxations.EXPERIMENT,
+)
 EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _ALL}
