@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from examples.method import objectives, relaxations, schemes, taylor
+from examples.method import (
+    bias,
+    data,
+    grids,
+    objectives,
+    reconstruction,
+    relaxations,
+    schemes,
+    taylor,
+)
 from examples.method.experiment import Experiment
 
 _ALL = (
@@ -10,5 +19,9 @@ _ALL = (
     taylor.EXPERIMENT,
     objectives.EXPERIMENT,
     relaxations.EXPERIMENT,
+    reconstruction.EXPERIMENT,
+    grids.EXPERIMENT,
+    bias.EXPERIMENT,
+    data.EXPERIMENT,
 )
 EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _ALL}
