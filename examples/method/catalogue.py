@@ -7,10 +7,12 @@ from examples.method import (
     data,
     grids,
     objectives,
+    parts,
     reconstruction,
     relaxations,
     schemes,
     taylor,
+    texts,
 )
 from examples.method.experiment import Experiment
 
@@ -23,5 +25,7 @@ _ALL = (
     grids.EXPERIMENT,
     bias.EXPERIMENT,
     data.EXPERIMENT,
+    texts.EXPERIMENT,
+    parts.EXPERIMENT,
 )
 EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _ALL}
