@@ -18,6 +18,7 @@ from examples.method.experiment import Claim, Table, Text, Values, mean_and_erro
 from examples.method.workload import Images, Score, network, test_images
 
 if TYPE_CHECKING:
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 _CHUNK = 512  # images a run
@@ -179,6 +180,15 @@ def claim(
     return Claim(paper, here, measure, saved(values, better, worse, part), expected)
 
 
+def plain(axis: Axis) -> None:
+    """Ticks of a logarithmic axis at 1, 2 and 5, as numbers that people write."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
+
+
 def draw(
     figure: Figure, values: Values, titles: Mapping[str, Text], colors: Mapping[str, str]
 ) -> None:
@@ -191,6 +201,7 @@ def draw(
     for number, (axes, setting) in enumerate(zip(panels, settings, strict=True)):
         pictures.prepare(axes, setting.title.en, "relative error of the logits", "")
         axes.set_xscale("log")
+        plain(axes.xaxis)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_yticks(range(len(names)), [titles[n].en if number == 0 else "" for n in names])
         for i, scheme in enumerate(names):

@@ -163,6 +163,7 @@ def draw(figure: Figure, values: Values) -> None:
         axes.set(xscale="log", yscale="log", xticks=values["counts"])
         axes.set_xticklabels([str(count) for count in values["counts"]])
         axes.minorticks_off()
+        comparison.plain(axes.yaxis)
         nearest = statistics.fmean(comparison.of(values, setting, "nearest", "error"))
         axes.axhline(nearest, color=pictures.RED, label="nearest")
         for domain, color in zip(values["domains"], colors, strict=True):

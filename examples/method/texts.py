@@ -22,7 +22,7 @@ from adaround_ext import AdaRoundConfig, quantize_
 from adaround_ext.grid import make_grid, nearest_codes
 from adaround_ext.ops import dequantize
 from benchmarks import common, minilm, quality_model
-from examples.method.comparison import short
+from examples.method.comparison import plain, short
 from examples.method.encoder_layers import Batches, drawn, everything
 from examples.method.experiment import Cell, Claim, Experiment, Table, Text, Values
 
@@ -169,6 +169,7 @@ def draw(figure: Figure, values: Values) -> None:
     title = f"MiniLM, {BLOCKS} blocks, {BITS} bits"
     pictures.prepare(axes, title, "mean 1 - cosine of embeddings of held-out prose", "")
     axes.set_xscale("log")
+    plain(axes.xaxis)
     named = [(kind, count) for kind in WORDS for count in values["counts"]]
     for i, (kind, count) in enumerate(named):
         found = distances(values, kind, count)
