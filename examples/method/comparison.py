@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import common, digits
-from examples.method.experiment import Claim, Table, Text, Values, mean_and_error, pm
+from examples.digits import mean_and_error
+from examples.method.experiment import Claim, Table, Text, Values, pm
 from examples.method.workload import Images, Score, network, test_images
 
 if TYPE_CHECKING:
