@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 SETTINGS = (Setting("separable", 3), Setting("separable", 2))
 TITLES = {
     "full": Text("not quantized", "未量化"),
-    "nearest": Text("nearest", "最近舍入"),
-    "corrected": Text("nearest, biases corrected", "最近舍入，偏置校正"),
+    "nearest": Text("nearest", "四舍五入"),
+    "corrected": Text("nearest, biases corrected", "四舍五入，偏置校正"),
     "adaround": Text("AdaRound", "AdaRound"),
     "adaround corrected": Text("AdaRound, biases corrected after it", "AdaRound，之后校正偏置"),
     "refit": Text('AdaRound with bias="refit"', 'AdaRound，bias="refit"'),
@@ -103,7 +103,7 @@ def claims(values: Values) -> list[Claim]:
             values,
             Text(
                 "Correcting biases repairs a part of what nearest breaks: 38.87 % after 23.99 %",
-                "校正偏置只能修复最近舍入的一部分损失：38.87 %，之前 23.99 %",
+                "校正偏置只能修复四舍五入的一部分损失：38.87 %，之前 23.99 %",
             ),
             "corrected",
             "nearest",

@@ -68,7 +68,7 @@ def tables(values: Values) -> list[Table]:
         en, zh = setting.title
         header += [Text(f"{en}: %", f"{zh}：%"), Text("logits' error", "logits 误差")]
     named = [("full", Text("not quantized", "未量化"), "-")]
-    named.append(("nearest", Text("nearest", "最近舍入"), "-"))
+    named.append(("nearest", Text("nearest", "四舍五入"), "-"))
     for domain in values["domains"]:
         named += [(scheme(domain, n), WORDS[domain], str(n)) for n in values["counts"]]
     rows: list[list[Text | str]] = [
@@ -100,8 +100,8 @@ def claims(values: Values) -> list[Claim]:
     measure = Text(
         "share of nearest's loss that is saved, in logarithms, over that with the most of its own "
         "images; logits' error here, accuracy in the paper; networks in turn",
-        "相对最近舍入减少的损失（取对数）与用最多自有图像时之比；此处为 logits 误差，"
-        "论文为精度；各网络依次列出",
+        "相对四舍五入减少的损失（取对数）与用最多自有图像时之比；此处为 logits 误差，"
+        "论文为准确率；各网络依次列出",
     )
     others = values["domains"][1:]
     shares = [kept(values, scheme(domain, most), whole) for domain in others]

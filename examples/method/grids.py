@@ -92,10 +92,10 @@ RULES: dict[str, GridRule] = {
 ROUNDINGS: dict[str, Rounding] = {"nearest": nearest, "adaround": adaround}
 TITLES = {
     "full": Text("not quantized", "未量化"),
-    "nearest min-max": Text("nearest, min-max", "最近舍入，min-max"),
-    "nearest weights": Text("nearest, ‖W − Ŵ‖", "最近舍入，‖W − Ŵ‖"),
-    "nearest outputs": Text("nearest, ‖Wx − Ŵx̂‖", "最近舍入，‖Wx − Ŵx̂‖"),
-    "nearest search": Text("nearest, searched as ours", "最近舍入，本库搜索"),
+    "nearest min-max": Text("nearest, min-max", "四舍五入，min-max"),
+    "nearest weights": Text("nearest, ‖W − Ŵ‖", "四舍五入，‖W − Ŵ‖"),
+    "nearest outputs": Text("nearest, ‖Wx − Ŵx̂‖", "四舍五入，‖Wx − Ŵx̂‖"),
+    "nearest search": Text("nearest, searched as ours", "四舍五入，本库搜索"),
     "adaround min-max": Text("AdaRound, min-max", "AdaRound，min-max"),
     "adaround weights": Text("AdaRound, ‖W − Ŵ‖", "AdaRound，‖W − Ŵ‖"),
     "adaround outputs": Text("AdaRound, ‖Wx − Ŵx̂‖", "AdaRound，‖Wx − Ŵx̂‖"),
@@ -157,7 +157,7 @@ def claims(values: Values) -> list[Claim]:
         of(
             Text(
                 "Min-max grids destroy rounding to nearest: 0.23 % after 23.99 %",
-                "min-max 网格毁掉最近舍入：0.23 %，‖W − Ŵ‖ 网格 23.99 %",
+                "min-max 网格毁掉四舍五入：0.23 %，‖W − Ŵ‖ 网格 23.99 %",
             ),
             "nearest weights",
             "nearest min-max",
@@ -175,7 +175,7 @@ def claims(values: Values) -> list[Claim]:
         of(
             Text(
                 "AdaRound rescues even a min-max grid: 61.96 % after 0.23 %",
-                "即使用 min-max 网格 AdaRound 也能挽救：61.96 %，最近舍入 0.23 %",
+                "即使用 min-max 网格 AdaRound 也能挽救：61.96 %，四舍五入 0.23 %",
             ),
             "adaround min-max",
             "nearest min-max",
@@ -185,16 +185,16 @@ def claims(values: Values) -> list[Claim]:
             Text(
                 "Grids chosen by outputs instead of weights help nearest (42.89 % after 23.99 %), "
                 "not AdaRound (68.62 % after 68.60 %)",
-                "按输出而非权重选网格对最近舍入有益（42.89 %，之前 23.99 %），"
+                "按输出而非权重选网格对四舍五入有益（42.89 %，之前 23.99 %），"
                 "对 AdaRound 则否（68.62 %，之前 68.60 %）",
             ),
             Text(
                 f"of the logits' error they save nearest {means[0]}, AdaRound {means[1]}",
-                f"logits 误差：最近舍入减少 {means[0]}，AdaRound 减少 {means[1]}",
+                f"logits 误差：四舍五入减少 {means[0]}，AdaRound 减少 {means[1]}",
             ),
             Text(
                 "share saved by nearest less share saved by AdaRound, networks in turn",
-                "最近舍入减少的比例减去 AdaRound 减少的比例，各网络依次列出",
+                "四舍五入减少的比例减去 AdaRound 减少的比例，各网络依次列出",
             ),
             [first - second for first, second in zip(*both, strict=True)],
             (42.89 - 23.99) / (69.68 - 23.99) - (68.62 - 68.60) / (69.68 - 68.60),

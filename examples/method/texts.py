@@ -121,7 +121,7 @@ def tables(values: Values) -> list[Table]:
         [words, *(short(distances(values, kind, n)) for n in counts)]
         for kind, words in WORDS.items()
     ]
-    rows.append([Text("none: nearest", "无：最近舍入"), *(values["nearest"] for _ in counts)])
+    rows.append([Text("none: nearest", "无：四舍五入"), *(values["nearest"] for _ in counts)])
     title = "MiniLM's first two blocks at 3 bits: mean 1 - cosine of held-out prose's embeddings"
     return [Table(EXPERIMENT.name, title, header, rows)]
 
@@ -146,12 +146,12 @@ def claims(values: Values) -> list[Claim]:
                 f"distance {numbers[0]:.3g} with Python source, {numbers[1]:.3g} with prose, "
                 f"nearest {nearest:.3g}",
                 f"距离：Python 源代码 {numbers[0]:.3g}，散文 {numbers[1]:.3g}，"
-                f"最近舍入 {nearest:.3g}",
+                f"四舍五入 {nearest:.3g}",
             ),
             Text(
                 "share of nearest's loss that is saved, in logarithms, over that with its own "
                 "text; draws in turn",
-                "相对最近舍入减少的损失（取对数）与用自有文本时之比；各次抽样依次列出",
+                "相对四舍五入减少的损失（取对数）与用自有文本时之比；各次抽样依次列出",
             ),
             [
                 math.log(nearest / other) / math.log(nearest / same)
