@@ -94,13 +94,13 @@ TITLES = {
 
 
 def measure(quick: bool) -> Values:
-    bits, seeds, steps = ((3,), 1, 300) if quick else (BITS, 3, LOOP.steps)
+    bits, seeds, steps, sequences = ((3,), 1, 300, 64) if quick else (BITS, 3, LOOP.steps, 256)
     layers = [
         {"bits": b, "layer": subject.name, "draw": draw, "errors": errors(subject, b, steps)}
-        for draw, subject in subjects(ROWS, draws=seeds, sequences=256)
+        for draw, subject in subjects(ROWS, draws=seeds, sequences=sequences)
         for b in bits
     ]
-    _, whole = next(subjects(WHOLE, draws=1, sequences=256))
+    _, whole = next(subjects(WHOLE, draws=1, sequences=sequences))
     ways: dict[str, Way] = {name: ours(settings) for name, settings in SCHEMES.items()}
     if not quick:
         ways = {"loop": papers} | ways
