@@ -165,8 +165,8 @@ def claims(values: Values) -> list[Claim]:
         ),
         of(
             Text(
-                "and cost AdaRound much of what it gains: 61.96 % after 68.60 %",
-                "也使 AdaRound 损失不少：61.96 %，‖W − Ŵ‖ 网格 68.60 %",
+                "Min-max grids cost AdaRound much as well: 61.96 % after 68.60 %",
+                "min-max 网格也使 AdaRound 损失不少：61.96 %，‖W − Ŵ‖ 网格 68.60 %",
             ),
             "adaround weights",
             "adaround min-max",
