@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +15,28 @@ from torch import Tensor, nn
 from adaround_ext import AdaRoundConfig, optimize_layer
 from adaround_ext.layers import matrix_layer
 from benchmarks.quality_layers import Moments, Subject
-from examples.method import bias, calibration_data, comparison, data, encoder_layers, grids, texts
+
+pytest.importorskip("sklearn")  # the digits
+pytest.importorskip("matplotlib")
+from examples.method import __main__ as cli
+from examples.method import (
+    bias,
+    calibration_data,
+    comparison,
+    data,
+    encoder_layers,
+    grids,
+    parts,
+    pictures,
+    relaxations,
+    texts,
+)
+from examples.method.catalogue import EXPERIMENTS
 from examples.method.comparison import Setting
 from examples.method.experiment import Text
 from examples.method.walk import LayerTask
+from examples.method.workload import network
 
-parts = pytest.importorskip("examples.method.parts")
 pytestmark = pytest.mark.usefixtures("one_thread")
 BITS = 3
 
@@ -215,10 +233,6 @@ def test_ratios_over_layers_and_draws() -> None:
 
 
 def test_only_the_first_layer_of_a_network_is_quantized(task: LayerTask) -> None:
-    from examples.method import relaxations
-    from examples.method.workload import network
-
-    pytest.importorskip("sklearn")
     setting = Setting("separable", 2, "first layer")
     (run,) = comparison.compare(
         "test", {"nearest": relaxations.nearest_}, [setting], 1, shifts=0, epochs=0
@@ -230,3 +244,17 @@ def test_only_the_first_layer_of_a_network_is_quantized(task: LayerTask) -> None
     assert changed == {"conv.weight"}
     assert len(model.conv.weight.unique()) <= 4
     assert run["scores"]["full"]["error"] == 0 < run["scores"]["nearest"]["error"]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_what_is_shown_of_committed_results(name: str, tmp_path: Path) -> None:
+    experiment, values = EXPERIMENTS[name], cli.read(cli.RESULTS / f"{name}.json")
+    if values is None:
+        pytest.skip(f"there are no results of {name}")
+    for table in experiment.tables(values):
+        assert {len(row) for row in table.rows} == {len(table.header)}
+    for claim in experiment.claims(values):
+        assert len(claim.effects) >= 3 and claim.expected > 0
+        assert re.search(r"\d", claim.paper.en) and re.search(r"\d", claim.here.zh)
+    pictures.save(experiment, values, tmp_path / "picture.svg")
+    assert "<svg" in (tmp_path / "picture.svg").read_text()

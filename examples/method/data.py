@@ -156,7 +156,7 @@ def draw(figure: Figure, values: Values) -> None:
     from examples.method import pictures
 
     settings = comparison.settings_of(values)
-    colors = (pictures.BLUE, pictures.ORANGE, pictures.GREEN, pictures.PURPLE, pictures.SKY)
+    colors = (pictures.BLUE, pictures.ORANGE, pictures.GREEN, pictures.PURPLE)
     panels = figure.subplots(1, len(settings), squeeze=False)[0]
     for axes, setting in zip(panels, settings, strict=True):
         pictures.prepare(axes, setting.title.en, "calibration images", "logits' error")
