@@ -30,7 +30,6 @@ class UpOrDown:
     """
 
     regularized = True
-    decays = False
 
     def __init__(self, weight: Tensor, grid: QuantGrid) -> None:
         self.grid = grid
@@ -104,11 +103,8 @@ class AnnealedSigmoid(UpOrDown):
 class StraightThrough:
     """codes = clamp(round(V), n, p) for any V, with the gradient of the clamp alone (STE).
 
-    V = w / s + z starts at the weight and may go as far as the loss leads it. Its learning rate
-    falls to 0: else codes whose V lies near a midpoint jump until the end.
+    V = w / s + z starts at the weight and may go as far as the loss leads it.
     """
-
-    decays = True
 
     def __init__(self, weight: Tensor, grid: QuantGrid) -> None:
         self.grid = grid
@@ -150,15 +146,17 @@ def fit(
     forward: Callable[[Tensor, Tensor], Tensor],
     settings: ReferenceConfig,
     channel_dim: int = 1,
+    *,
+    falling: bool = False,
 ) -> Fit:
     """The paper's loop, eq. (25), as in :func:`adaround_ext.reference.optimize`, with another h.
 
-    The learning rate is constant, or falls to 0 along a line where the relaxation ``decays``.
+    The learning rate is constant, or falls to 0 along a line.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     adam = torch.optim.Adam([relaxation.v], lr=settings.learning_rate, fused=True)
     for step in range(settings.steps):
-        if relaxation.decays:
+        if falling:
             adam.param_groups[0]["lr"] = settings.learning_rate * (1 - step / settings.steps)
         chosen = torch.randint(len(inputs), (settings.batch_size,), generator=generator)
         weight_q = relaxation.weight_q(step / settings.steps)
