@@ -5,8 +5,8 @@ paper's loop one part after the other is added until it is the preset "balanced"
 out of that. Errors are of held-out outputs, over those of rounding to nearest on the grid of least
 squared weight error, geometric means over layers.
 
-The loop has 2000 steps of 256 tokens at Adam's 1e-2 (on the network 600 at 1e-1), the Gram form 300.
-The paper has 10,000 at 1e-3, as bench quality and its figures in README.
+The loop has 2000 steps of 256 tokens at Adam's 1e-2 (on the network 600 at 1e-1) instead of 10,000,
+which bench quality has; the Gram form has 300.
 """
 
 from __future__ import annotations
