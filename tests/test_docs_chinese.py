@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from examples.method.catalogue import EXPERIMENTS
 from tests import documents
 
 PAIRS = [("README.md", "README.zh.md"), ("docs/method.md", "docs/method.zh.md")]
@@ -66,7 +67,10 @@ def test_equations() -> None:
     assert tags == [str(number) for number in range(1, len(equations) + 1)]
 
 
-def test_places_of_tables() -> None:
-    english, chinese = (_MARKER.findall(documents.read(name)) for name in PAIRS[1])
-    assert english == chinese
-    assert len(english) == 20
+def test_experiments_have_their_places() -> None:
+    english, chinese = (documents.read(name) for name in PAIRS[1])
+    assert _MARKER.findall(english) == _MARKER.findall(chinese)
+    for name in EXPERIMENTS:
+        assert f"<!-- table: {name} -->" in english
+        assert f"(images/method_{name}.svg)" in english
+        assert f"`python -m examples.method {name}`" in english

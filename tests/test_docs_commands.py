@@ -15,6 +15,7 @@ from functools import cache
 import pytest
 
 from adaround_ext.cli_parser import make_parser
+from examples.method.catalogue import EXPERIMENTS
 from tests import documents
 
 _NAMES = documents.NAMES
@@ -88,6 +89,8 @@ def _check_module(module: str, arguments: list[str], monkeypatch: pytest.MonkeyP
     for argument in arguments:
         if argument.startswith("--"):
             assert argument in _help(module, monkeypatch), f"{module} has no {argument}"
+        elif module == "examples.method":
+            assert argument in EXPERIMENTS, f"there is no experiment {argument}"
 
 
 _helps: dict[str, str] = {}
