@@ -67,6 +67,16 @@ def test_equations() -> None:
     assert tags == [str(number) for number in range(1, len(equations) + 1)]
 
 
+@pytest.mark.parametrize("name", PAIRS[1])
+def test_mathematics_in_the_text_is_seen_by_github(name: str) -> None:
+    """A dollar that opens it must follow a space, and it must lie in one line."""
+    text = re.sub(r"^\$\$\n.*?^\$\$$|`[^`]*`", "", documents.prose(name), flags=re.M | re.S)
+    found = re.findall(r"(^|.)\$([^$]*)\$", text, flags=re.S)
+    assert len(found) > 100
+    for before, inside in found:
+        assert before.strip() == "" and "\n" not in inside, f"{before}${inside}$"
+
+
 def test_experiments_have_their_places() -> None:
     english, chinese = (documents.read(name) for name in PAIRS[1])
     assert _MARKER.findall(english) == _MARKER.findall(chinese)

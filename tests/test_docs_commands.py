@@ -14,6 +14,7 @@ from functools import cache
 
 import pytest
 
+import adaround_ext.export
 from adaround_ext.cli_parser import make_parser
 from examples.method.catalogue import EXPERIMENTS
 from tests import documents
@@ -140,6 +141,21 @@ def test_links_lead_somewhere(name: str) -> None:
         assert file.exists(), f"{name} leads to {link}"
         if anchor:
             assert anchor in _anchors(file.read_text(encoding="utf-8")), f"{name} leads to {link}"
+
+
+def test_public_names_have_a_page() -> None:
+    pages = "".join(path.read_text() for path in (documents.ROOT / "docs/api").glob("*.rst"))
+    names = [f"adaround_ext.{name}" for name in adaround_ext.__all__]
+    names += [f"adaround_ext.export.{name}" for name in adaround_ext.export.__all__]
+    names += ["adaround_ext.ops", "adaround_ext.packing", "adaround_ext.reference"]
+    for path in (documents.ROOT / "adaround_ext/export").glob("*.py"):
+        functions = re.findall(r"^def ((?:export|to)_\w+)", path.read_text(), re.M)
+        if path.stem not in ("formats", "layers"):
+            names += [f"adaround_ext.export.{path.stem}.{function}" for function in functions]
+    described = re.findall(r"^\.\. auto\w+:: (\S+)$", pages, re.M)
+    ends = {name.rpartition(".")[2] for name in described}
+    for name in names:
+        assert name in described or (name.count(".") < 3 and name.rpartition(".")[2] in ends), name
 
 
 def _anchors(text: str) -> list[str]:
