@@ -28,7 +28,7 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 
 autodoc_member_order = "bysource"
-autodoc_class_signature = "separated"
+maximum_signature_line_length = 100  # longer ones have a line for each argument
 # Names in annotations that belong to other projects.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|nn|dist|collections|os|pathlib|typing)\..*"),

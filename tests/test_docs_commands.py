@@ -152,7 +152,7 @@ def test_public_names_have_a_page() -> None:
         functions = re.findall(r"^def ((?:export|to)_\w+)", path.read_text(), re.M)
         if path.stem not in ("formats", "layers"):
             names += [f"adaround_ext.export.{path.stem}.{function}" for function in functions]
-    described = re.findall(r"^\.\. auto\w+:: (\S+)$", pages, re.M)
+    described = re.findall(r"^\.\. (?:auto\w+|py:data):: (\S+)$", pages, re.M)
     ends = {name.rpartition(".")[2] for name in described}
     for name in names:
         assert name in described or (name.count(".") < 3 and name.rpartition(".")[2] in ends), name

@@ -6,6 +6,7 @@ in :func:`name` is found wherever it is.
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from typing import Any
@@ -19,7 +20,6 @@ from sphinx.util.nodes import make_refnode
 # What reStructuredText has its own meaning for and the docstrings use as such: ``code``, :role:`x`.
 _MARKED = re.compile(r"(``.+?``|:[a-z]+:`.+?`)")
 _SPECIAL = re.compile(r"[*|\\`]|(?<=\w)_(?=\W|$)")
-_ITEM = re.compile(r"([a-z]\w*\*?(?:(?:, | and )[a-z]\w*\*?)*): (?=\S)")
 
 
 def escaped(line: str) -> str:
@@ -30,15 +30,31 @@ def escaped(line: str) -> str:
     )
 
 
-def process(app: Sphinx, what: str, name: str, obj: object, options: Any, lines: list[str]) -> None:
-    """A paragraph of its own for every argument, its name in bold."""
+def arguments(obj: Any) -> re.Pattern[str] | None:
+    """What finds "name: " and "name, name: " of an object's arguments, where a sentence begins.
+
+    In escaped lines, where the * that marks some names has a backslash.
+    """
+    try:
+        names = "|".join(map(re.escape, inspect.signature(obj).parameters))
+    except (TypeError, ValueError):
+        return None
+    one = rf"(?:{names})(?:\\\*)?"
+    many = rf"{one}(?:(?:, | and ){one})*"
+    return re.compile(rf"(?:^|(?<=[.;)] )){many}(?=(?: \([^)]*\))?:(?: |$))") if names else None
+
+
+def process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Names of arguments in bold; a line that begins with one begins a paragraph."""
+    item = arguments(obj) if what in ("class", "function", "method") else None
     found: list[str] = []
-    for line in lines:
-        item = _ITEM.match(line)
+    for line in map(escaped, lines):
         if item is None:
-            found.append(escaped(line))
+            found.append(line)
             continue
-        found += ["", f"**{item[1].replace('*', chr(92) + '*')}**: {escaped(line[item.end() :])}"]
+        if item.match(line):
+            found.append("")
+        found.append(item.sub(r"**\g<0>**", line))
     lines[:] = found
 
 
