@@ -38,3 +38,4 @@ nitpick_ignore_regex = [
 html_theme = "furo"
 html_title = f"adaround_ext {version}"
 html_copy_source = False
+html_show_copyright = False
