@@ -335,7 +335,7 @@ def test_meta_tensors_beside_real_ones(device: torch.device, op: str, name: str)
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op in OPS for name in tensors(op)])
 def test_no_tensor(device: torch.device, op: str, name: str) -> None:
     given = arguments(op, device)
-    with pytest.raises(ValueError, match=f"^{name} must be a tensor, got None"):
+    with pytest.raises(ARGUMENT_ERROR, match=f"^{name} must be a tensor, got None"):
         call(op, {**given, name: None})
 
 
