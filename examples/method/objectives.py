@@ -40,7 +40,7 @@ FIRST = "conv"
 PROBLEMS = (Problem(FIRST, 3, samples=4000), Problem("blocks.0.pointwise", 2, samples=1000))
 QUICK = (Problem(FIRST, 3, samples=1000),)
 METHODS = {  # the paper's problems (13), (20) and (21)
-    "nearest": Text("nearest", "最近舍入"),
+    "nearest": Text("nearest", "四舍五入"),
     "task cem": Text("task loss, cross-entropy method", "任务损失，交叉熵方法"),
     "task search": Text("task loss, our tabu search", "任务损失，本库禁忌搜索"),
     "task both": Text("task loss, one after the other", "任务损失，先后两者"),
@@ -204,14 +204,14 @@ def claims(values: Values) -> list[Claim]:
     def differences(method: str, other: str) -> list[float]:
         return [a - b for a, b in zip(regained(method), regained(other), strict=True)]
 
-    share = Text("share of what nearest lost", "最近舍入所失精度的挽回比例")
+    share = Text("share of what nearest lost", "四舍五入所失准确率的挽回比例")
     more = Text("difference of these shares", "上述比例之差")
 
     def beside(method: str, other: str) -> Text:
         a, b = f"{percent(method)} ({loss(method)})", f"{percent(other)} ({loss(other)})"
         return Text(
             f"{a} and {b}: accuracy (test loss), {KIND}",
-            f"{a} 与 {b}：精度（测试损失），{KIND}",
+            f"{a} 与 {b}：准确率（测试损失），{KIND}",
         )
 
     return [

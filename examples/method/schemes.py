@@ -25,7 +25,7 @@ LAYER = "conv"
 CLAIMED = ("separable", 3)  # where nearest loses about as much as in the paper
 TITLES = {
     "full": Text("not quantized", "未量化"),
-    "nearest": Text("nearest", "最近舍入"),
+    "nearest": Text("nearest", "四舍五入"),
     "ceil": Text("ceil", "向上取整"),
     "floor": Text("floor", "向下取整"),
     "stochastic": Text("stochastic, mean of draws", "随机舍入，多次平均"),
@@ -155,7 +155,7 @@ def claims(values: Values) -> list[Claim]:
 
     where = f"{setting[0]}, {setting[1]} bits"
     where_zh = f"{setting[0]}，{setting[1]} 位"
-    share = Text("share of what nearest lost", "最近舍入所失精度的挽回比例")
+    share = Text("share of what nearest lost", "四舍五入所失准确率的挽回比例")
     return [
         Claim(
             Text(
@@ -168,14 +168,14 @@ def claims(values: Values) -> list[Claim]:
                 f"向上 {mean('ceil'):.1f} %，向下 {mean('floor'):.1f} %，"
                 f"最近 {mean('nearest'):.1f} %（{where_zh}）",
             ),
-            Text("share of nearest's accuracy lost by the better one", "较好者损失的精度比例"),
+            Text("share of nearest's accuracy lost by the better one", "较好者损失的准确率比例"),
             [lost(run) for run in runs],
             0.998,
         ),
         Claim(
             Text(
                 "Nearest is not the best: 48 of 100 random roundings are better",
-                "最近舍入并非最优：100 次随机舍入中 48 次更好",
+                "四舍五入并非最优：100 次随机舍入中 48 次更好",
             ),
             Text(
                 f"{100 * statistics.fmean(map(above, runs)):.0f} of 100; their mean "
@@ -183,14 +183,14 @@ def claims(values: Values) -> list[Claim]:
                 f"100 次中 {100 * statistics.fmean(map(above, runs)):.0f} 次；平均 "
                 f"{mean('stochastic'):.1f} %（{where_zh}）",
             ),
-            Text("share of draws above nearest", "优于最近舍入的比例"),
+            Text("share of draws above nearest", "优于四舍五入的比例"),
             [above(run) for run in runs],
             0.48,
         ),
         Claim(
             Text(
                 "The best of 100 random roundings has 63.06 %, nearest 52.29 %, of 69.68 %",
-                "100 次随机舍入中最好的为 63.06 %，最近舍入 52.29 %，未量化 69.68 %",
+                "100 次随机舍入中最好的为 63.06 %，四舍五入 52.29 %，未量化 69.68 %",
             ),
             Text(
                 f"{mean('stochastic best'):.1f} %, {mean('nearest'):.1f} %, of "

@@ -117,7 +117,7 @@ def tables(values: Values) -> list[Table]:
         Text("with the loss, Pearson", "与损失，Pearson"),
         Text("Spearman", "Spearman"),
         Text("Spearman by seed", "各种子的 Spearman"),
-        Text("with the accuracy, Spearman", "与精度，Spearman"),
+        Text("with the accuracy, Spearman", "与准确率，Spearman"),
     )
     rows = [
         (
@@ -147,12 +147,12 @@ def claims(values: Values) -> list[Claim]:
         Claim(
             Text(
                 "Accuracy falls with ½ Δw H Δwᵀ: about 63 % at 0.4, 43 % at 2.9, read off figure 1",
-                "精度随 ½ Δw H Δwᵀ 下降：0.4 处约 63 %，2.9 处约 43 %，读自图 1",
+                "准确率随 ½ Δw H Δwᵀ 下降：0.4 处约 63 %，2.9 处约 43 %，读自图 1",
             ),
             Text(
                 f"rank correlation {mean('quadratic', 'spearman_accuracy'):.2f} with accuracy, "
                 f"{mean('quadratic', 'spearman_loss'):.2f} with loss ({KIND}, {CLAIMED} bits)",
-                f"与精度的秩相关 {mean('quadratic', 'spearman_accuracy'):.2f}，与损失 "
+                f"与准确率的秩相关 {mean('quadratic', 'spearman_accuracy'):.2f}，与损失 "
                 f"{mean('quadratic', 'spearman_loss'):.2f}（{KIND}，{CLAIMED} 位）",
             ),
             ranks,
@@ -163,7 +163,7 @@ def claims(values: Values) -> list[Claim]:
             Text(
                 "What weights do together decides: by H's diagonal alone nearest would be best "
                 "(section 3; no figure)",
-                "权重之间的相互作用起决定作用：仅看 H 的对角线，最近舍入就是最优"
+                "权重之间的相互作用起决定作用：仅看 H 的对角线，四舍五入就是最优"
                 "（第 3 节，无数字）",
             ),
             Text(
