@@ -166,7 +166,7 @@ def claims(values: Values) -> list[Claim]:
                 f"ceil {mean('ceil'):.1f} %, floor {mean('floor'):.1f} %, "
                 f"nearest {mean('nearest'):.1f} % ({where})",
                 f"向上 {mean('ceil'):.1f} %，向下 {mean('floor'):.1f} %，"
-                f"最近 {mean('nearest'):.1f} %（{where_zh}）",
+                f"四舍五入 {mean('nearest'):.1f} %（{where_zh}）",
             ),
             Text("share of nearest's accuracy lost by the better one", "较好者损失的准确率比例"),
             [lost(run) for run in runs],
