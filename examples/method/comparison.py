@@ -10,19 +10,16 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from benchmarks import common, digits
 from examples.digits import mean_and_error
 from examples.method.experiment import Claim, Table, Text, Values, pm
-from examples.method.workload import Images, Score, network, test_images
+from examples.method.workload import Images, Score, in_parts, network, test_images
 
 if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
-
-_CHUNK = 512  # images a run
 
 
 class Setting(NamedTuple):
@@ -49,20 +46,14 @@ Way = Callable[[nn.Module, Setting, int], dict[str, Any] | None]
 class NetworkScorer:
     """Scores quantized copies of a network on the same images."""
 
+    @torch.no_grad()
     def __init__(self, model: nn.Module, data: Images) -> None:
         self.data = data
-        self.logits = self._logits(model)
-
-    def __call__(self, model: nn.Module) -> Score:
-        logits = self._logits(model)
-        right = (logits.argmax(1) == self.data.labels).double().mean()
-        loss = F.cross_entropy(logits.double(), self.data.labels)
-        error = (logits - self.logits).square().sum() / self.logits.square().sum()
-        return Score(100 * float(right), float(loss), float(error))
+        self.logits = in_parts(model, data.images)
 
     @torch.no_grad()
-    def _logits(self, model: nn.Module) -> Tensor:
-        return torch.cat([model(part) for part in self.data.images.split(_CHUNK)])
+    def __call__(self, model: nn.Module) -> Score:
+        return Score.of(in_parts(model, self.data.images), self.logits, self.data.labels)
 
 
 def compare(

@@ -87,14 +87,11 @@ class Sigmoid(UpOrDown):
         return torch.sigmoid(self.v)
 
 
-class AnnealedSigmoid(UpOrDown):
+class AnnealedSigmoid(Sigmoid):
     """h(V) = sigmoid(V / T) without f_reg: T falls geometrically from 1."""
 
     regularized = False
     last_temperature = 0.1
-
-    def start(self, fraction: Tensor, weight: Tensor) -> Tensor:
-        return torch.logit(fraction)
 
     def h(self, progress: float) -> Tensor:
         return torch.sigmoid(self.v / self.last_temperature**progress)
@@ -145,13 +142,13 @@ def fit(
     targets: Tensor,
     forward: Callable[[Tensor, Tensor], Tensor],
     settings: ReferenceConfig,
-    channel_dim: int = 1,
     *,
     falling: bool = False,
 ) -> Fit:
     """The paper's loop, eq. (25), as in :func:`adaround_ext.reference.optimize`, with another h.
 
-    The learning rate is constant, or falls to 0 along a line.
+    Outputs have their channels in dimension 1. The learning rate is constant, or falls to 0 along
+    a line.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     adam = torch.optim.Adam([relaxation.v], lr=settings.learning_rate, fused=True)
@@ -161,7 +158,7 @@ def fit(
         chosen = torch.randint(len(inputs), (settings.batch_size,), generator=generator)
         weight_q = relaxation.weight_q(step / settings.steps)
         missed = forward(inputs[chosen], weight_q) - targets[chosen]
-        loss = missed.square().sum(channel_dim).mean()
+        loss = missed.square().sum(1).mean()
         if step >= settings.warmup * settings.steps:
             beta = cosine_beta(step, settings.steps, settings.beta, settings.warmup)
             regularizer = relaxation.regularizer(beta)

@@ -54,25 +54,21 @@ def quantize_each_(
     config: AdaRoundConfig,
     solve: Solver,
     *,
-    asymmetric: bool = True,
     only_first: bool = False,
 ) -> None:
     """Folds batch norms, then replaces the layers' weights by what ``solve`` makes of them.
 
-    asymmetric: a layer's inputs come from the model with all layers before it quantized, else from
-    the full-precision model; its targets always come from that.
+    A layer's inputs come from the model with all layers before it quantized, its targets from the
+    full-precision model.
     """
+    count = 1 if only_first else None
     with evaluation(model):
         layers = reference_model.layers_of(model, images, config)
         modules = [layer.matrix.layer for layer in layers]
         targets = reference_model.outputs_of(model, modules, images)
-        exact = None
-        if not asymmetric:
-            exact = [reference_model.input_of(model, module, images) for module in modules]
-        for i, layer in enumerate(layers[:1] if only_first else layers):
-            module = modules[i]
-            x = reference_model.input_of(model, module, images) if exact is None else exact[i]
-            task = LayerTask(layer.name, layer.matrix, layer.config, x, targets[i])
+        for layer, module, y in list(zip(layers, modules, targets, strict=True))[:count]:
+            x = reference_model.input_of(model, module, images)
+            task = LayerTask(layer.name, layer.matrix, layer.config, x, y)
             weight, bias = solve(task)
             with torch.no_grad():
                 layer.matrix.weight.copy_(layer.matrix.weight_from_matrix(weight))

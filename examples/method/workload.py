@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -38,6 +39,19 @@ class Score:
     accuracy: float
     loss: float
     error: float
+
+    @staticmethod
+    def of(logits: Tensor, exact: Tensor, labels: Tensor) -> Score:
+        """Of logits [n, classes] beside the ``exact`` ones of the full-precision network."""
+        right = (logits.argmax(1) == labels).double().mean()
+        loss = F.cross_entropy(logits.double(), labels)
+        error = (logits - exact).square().sum() / exact.square().sum()
+        return Score(100 * float(right), float(loss), float(error))
+
+
+def in_parts(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """The model's outputs, by parts of the images."""
+    return torch.cat([model(part) for part in images.split(_CHUNK)])
 
 
 def calibration() -> Images:
@@ -97,8 +111,7 @@ class Layer:
     def logits(self, weight: Tensor, images: Tensor) -> Tensor:
         """The network's outputs for this matrix [rows, cols], differentiable in it."""
         own = {f"{self.name}.weight": self.matrix.weight_from_matrix(weight)}
-        parts = [functional_call(self.model, own, (part,)) for part in images.split(_CHUNK)]
-        return torch.cat(parts)
+        return in_parts(lambda part: functional_call(self.model, own, (part,)), images)
 
     @torch.no_grad()
     def inputs(self, images: Tensor) -> Tensor:
@@ -123,11 +136,7 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, weight: Tensor) -> Score:
-        logits = self.layer.logits(weight, self.data.images)
-        right = (logits.argmax(1) == self.data.labels).double().mean()
-        loss = F.cross_entropy(logits.double(), self.data.labels)
-        error = (logits - self.logits).square().sum() / self.logits.square().sum()
-        return Score(100 * float(right), float(loss), float(error))
+        return Score.of(self.layer.logits(weight, self.data.images), self.logits, self.data.labels)
 
     def codes(self, codes: Tensor, grid: QuantGrid) -> Score:
         return self(dequantize(codes, grid.scale, grid.zero_point))
