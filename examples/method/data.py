@@ -13,7 +13,14 @@ from benchmarks import reference_model
 from examples.method import comparison
 from examples.method.calibration_data import DOMAINS, own
 from examples.method.comparison import Setting, Way
-from examples.method.experiment import Claim, Experiment, Table, Text, Values
+from examples.method.experiment import (
+    Claim,
+    Experiment,
+    Table,
+    Text,
+    Values,
+    papers_logarithms,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -88,11 +95,6 @@ def kept(values: Values, some: str, reference: str) -> list[float]:
     return found
 
 
-def lost(accuracy: float) -> float:
-    """What the paper's network loses; nearest has 23.99 %."""
-    return math.log(69.68 - accuracy)
-
-
 def claims(values: Values) -> list[Claim]:
     most = max(values["counts"])
     few = most // 8
@@ -105,9 +107,6 @@ def claims(values: Values) -> list[Claim]:
     )
     others = values["domains"][1:]
     shares = [kept(values, scheme(domain, most), whole) for domain in others]
-
-    def expected(accuracy: float) -> float:
-        return (lost(23.99) - lost(accuracy)) / (lost(23.99) - lost(68.71))
 
     return [
         Claim(
@@ -122,7 +121,7 @@ def claims(values: Values) -> list[Claim]:
             ),
             measure,
             kept(values, scheme("own", few), whole),
-            expected(68.43),
+            papers_logarithms(68.43),
         ),
         Claim(
             Text(
@@ -137,7 +136,7 @@ def claims(values: Values) -> list[Claim]:
             ),
             Text(f"{measure.en}; mean of the kinds", f"{measure.zh}；各类平均"),
             [statistics.fmean(kinds) for kinds in zip(*shares, strict=True)],
-            expected(68.51),
+            papers_logarithms(68.51),
         ),
     ]
 

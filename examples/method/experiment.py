@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,20 @@ class Experiment:
     claims: Callable[[Values], list[Claim]]
     draw: Callable[[Figure, Values], None]
     size: tuple[float, float] = (9.0, 4.5)
+
+
+FULL = 69.68  # ResNet-18 in the paper, not quantized, %
+
+
+def papers(better: float, worse: float) -> float:
+    """Of the points that the paper's network loses at accuracy ``worse``, the share regained."""
+    return 1 - (FULL - better) / (FULL - worse)
+
+
+def papers_logarithms(accuracy: float) -> float:
+    """The same over nearest's 23.99 %, in logarithms, as a share of that with its own images."""
+    nearest, part, whole = (math.log(FULL - one) for one in (23.99, accuracy, 68.71))
+    return (nearest - part) / (nearest - whole)
 
 
 def pm(values: Sequence[float], digits: int = 2) -> str:

@@ -17,7 +17,7 @@ from adaround_ext.ops import dequantize
 from adaround_ext.statistics import GramStatistics
 from examples.method import comparison
 from examples.method.comparison import Setting, Way
-from examples.method.experiment import Claim, Experiment, Table, Text, Values
+from examples.method.experiment import Claim, Experiment, Table, Text, Values, papers
 from examples.method.walk import LayerTask, quantize_each_
 from examples.method.workload import calibration
 
@@ -30,7 +30,7 @@ ANNEALING: dict[str, Any] = {
     "starts": ("adaround",),
     "refine": False,
     "bias": "keep",
-}  # and nothing else
+}  # on the damped Gram matrix, and no search after it
 GridRule = Callable[[LayerTask, int], QuantGrid]
 Rounding = Callable[[LayerTask, QuantGrid, int], Tensor]
 
@@ -60,7 +60,10 @@ def output_loss(task: LayerTask) -> Callable[[Tensor], float]:
 
 
 def by_search(task: LayerTask, bits: int) -> QuantGrid:
-    """The library's: least error of the outputs where every candidate is rounded by GPTQ."""
+    """The library's: least error of the outputs where every candidate is rounded by GPTQ.
+
+    Without descent, and refitted in the end to AdaRound's codes on the best of them.
+    """
     found = optimize_layer(
         task.matrix.layer, task.inputs, task.targets, _config(bits, "gram"), **ANNEALING
     )
@@ -145,41 +148,41 @@ def tables(values: Values) -> list[Table]:
 
 
 def claims(values: Values) -> list[Claim]:
-    def of(paper: Text, better: str, worse: str, expected: float) -> Claim:
-        return comparison.claim(values, paper, better, worse, expected)
-
     both = [
         comparison.saved(values, f"{rounding} outputs", f"{rounding} weights")
         for rounding in ROUNDINGS
     ]
     means = [f"{100 * statistics.fmean(found):.0f} %" for found in both]
     return [
-        of(
+        comparison.claim(
+            values,
             Text(
                 "Min-max grids destroy rounding to nearest: 0.23 % after 23.99 %",
                 "min-max 网格毁掉四舍五入：0.23 %，‖W − Ŵ‖ 网格 23.99 %",
             ),
             "nearest weights",
             "nearest min-max",
-            1 - (69.68 - 23.99) / (69.68 - 0.23),
+            papers(23.99, 0.23),
         ),
-        of(
+        comparison.claim(
+            values,
             Text(
                 "Min-max grids cost AdaRound much as well: 61.96 % after 68.60 %",
                 "min-max 网格也使 AdaRound 损失不少：61.96 %，‖W − Ŵ‖ 网格 68.60 %",
             ),
             "adaround weights",
             "adaround min-max",
-            1 - (69.68 - 68.60) / (69.68 - 61.96),
+            papers(68.60, 61.96),
         ),
-        of(
+        comparison.claim(
+            values,
             Text(
                 "AdaRound rescues even a min-max grid: 61.96 % after 0.23 %",
                 "即使用 min-max 网格 AdaRound 也能挽救：61.96 %，四舍五入 0.23 %",
             ),
             "adaround min-max",
             "nearest min-max",
-            1 - (69.68 - 61.96) / (69.68 - 0.23),
+            papers(61.96, 0.23),
         ),
         Claim(
             Text(
@@ -197,7 +200,7 @@ def claims(values: Values) -> list[Claim]:
                 "四舍五入减少的比例减去 AdaRound 减少的比例，各网络依次列出",
             ),
             [first - second for first, second in zip(*both, strict=True)],
-            (42.89 - 23.99) / (69.68 - 23.99) - (68.62 - 68.60) / (69.68 - 68.60),
+            papers(42.89, 23.99) - papers(68.62, 68.60),
         ),
     ]
 

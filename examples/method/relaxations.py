@@ -19,7 +19,7 @@ from adaround_ext.grid import QuantGrid, nearest_codes
 from adaround_ext.reference import ReferenceConfig
 from examples.method import comparison, relaxed
 from examples.method.comparison import Setting, Way
-from examples.method.experiment import Claim, Experiment, Table, Text, Values
+from examples.method.experiment import Claim, Experiment, Table, Text, Values, papers
 from examples.method.walk import LayerTask, Solver, quantize_each_, rounded
 from examples.method.workload import calibration
 
@@ -68,7 +68,6 @@ PAPER = {  # all layers; table 3 without asymmetric inputs and ReLU, table 5 wit
     "sigmoid": "66.25 ± 0.15 (T3)",
     "rectified": "66.56 ± 0.12 (T3), 68.60 ± 0.09 (T5)",
 }
-FULL = 69.68
 ACCURACIES = {  # of all layers; "asymmetric" is the rectified sigmoid of table 5
     "nearest": 23.99,
     "ste": 66.63,
@@ -135,10 +134,10 @@ def tables(values: Values) -> list[Table]:
 
 
 def claims(values: Values) -> list[Claim]:
-    lost = {name: FULL - accuracy for name, accuracy in ACCURACIES.items()}
-
     def of(paper: Text, better: str, worse: str, paper_better: str | None = None) -> Claim:
-        expected = 1 - lost[paper_better or better] / lost[worse.removesuffix(" falling")]
+        expected = papers(
+            ACCURACIES[paper_better or better], ACCURACIES[worse.removesuffix(" falling")]
+        )
         return comparison.claim(values, paper, better, worse, expected, "all layers")
 
     return [
@@ -151,7 +150,7 @@ def claims(values: Values) -> list[Claim]:
             ),
             "rectified",
             "annealed",
-            1 - (FULL - 69.58) / (FULL - 69.31),
+            papers(69.58, 69.31),
             "first layer",
         ),
         of(

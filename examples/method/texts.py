@@ -24,7 +24,15 @@ from adaround_ext.ops import dequantize
 from benchmarks import common, minilm, quality_model
 from examples.method.comparison import plain, short
 from examples.method.encoder_layers import Batches, drawn, everything
-from examples.method.experiment import Cell, Claim, Experiment, Table, Text, Values
+from examples.method.experiment import (
+    Cell,
+    Claim,
+    Experiment,
+    Table,
+    Text,
+    Values,
+    papers_logarithms,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -131,9 +139,6 @@ def claims(values: Values) -> list[Claim]:
     nearest, own = values["nearest"], distances(values, "prose", most)
     others = distances(values, "source", most)
 
-    def expected(accuracy: float) -> float:
-        return math.log((69.68 - 23.99) / (69.68 - accuracy))
-
     numbers = [statistics.fmean(found) for found in (others, own)]
     return [
         Claim(
@@ -157,7 +162,7 @@ def claims(values: Values) -> list[Claim]:
                 math.log(nearest / other) / math.log(nearest / same)
                 for other, same in zip(others, own, strict=True)
             ],
-            expected(68.51) / expected(68.71),
+            papers_logarithms(68.51),
         )
     ]
 
