@@ -19,7 +19,7 @@ pytest.importorskip("matplotlib")
 from examples.method import __main__ as cli
 from examples.method import adaround, objectives, pages, schemes, taylor, workload
 from examples.method.catalogue import EXPERIMENTS
-from examples.method.experiment import Claim, Experiment, Table, Text, Values
+from examples.method.experiment import Claim, Experiment, Table, Text, Values, claims_table
 from examples.method.hessian import Expansion, expansion, gram, local
 from examples.method.qubo import Qubo, cross_entropy_method, search, stochastic
 from examples.method.workload import Images, Layer, Scorer
@@ -130,12 +130,12 @@ def test_output_is_elsewhere(folders: Path) -> None:
 
 
 def test_full_run_and_tables(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cli.main([])
+    cli.main(["toy"])
     document = json.loads((folders / "results" / "toy.json").read_text())
     assert document["results"] == {"value": 1.25, "quick": False}
     assert document["machine"]["torch_threads"] == 1
     assert "commit" in document["machine"]
-    assert document["command"].startswith("python -m examples.method")
+    assert document["command"] == "python -m examples.method toy"
     first = _files(folders)
     assert b"1.25" in first["docs/method.md"] and b"1.25" in first["docs/method.zh.md"]
     assert "已重现".encode() in first["docs/method.zh.md"]
@@ -144,22 +144,51 @@ def test_full_run_and_tables(folders: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert _files(folders) == first  # the picture too
 
 
-def test_arguments() -> None:
-    for wrong in (["nothing"], ["--tables", "--quick"]):
-        with pytest.raises(SystemExit):
-            cli.main(wrong)
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["toy", "nothing"], "no experiment nothing: there are toy"),
+        (["--tables", "--quick"], "--tables measures nothing"),
+        (["--tables"], "has no results of any experiment"),
+        (["--tables", "toy"], "has no results of toy"),
+        (["--output", "{folder}/docs/method.md"], "File exists"),
+        (["--output", "{folder}/docs/method.md/own"], "Not a directory"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_is_measured(
+    arguments: list[str],
+    said: str,
+    folders: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(cli, "measured", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([argument.format(folder=folders) for argument in arguments])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_name_given_twice_is_measured_once(
+    folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["--quick", "toy", "toy"])
+    assert capsys.readouterr().out.count("Toy") == 1
 
 
 @pytest.mark.parametrize(("language", "name"), pages.PAGES.items())
 def test_documents_show_the_results(language: pages.Language, name: str) -> None:
-    """Each stored result's tables stand in the documents as they follow from it."""
-    if not (pages.DOCS / name).exists():
-        pytest.skip(f"there is no {name}")
+    """Each stored result's tables stand in the documents as they follow from it, and all claims."""
     text = (pages.DOCS / name).read_text()
+    tables: list[Table] = []
+    claims: list[tuple[Experiment, Claim]] = []
     for experiment in EXPERIMENTS.values():
         values = cli.read(cli.RESULTS / f"{experiment.name}.json")
-        for table in experiment.tables(values) if values else ():
-            assert pages.replaced(text, table.name, pages.markdown(table, language)) == text
+        assert values is not None, f"there are no results of {experiment.name}"
+        tables += experiment.tables(values)
+        claims += [(experiment, claim) for claim in experiment.claims(values)]
+    for table in (*tables, claims_table(claims)):
+        assert pages.replaced(text, table.name, pages.markdown(table, language)) == text
 
 
 # The mathematics

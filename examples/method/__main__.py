@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import time
@@ -31,20 +32,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes; only shows the tables")
     parser.add_argument("--tables", action="store_true", help="from the results; measures nothing")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="results and pictures there")
-    options = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(given)
     unknown = [name for name in options.names if name not in EXPERIMENTS]
     if unknown:
         parser.error(f"no experiment {', '.join(unknown)}: there are {', '.join(EXPERIMENTS)}")
     if options.tables and options.quick:
         parser.error("--tables measures nothing: leave out --quick")
-    chosen = [EXPERIMENTS[name] for name in options.names or EXPERIMENTS]
+    chosen = [EXPERIMENTS[name] for name in dict.fromkeys(options.names or EXPERIMENTS)]
     if options.tables:
+        folder = options.output or RESULTS
+        missing = [name for name in options.names if not (folder / f"{name}.json").exists()]
+        if missing or not any((folder / f"{one.name}.json").exists() for one in chosen):
+            parser.error(f"{folder} has no results of {', '.join(missing) or 'any experiment'}")
         publish(chosen, options.output)
         return
+    if options.output is not None:
+        try:  # now, not after the first experiment
+            options.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--output: {error}")
+        if not os.access(options.output, os.W_OK):
+            parser.error(f"--output: {options.output} cannot be written to")
+    command = shlex.join(["python", "-m", "examples.method", *given])
     torch.set_num_threads(1)  # the same numbers on every machine of a kind
     found = {}
     for experiment in chosen:
-        document = measured(experiment, options.quick)
+        document = measured(experiment, options.quick) | {"command": command}
         found[experiment.name] = document["results"]
         folder = options.output or (None if options.quick else RESULTS)
         if folder is not None:
@@ -64,11 +78,10 @@ def measured(experiment: Experiment, quick: bool) -> Values:
     values = experiment.measure(quick)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     common.note(f"{experiment.name}: {seconds:.0f} s, {cpu_seconds:.0f} s of the processor")
-    command = shlex.join(["python", "-m", "examples.method", *sys.argv[1:]])
     settings = common.Options(torch.device("cpu"), quick)
     document = common.document(f"method {experiment.name}", settings, facts, values, [])
     del document["targets"]
-    return document | {"command": command, "seconds": seconds, "cpu_seconds": cpu_seconds}
+    return document | {"seconds": seconds, "cpu_seconds": cpu_seconds}
 
 
 def publish(chosen: Sequence[Experiment], output: Path | None) -> None:
