@@ -10,6 +10,8 @@ ROOT = Path(__file__).parent.parent
 NAMES = [
     path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))
 ]
+# English documents and what the Chinese ones are called.
+PAIRS = [("README.md", "README.zh.md"), ("docs/method.md", "docs/method.zh.md")]
 _FENCED = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.M | re.S)
 
 

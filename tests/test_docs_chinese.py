@@ -10,7 +10,7 @@ import pytest
 from examples.method.catalogue import EXPERIMENTS
 from tests import documents
 
-PAIRS = [("README.md", "README.zh.md"), ("docs/method.md", "docs/method.zh.md")]
+PAIRS = documents.PAIRS
 _NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?|\.\d+")
 # What has numbers of its own: targets of links, rows of tables, mathematics.
 _NO_TEXT = re.compile(r"\]\([^)]*\)|^\|[^\n]*$|\$\$.*?\$\$|\$.*?\$", re.M | re.S)
