@@ -136,6 +136,17 @@ def test_solvers_find_the_least(qubo: Qubo, weight: Tensor) -> None:
     torch.testing.assert_close(qubo.values(drawn).sum(), least.sum(), rtol=0.05, atol=0.0)
 
 
+def test_the_cross_entropy_method_ends_when_it_is_certain(
+    qubo: Qubo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (qubo.above == qubo.below).any()  # of which it cannot become certain by drawing
+    draws: list[Tensor] = []
+    values = Qubo.values
+    monkeypatch.setattr(Qubo, "values", lambda self, b: draws.append(b) or values(self, b))
+    cross_entropy_method(qubo, 0, samples=300)
+    assert len(draws) < 60
+
+
 def test_codes_of_a_qubo(qubo: Qubo, weight: Tensor) -> None:
     grid = _grid(weight)
     start = qubo.nearest(weight, grid)

@@ -20,7 +20,8 @@ class Qubo:
     """min over b in {0, 1} of e G e^T with e = down + (up - down) b, each row on its own.
 
     gram float64 [n, n]; down and up float64 [rows, n], the errors w_q - w of the two codes;
-    below and above, these codes; fraction, how far a weight is above ``below``, in steps.
+    below and above, these codes; fraction, how far a weight is above ``below``, in steps, but 0
+    beyond the grid's ends, where there is no choice: such a coin would never be certain.
     """
 
     gram: Tensor
@@ -36,9 +37,8 @@ class Qubo:
         at = position(weight, grid)
         below, above = ((at.floor() + up).clamp(grid.qmin, grid.qmax) for up in (0, 1))
         w, s = weight.double(), grid.scale.double()
-        return Qubo(
-            gram.double(), s * below - w, s * above - w, below, above, (at - at.floor()).double()
-        )
+        fraction = torch.where(above > below, at - at.floor(), 0.0).double()
+        return Qubo(gram.double(), s * below - w, s * above - w, below, above, fraction)
 
     def codes(self, b: Tensor) -> Tensor:
         return torch.where(b > 0, self.above, self.below).to(torch.int8)
