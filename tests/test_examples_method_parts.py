@@ -62,8 +62,8 @@ def output_error(task: LayerTask, weight_q: Tensor) -> float:
 
 
 def test_each_grid_is_the_best_by_its_own_measure(task: LayerTask) -> None:
-    found = {name: rule(task, BITS) for name, rule in grids.RULES.items()}
-    rounded = {name: grids.nearest(task, grid, BITS) for name, grid in found.items()}
+    found = {name: rule(task) for name, rule in grids.RULES.items()}
+    rounded = {name: grids.nearest(task, grid) for name, grid in found.items()}
     by_weights = {n: float((w - task.weight).square().sum()) for n, w in rounded.items()}
     by_outputs = {n: output_error(task, w) for n, w in rounded.items()}
     assert min(by_weights, key=by_weights.__getitem__) == "weights"
@@ -80,15 +80,15 @@ def test_output_loss_is_that_of_the_outputs(task: LayerTask) -> None:
 
 @pytest.mark.parametrize("rule", grids.RULES)
 def test_adaround_beats_nearest_on_every_grid(task: LayerTask, rule: str) -> None:
-    grid = grids.RULES[rule](task, BITS)
-    learned = grids.adaround(task, grid, BITS)
+    grid = grids.RULES[rule](task)
+    learned = grids.adaround(task, grid)
     codes = learned / grid.scale
     torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
-    assert output_error(task, learned) < output_error(task, grids.nearest(task, grid, BITS))
+    assert output_error(task, learned) < output_error(task, grids.nearest(task, grid))
 
 
 def test_a_corrected_bias_leaves_no_mean_error(task: LayerTask) -> None:
-    weight_q = grids.nearest(task, grids.min_max(task, BITS), BITS)
+    weight_q = grids.nearest(task, grids.min_max(task))
     before = task.matrix.forward(task.inputs, weight_q, task.matrix.bias) - task.targets
     corrected = bias.corrected_bias(task, weight_q)
     after = task.matrix.forward(task.inputs, weight_q, corrected) - task.targets

@@ -54,7 +54,7 @@ def rounding(name: str, correct: bool) -> Way:
     def quantize(model: nn.Module, setting: Setting, seed: int) -> None:
         def solve(task: LayerTask) -> tuple[Tensor, Tensor | None]:
             grid = make_grid(task.weight, task.config)
-            weight_q = grids.ROUNDINGS[name](task, grid, setting.bits)
+            weight_q = grids.ROUNDINGS[name](task, grid)
             return weight_q, corrected_bias(task, weight_q) if correct else None
 
         _walk(model, setting, solve)

@@ -31,24 +31,24 @@ ANNEALING: dict[str, Any] = {
     "refine": False,
     "bias": "keep",
 }  # on the damped Gram matrix, and no search after it
-GridRule = Callable[[LayerTask, int], QuantGrid]
-Rounding = Callable[[LayerTask, QuantGrid, int], Tensor]
+GridRule = Callable[[LayerTask], QuantGrid]
+Rounding = Callable[[LayerTask, QuantGrid], Tensor]
 
 
-def min_max(task: LayerTask, bits: int) -> QuantGrid:
-    return make_grid(task.weight, _config(bits, "min_max"))
+def min_max(task: LayerTask) -> QuantGrid:
+    return make_grid(task.weight, _config(task.config.bits, "min_max"))
 
 
-def by_weights(task: LayerTask, bits: int) -> QuantGrid:
+def by_weights(task: LayerTask) -> QuantGrid:
     """Least squared error of the weights under rounding to nearest."""
-    return make_grid(task.weight, _config(bits, "mse"))
+    return make_grid(task.weight, _config(task.config.bits, "mse"))
 
 
-def by_outputs(task: LayerTask, bits: int) -> QuantGrid:
+def by_outputs(task: LayerTask) -> QuantGrid:
     """Least squared error of the layer's outputs under rounding to nearest."""
-    widest, loss = min_max(task, bits), output_loss(task)
+    widest, loss = min_max(task), output_loss(task)
     found = [replace(widest, scale=widest.scale * share) for share in SHARES]
-    return min(found, key=lambda grid: loss(nearest(task, grid, bits)))
+    return min(found, key=lambda grid: loss(nearest(task, grid)))
 
 
 def output_loss(task: LayerTask) -> Callable[[Tensor], float]:
@@ -59,24 +59,24 @@ def output_loss(task: LayerTask) -> Callable[[Tensor], float]:
     return lambda weight_q: float(objective.row_losses(weight_q).sum())
 
 
-def by_search(task: LayerTask, bits: int) -> QuantGrid:
+def by_search(task: LayerTask) -> QuantGrid:
     """The library's: least error of the outputs where every candidate is rounded by GPTQ.
 
     Without descent, and refitted in the end to AdaRound's codes on the best of them.
     """
     found = optimize_layer(
-        task.matrix.layer, task.inputs, task.targets, _config(bits, "gram"), **ANNEALING
+        task.matrix.layer, task.inputs, task.targets, _config(task.config.bits, "gram"), **ANNEALING
     )
-    return replace(min_max(task, bits), scale=found.scale)
+    return replace(min_max(task), scale=found.scale)
 
 
-def nearest(task: LayerTask, grid: QuantGrid, bits: int) -> Tensor:
+def nearest(task: LayerTask, grid: QuantGrid) -> Tensor:
     return dequantize(nearest_codes(task.weight, grid), grid.scale, grid.zero_point)
 
 
-def adaround(task: LayerTask, grid: QuantGrid, bits: int) -> Tensor:
+def adaround(task: LayerTask, grid: QuantGrid) -> Tensor:
     """In the Gram form, without ReLU."""
-    config = replace(_config(bits, "mse"), scale=grid.scale)
+    config = replace(_config(task.config.bits, "mse"), scale=grid.scale)
     layer = task.matrix.layer
     found = optimize_layer(layer, task.inputs, task.targets, config, **ANNEALING)
     return dequantize(found.codes, found.scale, found.zero_point)
@@ -132,9 +132,9 @@ def way(rule: GridRule, rounding: Rounding) -> Way:
         shares = []
 
         def solve(task: LayerTask) -> tuple[Tensor, None]:
-            grid = rule(task, setting.bits)
-            shares.append(float(grid.scale / min_max(task, setting.bits).scale))
-            return rounding(task, grid, setting.bits), None
+            grid = rule(task)
+            shares.append(float(grid.scale / min_max(task).scale))
+            return rounding(task, grid), None
 
         quantize_each_(model, calibration().images, _config(setting.bits, "mse"), solve)
         return {"share_of_min_max": statistics.fmean(shares)}
