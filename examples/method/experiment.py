@@ -50,7 +50,7 @@ class Claim:
 
     paper: with its figures. here: with ours. effect: what ``effects`` are, one a seed, above 0
     where a seed shows what the paper says; best a share, which other networks can have as well.
-    expected: the paper's, from its figures.
+    expected: the paper's, from its figures; where it has none, ``assumed``: the most there can be.
     """
 
     paper: Text
@@ -58,6 +58,7 @@ class Claim:
     effect: Text
     effects: Sequence[float]
     expected: float
+    assumed: bool = False
 
     @property
     def verdict(self) -> Verdict:
@@ -128,7 +129,9 @@ def claims_table(found: Sequence[tuple[Experiment, Claim]]) -> Table:
             claim.effect,
             f"{statistics.fmean(claim.effects):.3g} "
             f"({', '.join(f'{effect:.3g}' for effect in claim.effects)})",
-            claim.expected,
+            Text(f"{claim.expected:g}, assumed", f"{claim.expected:g}，假定")
+            if claim.assumed
+            else claim.expected,
             VERDICTS[claim.verdict],
         )
         for experiment, claim in found

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -139,14 +141,18 @@ def loop_weight(subject: Subject, bits: int, steps: int) -> Tensor:
 
 def seconds(subject: Subject) -> dict[str, float]:
     """Of the processor for one whole layer at 4 bits; the loop's are scaled to 10,000 steps."""
-    found = {}
-    started = time.process_time()
-    loop_weight(subject, 4, 100)
-    found["loop"] = (time.process_time() - started) * common.REFERENCE_STEPS / 100
-    for name, settings in SCHEMES.items():
+
+    def took(call: Callable[[], object]) -> float:
         started = time.process_time()
-        optimize_layer(subject.layer, subject.inputs, bits=4, **settings)
-        found[name] = time.process_time() - started
+        call()
+        return time.process_time() - started
+
+    few, many = (took(partial(loop_weight, subject, 4, steps)) for steps in (10, 110))
+    found = {"loop": (many - few) * common.REFERENCE_STEPS / 100}
+    for name, settings in SCHEMES.items():
+        found[name] = took(
+            partial(optimize_layer, subject.layer, subject.inputs, bits=4, **settings)
+        )
     return found
 
 

@@ -158,6 +158,7 @@ def claims(values: Values) -> list[Claim]:
             ranks,
             [-one for one in of(values, CLAIMED, "quadratic", "spearman_accuracy")],
             1.0,
+            assumed=True,
         ),
         Claim(
             Text(
@@ -178,6 +179,7 @@ def claims(values: Values) -> list[Claim]:
             ),
             [a * a - b * b for a, b in zip(full, diagonal, strict=True)],
             1.0,
+            assumed=True,
         ),
     ]
 
