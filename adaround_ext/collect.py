@@ -214,7 +214,7 @@ class Collector:
             self._inputs = self._inputs.joined(ranks)
             self._targets = [kept.joined(ranks) for kept in self._targets]
         if count == 0:
-            raise ValueError(f"calibration must reach {self.unit.names}, got no samples for it")
+            raise ValueError(f"calibration must reach {self.unit.names}, got no samples")
         self.seconds += time.perf_counter() - started
 
     def problems(self) -> Iterator[tuple[list[int], Iterator[Problem]]]:

@@ -188,7 +188,7 @@ def _untied(matrix: MatrixLayer, tied: tuple[tuple[str, nn.Module], ...]) -> str
         try:
             other = matrix_layer(module)
         except (TypeError, ValueError):
-            return f"its weight is also that of {name}, a {type(module).__name__}"
+            return f"its weight is also that of {name} ({type(module).__name__})"
         if other.geometry != matrix.geometry or type(module) is not type(matrix.layer):
             return f"its weight is also that of {name}, which uses it in another way"
     return None
