@@ -25,7 +25,7 @@ demo: build $(DONE)/demo  ## round a block of a trained encoder: a table, and a 
 	$(BIN)/python -m examples.demo $(ARGS)
 
 test: build $(DONE)/demo $(DONE)/test  ## all tests, WORKERS (2) at a time; ARGS goes to pytest
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
 fuzz: build $(DONE)/test  ## random cases into the ops and the driver, CASES (20000) of them, for the night
 	$(BIN)/python -m tests.fuzz --cases $(CASES) $(ARGS)
