@@ -48,14 +48,15 @@ def _replayed(
         for _ in range(_BEFORE - 1):
             step()
         done(_BEFORE)
-        graph = _captured(step, generator)
-        chunks = 0 if graph is None else (count - _BEFORE) // _CHUNK
-        for _ in range(chunks):
-            graph.replay()  # type: ignore[union-attr]
-            done(_CHUNK)
+        steps = _BEFORE
+        if graph := _captured(step, generator):
+            for _ in range((count - _BEFORE) // _CHUNK):
+                graph.replay()
+                done(_CHUNK)
+                steps += _CHUNK
     caller.wait_stream(own)
     own.synchronize()  # before the graph's memory is given back
-    return _BEFORE + chunks * _CHUNK
+    return steps
 
 
 def _captured(

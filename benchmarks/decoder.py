@@ -64,7 +64,7 @@ def llama_shaped(
     if importlib.util.find_spec("transformers") is None:
         needs = "the decoder needs the package transformers"
         raise ImportError(f'{needs}: pip install "adaround_ext[demo]"')
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     if hidden % heads or heads % kv_heads:
         rule = "heads must divide hidden, and kv_heads must divide heads"
@@ -79,17 +79,11 @@ def llama_shaped(
         initializer_range=hidden**-0.5,
         tie_word_embeddings=False,
         use_cache=False,
-        dtype=dtype,
     )
     cuda = [] if torch.device(device).type == "cpu" else [device]
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.random.fork_rng(devices=cuda), torch.device(device):
-            torch.manual_seed(seed)
-            model = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
+    with torch.random.fork_rng(devices=cuda), torch.device(device):
+        torch.manual_seed(seed)
+        model: LlamaForCausalLM = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.eval()
     return model
 

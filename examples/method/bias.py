@@ -36,8 +36,7 @@ PAPER = {
 
 
 def measure(quick: bool) -> Values:
-    settings, seeds, shifts = (SETTINGS[:1], 2, 0) if quick else (SETTINGS, 3, 1)
-    return {"runs": comparison.compare("bias", WAYS, settings, seeds, shifts=shifts)}
+    return {"runs": comparison.usual("bias", WAYS, SETTINGS, quick)}
 
 
 def corrected_bias(task: LayerTask, weight_q: Tensor) -> Tensor:
@@ -66,7 +65,7 @@ def refit(model: nn.Module, setting: Setting, seed: int) -> None:
     """The library's: rounding under the covariance, since the bias will take up the mean."""
 
     def solve(task: LayerTask) -> tuple[Tensor, Tensor | None]:
-        settings = grids.ANNEALING | {"bias": "refit", "scale": "mse"}
+        settings = comparison.ANNEALING | {"bias": "refit", "scale": "mse"}
         found = optimize_layer(
             task.matrix.layer, task.inputs, task.targets, bits=setting.bits,
             granularity="per_tensor", **settings,

@@ -43,6 +43,10 @@ class Setting(NamedTuple):
 Way = Callable[[nn.Module, Setting, int], dict[str, Any] | None]
 
 
+# Of AdaRoundConfig: the annealing alone, on the damped Gram matrix, and no search after it.
+ANNEALING: dict[str, Any] = {"starts": ("adaround",), "refine": False, "bias": "keep"}
+
+
 class NetworkScorer:
     """Scores quantized copies of a network on the same images."""
 
@@ -89,6 +93,15 @@ def compare(
                 )
             runs.append(setting._asdict() | {"seed": seed, "scores": scores})
     return runs
+
+
+def usual(
+    name: str, ways: Mapping[str, Way], settings: Sequence[Setting], quick: bool
+) -> list[dict[str, Any]]:
+    """:func:`compare` at the sizes that most experiments have."""
+    if quick:
+        return compare(name, ways, settings[:1], 2, shifts=0)
+    return compare(name, ways, settings, 3)
 
 
 def settings_of(values: Values) -> list[Setting]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,6 @@ if TYPE_CHECKING:
 
 SETTINGS = (Setting("separable", 3), Setting("residual", 3))
 SHARES = torch.linspace(0.2, 1.0, 81).tolist()  # of the min-max scale
-ANNEALING: dict[str, Any] = {
-    "starts": ("adaround",),
-    "refine": False,
-    "bias": "keep",
-}  # on the damped Gram matrix, and no search after it
 GridRule = Callable[[LayerTask], QuantGrid]
 Rounding = Callable[[LayerTask, QuantGrid], Tensor]
 
@@ -65,7 +60,11 @@ def by_search(task: LayerTask) -> QuantGrid:
     Without descent, and refitted in the end to AdaRound's codes on the best of them.
     """
     found = optimize_layer(
-        task.matrix.layer, task.inputs, task.targets, _config(task.config.bits, "gram"), **ANNEALING
+        task.matrix.layer,
+        task.inputs,
+        task.targets,
+        _config(task.config.bits, "gram"),
+        **comparison.ANNEALING,
     )
     return replace(min_max(task), scale=found.scale)
 
@@ -78,7 +77,7 @@ def adaround(task: LayerTask, grid: QuantGrid) -> Tensor:
     """In the Gram form, without ReLU."""
     config = replace(_config(task.config.bits, "mse"), scale=grid.scale)
     layer = task.matrix.layer
-    found = optimize_layer(layer, task.inputs, task.targets, config, **ANNEALING)
+    found = optimize_layer(layer, task.inputs, task.targets, config, **comparison.ANNEALING)
     return dequantize(found.codes, found.scale, found.zero_point)
 
 
@@ -116,13 +115,12 @@ PAPER = {
 
 
 def measure(quick: bool) -> Values:
-    settings, seeds, shifts = (SETTINGS[:1], 2, 0) if quick else (SETTINGS, 3, 1)
     ways = {
         f"{rounding} {rule}": way(RULES[rule], ROUNDINGS[rounding])
         for rounding in ROUNDINGS
         for rule in RULES
     }
-    return {"runs": comparison.compare("grids", ways, settings, seeds, shifts=shifts)}
+    return {"runs": comparison.usual("grids", ways, SETTINGS, quick)}
 
 
 def way(rule: GridRule, rounding: Rounding) -> Way:

@@ -23,14 +23,8 @@ if TYPE_CHECKING:
 SETTINGS = (Setting("separable", 2), Setting("residual", 2))
 STEPS = 2000  # of the sampled loss, as in the presets: with 500 it has not converged
 SAMPLED: dict[str, Any] = {"objective": "sampled"}
-# The annealing alone: as sampled, without what the Gram solver does after it.
-GRAM: dict[str, Any] = {
-    "objective": "gram",
-    "starts": ("adaround",),
-    "refine": False,
-    "rounds": 0,
-    "bias": "keep",
-}
+# As sampled: without what the Gram solver does after the annealing.
+GRAM: dict[str, Any] = comparison.ANNEALING | {"objective": "gram", "rounds": 0}
 WAYS: dict[str, dict[str, Any]] = {
     "layer-wise": SAMPLED | {"mode": "parallel"},
     "asymmetric": SAMPLED | {"mode": "sequential"},
@@ -55,11 +49,9 @@ PAPER = {
 
 
 def measure(quick: bool) -> Values:
-    settings, seeds, shifts = (SETTINGS[:1], 2, 0) if quick else (SETTINGS, 3, 1)
     steps = 200 if quick else STEPS
     ways = {name: way(values, steps) for name, values in WAYS.items()}
-    runs = comparison.compare("reconstruction", ways, settings, seeds, shifts=shifts)
-    return {"steps": steps, "runs": runs}
+    return {"steps": steps, "runs": comparison.usual("reconstruction", ways, SETTINGS, quick)}
 
 
 def way(values: dict[str, Any], steps: int) -> Way:

@@ -1,0 +1,56 @@
+"""Registers, stack and shared memory of every CUDA kernel, as the compiler left them.
+
+Stack or local memory of a kernel without arrays means spilled registers. Needs cuobjdump, of the
+CUDA toolkit or of ``pip install nvidia-cuda-cuobjdump``, and no GPU.
+
+    python -m scripts.kernel_code [--arch sm_90] [--output FILE.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+from benchmarks import common
+
+_LIBRARY = Path(__file__).parent.parent / "adaround_ext" / "_C_cuda.so"
+_USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+_NAMES = ("registers", "stack", "shared", "local")
+
+
+def usage(arch: str) -> dict[str, dict[str, int]]:
+    """By kernel with its template arguments: registers a thread, bytes of the rest."""
+    command = ["cuobjdump", "-arch", arch, "--dump-resource-usage", str(_LIBRARY)]
+    rows = _USAGE.findall(subprocess.check_output(command, text=True))
+    mangled = "\n".join(name for name, *_ in rows)
+    names = subprocess.check_output(["c++filt"], input=mangled, text=True).splitlines()
+    found = {}
+    for name, (_, *values) in zip(names, rows, strict=True):
+        kernel = re.search(r"(\w+(?:<[^()]*>)?)\((?!anonymous)", name)
+        found[kernel.group(1) if kernel else name] = dict(
+            zip(_NAMES, map(int, values), strict=True)
+        )
+    return dict(sorted(found.items()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arch", default="sm_90")
+    parser.add_argument("--output", type=Path, metavar="FILE.json")
+    options = parser.parse_args()
+    found = usage(options.arch)
+    rows = [[kernel, *values.values()] for kernel, values in found.items()]
+    common.print_table(f"Kernels for {options.arch}", ("kernel", *_NAMES), rows)
+    if options.output is not None:
+        facts = common.machine_facts(torch.device("cpu"))
+        common.write_json(
+            options.output, {"machine": facts, "arch": options.arch, "results": found}
+        )
+
+
+if __name__ == "__main__":
+    main()
