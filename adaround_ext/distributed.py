@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import io
 import pickle
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import accumulate
 from typing import Any, Literal, TypeVar
 
@@ -20,6 +21,7 @@ from torch import Tensor
 Reduction = Literal["ordered", "fast"]
 REDUCTIONS = ("ordered", "fast")
 T = TypeVar("T")
+_PATIENCE = 10.0  # seconds for what takes microseconds, on a machine that is not overloaded
 _LOST = (
     "another rank stopped answering during {what}: its own output says why. Layers that were done "
     "are in checkpoint_dir, if that was given: the same call goes on from there"
@@ -180,9 +182,33 @@ class Ranks:
 
     def _call(self, what: str, function: Callable[..., object], *arguments: object) -> None:
         try:
-            function(*arguments, group=self._group)
+            with _released(arguments) if self.device.type == "cpu" else nullcontext():
+                function(*arguments, group=self._group)
         except RuntimeError as error:
             raise RuntimeError(_LOST.format(what=what)) from error
+
+
+@contextmanager
+def _released(arguments: Sequence[object]) -> Iterator[None]:
+    """Goes on only when no thread of gloo holds the tensors of a call any more.
+
+    The call returns a moment earlier. The thread needs the interpreter to let go of them, and
+    aborts the process if that has begun to end, with the group destroyed or not (pytorch#190489).
+    """
+    lists = (value if isinstance(value, list) else [value] for value in arguments)
+    tensors = [value for values in lists for value in values if isinstance(value, Tensor)]
+    before = _holders(tensors)
+    try:
+        yield
+    finally:
+        end = time.monotonic() + _PATIENCE
+        while _holders(tensors) != before and time.monotonic() < end:
+            time.sleep(0)  # lets another thread have the interpreter
+
+
+def _holders(tensors: Sequence[Tensor]) -> list[int]:
+    """How many of torch's own pointers there are to each, Python's being one."""
+    return [tensor._use_count() for tensor in tensors]  # type: ignore[attr-defined]
 
 
 ALONE = Ranks()

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import pytest
 import torch
 
 from adaround_ext import cli, quantize_
-from adaround_ext.distributed import Ranks
+from adaround_ext.distributed import Ranks, _released
 from tests.distributed_cases import CASES, FAST, rank_of, run_case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -169,6 +170,15 @@ def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], mess
     model = torch.nn.Linear(4, 4)
     with pytest.raises(error, match=message):
         quantize_(model, torch.randn(8, 4), progress=False, **arguments)
+
+
+def test_a_call_ends_when_no_thread_holds_its_tensors() -> None:
+    """A thread that lets go of one while the process ends would abort it."""
+    tensor, graph = torch.ones(3), list[torch.Tensor]()
+    with _released(([tensor], 2)):
+        graph.append(tensor * torch.ones(3, requires_grad=True))  # holds it for the gradient
+        threading.Timer(0.2, graph.clear).start()
+    assert not graph
 
 
 def test_the_command_line_under_torchrun(folder: Path) -> None:
