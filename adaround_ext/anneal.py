@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from adaround_ext import ops, reference
 from adaround_ext.config import AdaRoundConfig
 from adaround_ext.grid import QuantGrid
 from adaround_ext.objective import Objective
+from adaround_ext.precision import tf32_products
 from adaround_ext.presets import Settings
 from adaround_ext.repeat import repeat
 from adaround_ext.schedule import schedule_table
@@ -70,7 +72,8 @@ def anneal(
             config.scale_free,
         )  # fmt: skip
 
-    with tqdm(total=chosen.steps, desc=name, disable=not config.progress) as bar:
+    precision = tf32_products(weight.device) if config.products == "tf32" else nullcontext()
+    with precision, tqdm(total=chosen.steps, desc=name, disable=not config.progress) as bar:
         repeat(one_step, chosen.steps, weight.device, objective.generator, bar.update)
     qrange = grid.scale, grid.zero_point, grid.qmin, grid.qmax
     soft, _ = ops.soft_quantize(weight, state.v, *qrange, 2.0)

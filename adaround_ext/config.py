@@ -18,7 +18,7 @@ _CHOICES = {
     "granularity": ("per_tensor", "per_channel", "per_group"),
     "objective": ("auto", "gram", "sampled"),
     "bias": ("refit", "create", "keep"),
-    "products": ("auto", "float32", "bfloat16"),
+    "products": ("auto", "float32", "tf32", "bfloat16"),
 }
 _STARTS = ("nearest", "gptq", "adaround")
 _SCALES = ("gram", "mse", "min_max")
@@ -69,8 +69,9 @@ class AdaRoundConfig:
     objective's measured default. beta: (from, to) of the regularizer's exponent along half a
     cosine. warmup: the share of steps before the regularizer is on. scale_free: divide the loss by
     the layer's own scale, so that one reg_weight serves all layers; False is the paper's loss.
-    products: the arithmetic of its matrix products: "float32", "bfloat16", or "auto", which is
-    bfloat16 where the processor has it. batch_size: samples a step of the sampled objective.
+    products: the arithmetic of its matrix products: "float32", "bfloat16", "tf32" (on CUDA,
+    elsewhere float32), or "auto", which is bfloat16 where the processor has it. batch_size: samples
+    a step of the sampled objective.
 
     seed: of everything that is drawn. progress: show a bar.
     """
@@ -100,7 +101,7 @@ class AdaRoundConfig:
     beta: tuple[float, float] = (20.0, 2.0)
     warmup: float = 0.2
     scale_free: bool = True
-    products: Literal["auto", "float32", "bfloat16"] = "auto"
+    products: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
     seed: int = 0
     progress: bool = False
 

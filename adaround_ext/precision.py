@@ -27,6 +27,19 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
+def tf32_products(device: torch.device) -> Iterator[None]:
+    """Within :func:`full_precision`: matrix products on CUDA may take TF32, where it has that."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@contextmanager
 def _ieee() -> Iterator[None]:
     # torch has these settings twice, and its older functions raise where a caller used the newer
     # ones (torch.backends.fp32_precision and the like) in a way that they cannot tell. So both are

@@ -11,30 +11,35 @@ from __future__ import annotations
 import argparse
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks import common
 
-_LIBRARY = Path(__file__).parent.parent / "adaround_ext" / "_C_cuda.so"
+LIBRARY = Path(__file__).parent.parent / "adaround_ext" / "_C_cuda.so"
 _USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _NAMES = ("registers", "stack", "shared", "local")
 
 
+def kernel_names(mangled: Sequence[str]) -> list[str]:
+    """With their template arguments, and nothing else."""
+    text = subprocess.check_output(["c++filt"], input="\n".join(mangled), text=True)
+    found = []
+    for name in text.splitlines():
+        kernel = re.search(r"(\w+(?:<[^()]*>)?)\((?!anonymous)", name)
+        found.append(kernel.group(1) if kernel else name)
+    return found
+
+
 def usage(arch: str) -> dict[str, dict[str, int]]:
     """By kernel with its template arguments: registers a thread, bytes of the rest."""
-    command = ["cuobjdump", "-arch", arch, "--dump-resource-usage", str(_LIBRARY)]
+    command = ["cuobjdump", "-arch", arch, "--dump-resource-usage", str(LIBRARY)]
     rows = _USAGE.findall(subprocess.check_output(command, text=True))
-    mangled = "\n".join(name for name, *_ in rows)
-    names = subprocess.check_output(["c++filt"], input=mangled, text=True).splitlines()
-    found = {}
-    for name, (_, *values) in zip(names, rows, strict=True):
-        kernel = re.search(r"(\w+(?:<[^()]*>)?)\((?!anonymous)", name)
-        found[kernel.group(1) if kernel else name] = dict(
-            zip(_NAMES, map(int, values), strict=True)
-        )
-    return dict(sorted(found.items()))
+    names = kernel_names([name for name, *_ in rows])
+    values = [dict(zip(_NAMES, map(int, numbers), strict=True)) for _, *numbers in rows]
+    return dict(sorted(zip(names, values, strict=True)))
 
 
 def main() -> None:

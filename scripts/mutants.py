@@ -21,6 +21,13 @@ class Mutant:
     new: str
     tests: str
 
+    @property
+    def kind(self) -> str:
+        """The part of scripts/sanitize.sh that tests it."""
+        if self.tests == THREADS:
+            return THREADS
+        return "cuda" if self.file.startswith("csrc/cuda/") else "address"
+
     def planted(self, text: str) -> str:
         """The text of the file with the bug."""
         found = text.count(self.old)

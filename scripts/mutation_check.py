@@ -1,4 +1,4 @@
-"""Do the tests notice bugs? Plants those of scripts/mutants.py in the CPU ops, one at a time.
+"""Do the tests notice bugs? Plants those of mutants.py and cuda_mutants.py, one at a time.
 
 Each goes into a copy of the sources, which is built with sanitizers and tested as in
 ``scripts/sanitize.sh``. Fails where a bug is not noticed, or where its place is not found.
@@ -17,13 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from benchmarks import common
+from scripts.cuda_mutants import CUDA_MUTANTS
 from scripts.mutants import MUTANTS, THREADS, Mutant
 
 _ROOT = Path(__file__).parent.parent
@@ -43,21 +44,24 @@ class Outcome:
 
 
 def copy_sources(target: Path) -> None:
-    """All that git does not ignore."""
+    """All that git does not ignore, and the libraries, for what is not built anew."""
     listed = subprocess.check_output(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=_ROOT, text=True
     )
-    for name in listed.splitlines():
+    libraries = [f"adaround_ext/{path.name}" for path in (_ROOT / "adaround_ext").glob("*.so")]
+    for name in listed.splitlines() + libraries:
         if (_ROOT / name).exists():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(_ROOT / name, target / name)
 
 
-def sanitize(tree: Path, tests: str, limit: float | None = None) -> tuple[int, str]:
+def sanitize(
+    tree: Path, kind: str, tests: Iterable[str], limit: float | None = None
+) -> tuple[int, str]:
     """Exit status, negative after ``limit`` seconds, and output of the tests in the tree."""
-    command = ["scripts/sanitize.sh", THREADS if tests == THREADS else "address"]
-    if tests != THREADS:  # one after the other, each named before it starts
-        files = [f"{tree}/tests/test_{name}.py" for name in tests.split()]
+    command = ["scripts/sanitize.sh", kind]
+    if kind != THREADS:  # one after the other, each named before it starts
+        files = [f"{tree}/tests/test_{name}.py" for name in tests]
         command += ["-vv", "--exitfirst", "--numprocesses=0", *files]
     process = subprocess.Popen(
         command,
@@ -84,9 +88,9 @@ def sanitize(tree: Path, tests: str, limit: float | None = None) -> tuple[int, s
 def tested_tree(mutants: Sequence[Mutant], tree: Path) -> None:
     """Copies, builds and tests the sources without a bug."""
     copy_sources(tree)
-    op_tests = {name for m in mutants if m.tests != THREADS for name in m.tests.split()}
-    for tests in (" ".join(sorted(op_tests)), THREADS):
-        status, output = sanitize(tree, tests)
+    for kind in sorted({mutant.kind for mutant in mutants}):
+        tests = {name for m in mutants if m.kind == kind for name in m.tests.split()}
+        status, output = sanitize(tree, kind, sorted(tests))
         if status != 0:
             raise RuntimeError(f"the tests fail without a bug:\n{output}")
 
@@ -96,13 +100,13 @@ def try_mutant(mutant: Mutant, tree: Path) -> Outcome:
     begin = time.monotonic()
     path = tree / mutant.file
     path.write_text(mutant.planted(path.read_text()))
-    status, output = sanitize(tree, mutant.tests, _LIMIT)
+    status, output = sanitize(tree, mutant.kind, mutant.tests.split(), _LIMIT)
     seconds = round(time.monotonic() - begin, 1)
     if status == 0:
         return Outcome(mutant.name, mutant.file, None, None, seconds)
     # The last that started: the one that failed, or was running when the process ended.
     names = re.findall(r"tests/test_\w+\.py::\w+(?:\[[^]]*\])?", output)
-    if mutant.tests == THREADS:
+    if mutant.kind == THREADS:
         names = ["tests/native/threads_test.cpp"]
     if not names:
         raise RuntimeError(f"{mutant.name!r}: the tests did not run:\n{output}")
@@ -138,7 +142,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="where to write the outcomes as JSON")
     options = parser.parse_args()
     facts = common.machine_facts(torch.device("cpu"))
-    chosen = [m for m in MUTANTS if any(text in m.name + m.file for text in options.only)]
+    every = MUTANTS + CUDA_MUTANTS
+    chosen = [m for m in every if any(text in m.name + m.file for text in options.only)]
     with tempfile.TemporaryDirectory() as folder:
         outcomes = check(chosen, Path(folder))
     survived = [outcome.mutant for outcome in outcomes if outcome.caught_by is None]

@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
-# The CPU ops under sanitizers, with gcc, in builds of their own in build/sanitize:
-#   scripts/sanitize.sh                                both
+# The ops under sanitizers, with gcc, in builds of their own in build:
+#   scripts/sanitize.sh                                all
 #   scripts/sanitize.sh address [arguments of pytest]  the op tests, or those named in the
 #                                                      arguments, under AddressSanitizer and
 #                                                      UndefinedBehaviorSanitizer
 #   scripts/sanitize.sh threads                        tests/native under ThreadSanitizer
+#   scripts/sanitize.sh cuda [arguments of pytest]     the CUDA kernels as address has the CPU's: run
+#                                                      on the processor, see tests/emulation; a
+#                                                      block's threads in random order, then in
+#                                                      reverse order with little shared memory
 # Exits with 3 where a build fails. PYTHON and WORKERS as in the Makefile, CXX as in setup.py;
 # SANITIZERS=address leaves out the second one, which halves the time of a build.
 set -euo pipefail
@@ -12,8 +16,9 @@ cd "$(dirname "$0")/.."
 root=$PWD
 python=$(realpath --no-symlinks "${PYTHON:-.venv/bin/python}")
 cxx=${CXX:-c++}
-op_tests=(ops{,_errors,_kinks,_torch} rounding_step refine gptq gptq_factor tabu_search packing
-  packed_linear native determinism degenerate bad_input)
+searches=(refine gptq tabu_search)
+kernels=(emulation ops{,_errors,_kinks,_torch} rounding_step packing "${searches[@]}")
+others=(gptq_factor packed_linear native determinism degenerate bad_input) # of the CPU
 
 # build NAME SANITIZERS SYMBOL: a copy of the package whose CPU library needs the symbol.
 build() {
@@ -26,17 +31,22 @@ build() {
     { echo "$library was built without $2" >&2; exit 3; }
 }
 
-address() {
-  build address "${SANITIZERS:-address,undefined}" __asan_report
+# tests_in FOLDER NAMES [arguments of pytest]: tests, from a folder, with AddressSanitizer's runtime.
+tests_in() {
   # Of what goes to stderr nothing is seen when a test ends the process: pytest holds it back.
-  local reports=$root/build/sanitize/address/report
+  local reports=$1/report
   rm -f "$reports".*
   # The runtime has to be there first, and with it libstdc++, whose exceptions it watches.
   local preload
   preload="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libstdc++.so)"
-  local tests=("${op_tests[@]/#/$root/tests/test_}")
-  if [[ "$*" == *.py* ]]; then tests=(); else tests=("${tests[@]/%/.py}"); fi
-  cd build/sanitize/address # the package here goes before the source tree's
+  local names tests=()
+  read -ra names <<< "$2"
+  cd "$1"
+  shift 2
+  if [[ "$*" != *.py* ]]; then
+    tests=("${names[@]/#/$root/tests/test_}")
+    tests=("${tests[@]/%/.py}")
+  fi
   env LD_PRELOAD="$preload" PYTHONMALLOC=malloc PYTHONPATH="$root" OMP_NUM_THREADS=1 \
     ASAN_OPTIONS="detect_leaks=0:log_path=$reports" \
     UBSAN_OPTIONS="print_stacktrace=1:log_path=$reports" \
@@ -44,6 +54,21 @@ address() {
     --config-file "$root/pyproject.toml" --numprocesses "${WORKERS:-2}" -k "not cuda" \
     "$@" "${tests[@]}" || { cat "$reports".* >&2 2> /dev/null; exit 1; }
   cd "$root"
+}
+
+address() {
+  build address "${SANITIZERS:-address,undefined}" __asan_report
+  # The package there goes before the source tree's.
+  tests_in "$root/build/sanitize/address" "${kernels[*]} ${others[*]}" "$@"
+}
+
+cuda() {
+  export SANITIZE=${SANITIZERS:-address,undefined}
+  local folder=$root/build/emulation-${SANITIZE//,/-}
+  mkdir -p "$folder"
+  PATH=$(dirname "$python"):$PATH # of ninja: the tests build
+  EMULATION_ORDER=random tests_in "$folder" "${kernels[*]}" "$@"
+  EMULATION_ORDER=backward EMULATION_SHARED=700 tests_in "$folder" "${searches[*]}" "$@"
 }
 
 threads() {
@@ -57,12 +82,13 @@ threads() {
   OMP_NUM_THREADS=1 "$folder/threads_test"
 }
 
-case ${1:-both} in
-  both)
+case ${1:-all} in
+  all)
     address
     threads
+    cuda
     ;;
-  address | threads) "$@" ;;
+  address | threads | cuda) "$@" ;;
   *)
     sed -n '2,/^[^#]/s/^# \?//p' "$0" >&2
     exit 2

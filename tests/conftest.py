@@ -15,8 +15,11 @@ import torch
 from adaround_ext import calibration
 from adaround_ext.native import build_info
 from tests.cli_fixtures import bert, folder, run, text  # noqa: F401  fixtures
+from tests.emulation.library import load
 from tests.sensitive_models import branches  # noqa: F401  a fixture
 
+if "EMULATION_ORDER" in os.environ:
+    load()
 _no_cuda = not torch.cuda.is_available() or not build_info()["cuda_loaded"]
 DEVICES = [
     "cpu",

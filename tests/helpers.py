@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ def _available(name: str) -> bool:
     return True
 
 
+EMULATED = "EMULATION_ORDER" in os.environ  # see tests/emulation
 INSTRUCTION_SETS = [name for name in build_info()["instruction_sets"] if _available(name)]
 DTYPES = [
     pytest.param(torch.float32, id="f32"),
@@ -66,14 +68,19 @@ def instruction_set(
     request: pytest.FixtureRequest, device: torch.device, one_thread: None
 ) -> Iterator[str]:
     """Each instruction set of this machine in turn; on CUDA, where it means nothing, once."""
-    if device.type != "cpu" and request.param != INSTRUCTION_SETS[0]:
+    if has_cuda_kernels(device) and request.param != INSTRUCTION_SETS[0]:
         pytest.skip("instruction sets are the CPU's")
     yield use_instruction_set(request.param)
     use_instruction_set("auto")
 
 
+def has_cuda_kernels(device: torch.device) -> bool:
+    """Whether ops on ``device`` run what csrc/cuda has, on a GPU or emulated."""
+    return device.type == "cuda" or EMULATED
+
+
 def skip_unsupported(device: torch.device, dtype: torch.dtype) -> None:
-    if device.type == "cuda" and dtype == torch.float64:
+    if has_cuda_kernels(device) and dtype == torch.float64:
         pytest.skip("float64 is for the CPU only")
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from scripts.cuda_mutants import CUDA_MUTANTS
 from scripts.mutants import MUTANTS, THREADS, Mutant
 
 _ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", MUTANTS + CUDA_MUTANTS, ids=lambda mutant: mutant.name)
 def test_has_its_place(mutant: Mutant) -> None:
     text = (_ROOT / mutant.file).read_text()
     assert mutant.planted(text) != text
