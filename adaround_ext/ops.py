@@ -330,7 +330,7 @@ def gptq(
     processing order, feedback[i, k] = R[i, k] / R[k, k] is GPTQ (Frantar et al. 2023) by theorem 6
     of QuIP (Chee et al. 2023). weight, feedback and scale are float32 (CPU also float64). An order
     that is no permutation is refused on the CPU; on CUDA, which would have to wait for the values,
-    entries beyond the columns are skipped and their codes undefined.
+    entries beyond the columns are skipped, and columns that it leaves out get the code qmin.
     """
     return _ops.gptq(weight, feedback, order, scale, zero_point, qmin, qmax)  # type: ignore[no-any-return]
 

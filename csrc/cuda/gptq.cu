@@ -223,6 +223,10 @@ Tensor gptq_cuda(
     return codes;
   }
   const DeviceGuard guard(codes.get_device_index());
+  // Columns that an order leaves out, see read_column, have this code.
+  STD_CUDA_CHECK(cudaMemsetAsync(
+      output_pointer<uint8_t>(codes), static_cast<int>(qmin & 0xff),
+      static_cast<size_t>(codes.numel()), current_stream(codes)));
   const int64_t rows = codes.size(0);
   const int64_t cols = codes.size(1);
   const int64_t n_groups = args.scale.size(1);

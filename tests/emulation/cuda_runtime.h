@@ -153,4 +153,9 @@ int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, siz
   return 0;
 }
 
+inline int cudaMemsetAsync(void* to, int byte, size_t size, cudaStream_t) {
+  memset(to, byte, size);
+  return 0;
+}
+
 inline int aoti_torch_get_current_cuda_stream(int32_t, void**) { return 0; }

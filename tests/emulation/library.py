@@ -5,11 +5,18 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from unittest import mock
+
+from adaround_ext import native  # noqa: F401  the kernels that are replaced come first
 
 _ROOT = Path(__file__).resolve().parents[2]
 _HERE = _ROOT / "tests" / "emulation"
 _SANITIZE = os.environ.get("SANITIZE", "")  # as in setup.py
 _BUILD = _ROOT / "build" / f"emulation-{_SANITIZE}".strip("-").replace(",", "-")
+_FLAGS = [
+    "-O1", "-g1", "-Wall", "-Wno-unknown-pragmas", "-fno-math-errno", "-fno-trapping-math",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+]  # fmt: skip
 # kernel<<<blocks, threads, bytes, stream>>>(arguments);
 _LAUNCH = re.compile(r"([\w:]+(?:<[^;{}]*?>)?)\s*<<<(.*?)>>>\((.*?)\);", re.DOTALL)
 _SHARED = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
@@ -25,23 +32,22 @@ def load() -> None:
         target = _BUILD / f"{kernels.stem}.cpp"
         text = as_cpp(kernels.read_text())
         if not target.exists() or target.read_text() != text:
-            target.write_text(text)
+            own = target.with_suffix(f".{os.getpid()}")  # workers may be at the same file
+            own.write_text(text)
+            own.replace(target)
         sources.append(str(target))
-    preload = os.environ.pop("LD_PRELOAD", "")  # a sanitizer's, not for the compiler
     sanitize = [f"-fsanitize={_SANITIZE}"] if _SANITIZE else []
-    cpp_extension.load(
-        "adaround_emulated",
-        sources,
-        extra_cflags=[
-            "-O1", "-g1", "-Wall", "-Wno-unknown-pragmas", "-fno-math-errno", "-fno-trapping-math",
-            "-DTORCH_TARGET_VERSION=0x020a000000000000", *sanitize, "-fno-sanitize-recover",
-        ],
-        extra_ldflags=sanitize,
-        extra_include_paths=[str(_HERE), str(_ROOT / "csrc" / "cuda")],
-        build_directory=str(_BUILD),
-        is_python_module=False,
-    )  # fmt: skip
-    os.environ["LD_PRELOAD"] = preload
+    with mock.patch.dict(os.environ):
+        os.environ.pop("LD_PRELOAD", None)  # a sanitizer's, not for the compiler
+        cpp_extension.load(
+            "adaround_emulated",
+            sources,
+            extra_cflags=[*_FLAGS, *sanitize, "-fno-sanitize-recover"],
+            extra_ldflags=sanitize,
+            extra_include_paths=[str(_HERE), str(_ROOT / "csrc" / "cuda")],
+            build_directory=str(_BUILD),
+            is_python_module=False,
+        )
 
 
 def as_cpp(source: str) -> str:

@@ -21,7 +21,9 @@ from typing import Any
 
 import hypothesis
 
+from tests.emulation.library import load
 from tests.fuzz.verdict import Wrong
+from tests.helpers import EMULATED
 
 MEMORY = 3 << 29  # bytes that cases may take beyond what the process has: far below 2^31 elements
 
@@ -29,6 +31,8 @@ MEMORY = 3 << 29  # bytes that cases may take beyond what the process has: far b
 def main() -> None:
     task = json.loads(sys.argv[1])
     target = importlib.import_module(task["target"])
+    if EMULATED:
+        load()
     warnings.simplefilter("ignore")  # of torch, about what is tried on purpose
     _limit_memory()
     recorder = _Recorder(target, Path(task["folder"]), task["seconds"])
