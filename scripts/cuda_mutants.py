@@ -150,7 +150,7 @@ CUDA_MUTANTS = [
         "gptq",
     ),
     Mutant(
-        "blocks share one piece of scratch memory's beginning",
+        "a block's scratch memory begins too late",
         "csrc/cuda/tabu_search.cu",
         "s.scratch + blockIdx.x * (Row::kBytes * s.cols)",
         "s.scratch + blockIdx.x * (Row::kBytes * s.cols) + 4 * s.cols",
