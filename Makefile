@@ -16,7 +16,7 @@ CPP := $(filter csrc/%,$(NATIVE)) $(wildcard tests/native/*) \
 # What decides the build besides the contents of files.
 SETTINGS := $(USE_CUDA) $(FORCE_CUDA) $(CUDA_HOME) $(TORCH_CUDA_ARCH_LIST) $(DEBUG) $(NATIVE)
 
-.PHONY: help demo test fuzz lint docs format sanitize mutants bench build wheel clean FORCE
+.PHONY: help demo test fuzz lint docs format sanitize pretend mutants bench build wheel clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -47,6 +47,14 @@ format: $(DONE)/lint  ## write the style that lint checks
 
 sanitize: build $(DONE)/test  ## the CPU ops under sanitizers, memory and threads
 	WORKERS=$(WORKERS) scripts/sanitize.sh
+
+# Those whose results need no kernel's own bits, and which make tensors on a device in plain ways.
+ON_A_DEVICE := activation_ranges activations anneal attachment bad_input bias gptq_factor grid layers \
+	model_device objective presets reconstruct result rounding_step scales statistics
+
+pretend: build $(DONE)/test  ## the tests for CUDA without it, on tensors that only say they are there
+	PRETENDED_CUDA=1 $(BIN)/python -m pytest --quiet --numprocesses $(WORKERS) --dist worksteal \
+		-k "cuda and not thread and not device-" $(ARGS) $(ON_A_DEVICE:%=tests/test_%.py)
 
 mutants: build $(DONE)/test  ## plant bugs in the CPU ops: do the tests notice? half an hour
 	$(BIN)/python -m scripts.mutation_check $(ARGS)

@@ -121,9 +121,11 @@ class SegmentSums:
     def _add_inputs(self, patches: Tensor) -> None:
         assert self.vectors is not None
         self.vectors.count += patches.shape[2]
-        # As a product: sums in float64 took longer than everything else here.
-        ones = patches.new_ones(len(patches), patches.shape[2], 1)
-        self.vectors.first += fixed_bmm(patches, ones)[..., 0]
+        if patches.is_cuda:
+            self.vectors.first += patches.sum(2, dtype=torch.float64)
+        else:  # as a product: sums in float64 took longer than everything else here
+            ones = patches.new_ones(len(patches), patches.shape[2], 1)
+            self.vectors.first += fixed_bmm(patches, ones)[..., 0]
         self.covariance.add(_gram(patches))
 
 

@@ -3,8 +3,8 @@
 # benchmarks. Run it from anywhere; needs torch with CUDA, nvcc, pybind11, ninja, pytest, hypothesis,
 # and transformers for the decoder.
 #   scripts/gpu_check.sh [--parts "build tests sanitizers kernels models"] [folder for logs, results]
-# Parts are cut to be run one at a time, should the machine be lent for minutes. LIBRARIES=folder takes _C_cpu.so and
-# _C_cuda.so from there (built elsewhere, with another torch) instead of building them.
+# Parts are cut to be run one at a time, for who has the machine for minutes. LIBRARIES=folder takes
+# _C_cpu.so and _C_cuda.so from there (built elsewhere, with another torch) instead of building them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 parts="build tests sanitizers kernels models"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 
@@ -16,11 +17,13 @@ from adaround_ext import calibration
 from adaround_ext.native import build_info
 from tests.cli_fixtures import bert, folder, run, text  # noqa: F401  fixtures
 from tests.emulation.library import load
+from tests.emulation.pretended import cuda_device
 from tests.sensitive_models import branches  # noqa: F401  a fixture
 
 if "EMULATION_ORDER" in os.environ:
     load()
-_no_cuda = not torch.cuda.is_available() or not build_info()["cuda_loaded"]
+PRETENDED = "PRETENDED_CUDA" in os.environ
+_no_cuda = not PRETENDED and not (torch.cuda.is_available() and build_info()["cuda_loaded"])
 DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(_no_cuda, reason="no CUDA device or CUDA build")),
@@ -28,9 +31,11 @@ DEVICES = [
 
 
 @pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> torch.device:
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Each device in turn."""
-    return torch.device(request.param)
+    own = torch.device(request.param)
+    with cuda_device() if PRETENDED and own.type == "cuda" else nullcontext(own) as found:
+        yield found
 
 
 @pytest.fixture(autouse=True)

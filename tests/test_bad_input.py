@@ -201,10 +201,9 @@ def test_one_clear_exception(device: torch.device, name: str, objective: str) ->
     arguments: dict[str, Any] = {"layer": linear, "inputs": x, "steps": 2, **changes}
     if callable(arguments["layer"]) and not isinstance(arguments["layer"], nn.Module):
         arguments["layer"] = arguments["layer"](device)
-    if callable(arguments["inputs"]):
-        arguments["inputs"] = arguments["inputs"](x)
-    elif name != "device":
-        arguments = {key: to(value, device) for key, value in arguments.items()}
+    given = arguments.pop("inputs")
+    arguments = {key: to(value, device) for key, value in arguments.items()}
+    arguments["inputs"] = given(x) if callable(given) else to(given, device)
     layer = arguments["layer"]
     layers = layer if isinstance(layer, list) else [layer]
     before = Snapshot([item for item in layers if isinstance(item, nn.Module)], [x])
