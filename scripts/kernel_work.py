@@ -125,7 +125,7 @@ def work(code: list[Instruction]) -> tuple[int, int]:
         ends_well, length, rest = max(ways, default=(0, 0, 0))
         return ends_well, own[0] + length, own[1] + rest
 
-    ends_well, length, special = longest(first)
+    ends_well, length, special = longest(first) if first in graph else (0, 0, 0)
     if not ends_well:
         raise ValueError("no way through the kernel was found")
     return length, special
