@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext import ActivationConfig, AdaRoundConfig, quantize_
+from tests import models
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -59,3 +60,13 @@ def test_resumed_on_the_device(device: torch.device, tmp_path: Path) -> None:
     two, _ = run(device, checkpoint_dir=tmp_path)
     for name, value in one.state_dict().items():
         assert torch.equal(value, two.state_dict()[name]), name
+
+
+def test_a_transformer_on_the_device(device: torch.device) -> None:
+    """Attention masks, embeddings and shared inputs are made where the model is."""
+    torch.manual_seed(2)
+    model = models.Transformer().eval().to(device)
+    data = [models.tokens(4, 7).to(device) for _ in range(2)]
+    report = quantize_(model, data, AdaRoundConfig(preset="fast"), progress=False)
+    assert len(report.layers) > 4
+    assert {t.device.type for t in model.state_dict().values()} == {device.type}
