@@ -56,7 +56,7 @@ pretend: build $(DONE)/test  ## the tests for CUDA without it, on tensors that o
 	PRETENDED_CUDA=1 $(BIN)/python -m pytest --quiet --numprocesses $(WORKERS) --dist worksteal \
 		-k "cuda and not thread and not device-" $(ARGS) $(ON_A_DEVICE:%=tests/test_%.py)
 
-mutants: build $(DONE)/test  ## plant bugs in the CPU ops: do the tests notice? half an hour
+mutants: build $(DONE)/test  ## plant bugs in the ops: do the tests notice? three quarters of an hour
 	$(BIN)/python -m scripts.mutation_check $(ARGS)
 
 bench: build $(DONE)/demo  ## all benchmarks
