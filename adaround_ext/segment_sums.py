@@ -121,7 +121,7 @@ class SegmentSums:
     def _add_inputs(self, patches: Tensor) -> None:
         assert self.vectors is not None
         self.vectors.count += patches.shape[2]
-        if patches.is_cuda:
+        if patches.is_cuda:  # where a product is one long float32 sum
             self.vectors.first += patches.sum(2, dtype=torch.float64)
         else:  # as a product: sums in float64 took longer than everything else here
             ones = patches.new_ones(len(patches), patches.shape[2], 1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -35,21 +35,24 @@ def kernel_names(mangled: Sequence[str]) -> list[str]:
 
 def usage(arch: str) -> dict[str, dict[str, int]]:
     """By kernel with its template arguments: registers a thread, bytes of the rest."""
-    command = ["cuobjdump", "-arch", arch, "--dump-resource-usage", str(LIBRARY)]
-    rows = _USAGE.findall(subprocess.check_output(command, text=True))
+    dump = ["cuobjdump", "-arch", arch, "--dump-resource-usage", str(LIBRARY)]
+    rows = _USAGE.findall(subprocess.check_output(dump, text=True))
     names = kernel_names([name for name, *_ in rows])
     values = [dict(zip(_NAMES, map(int, numbers), strict=True)) for _, *numbers in rows]
     return dict(sorted(zip(names, values, strict=True)))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def command(
+    description: str, find: Callable[[str], Mapping[str, Mapping[str, float]]], names: Sequence[str]
+) -> None:
+    """The command line of what ``find`` says of an architecture's kernels, under ``names``."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--arch", default="sm_90")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     options = parser.parse_args()
-    found = usage(options.arch)
+    found = find(options.arch)
     rows = [[kernel, *values.values()] for kernel, values in found.items()]
-    common.print_table(f"Kernels for {options.arch}", ("kernel", *_NAMES), rows)
+    common.print_table(f"Kernels for {options.arch}", ("kernel", *names), rows)
     if options.output is not None:
         facts = common.machine_facts(torch.device("cpu"))
         common.write_json(
@@ -58,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__ or "", usage, _NAMES)

@@ -10,18 +10,13 @@ whether memory can be its limit. No GPU is needed, cuobjdump as in scripts/kerne
 
 from __future__ import annotations
 
-import argparse
 import re
 import subprocess
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 
-import torch
-
-from benchmarks import common
-from scripts.kernel_code import LIBRARY, kernel_names
+from scripts.kernel_code import LIBRARY, command, kernel_names
 
 _WIDTH = 4  # weights a thread: kWidth of csrc/cuda/cuda_utils.cuh
 # Bytes a weight that a kernel reads and writes, float32.
@@ -133,8 +128,8 @@ def work(code: list[Instruction]) -> tuple[int, int]:
 
 def count(arch: str) -> dict[str, dict[str, float]]:
     """By kernel: per weight, and the share of an H200's instructions at its full bandwidth."""
-    command = ["cuobjdump", "-arch", arch, "-sass", str(LIBRARY)]
-    parts = re.split(r"Function : (\S+)", subprocess.check_output(command, text=True))[1:]
+    dump = ["cuobjdump", "-arch", arch, "-sass", str(LIBRARY)]
+    parts = re.split(r"Function : (\S+)", subprocess.check_output(dump, text=True))[1:]
     listings = dict(zip(kernel_names(parts[::2]), parts[1::2], strict=True))
     found = {}
     for kernel, size in BYTES.items():
@@ -149,21 +144,6 @@ def count(arch: str) -> dict[str, dict[str, float]]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--arch", default="sm_90")
-    parser.add_argument("--output", type=Path, metavar="FILE.json")
-    options = parser.parse_args()
-    found = count(options.arch)
-    header = ("kernel", "bytes", "instructions", "special", "share of an H200's")
-    rows = [[kernel, *values.values()] for kernel, values in found.items()]
-    common.print_table(f"A weight, {options.arch}", header, rows)
-    if options.output is not None:
-        facts = common.machine_facts(torch.device("cpu"))
-        common.write_json(
-            options.output, {"machine": facts, "arch": options.arch, "results": found}
-        )
-
-
 if __name__ == "__main__":
-    main()
+    names = ("bytes a weight", "instructions", "special", "share of an H200's")
+    command(__doc__ or "", count, names)

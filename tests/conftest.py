@@ -16,13 +16,13 @@ import torch
 from adaround_ext import calibration
 from adaround_ext.native import build_info
 from tests.cli_fixtures import bert, folder, run, text  # noqa: F401  fixtures
+from tests.emulation import EMULATED, PRETENDED
 from tests.emulation.library import load
 from tests.emulation.pretended import cuda_device
 from tests.sensitive_models import branches  # noqa: F401  a fixture
 
-if "EMULATION_ORDER" in os.environ:
+if EMULATED:
     load()
-PRETENDED = "PRETENDED_CUDA" in os.environ
 _no_cuda = not PRETENDED and not (torch.cuda.is_available() and build_info()["cuda_loaded"])
 DEVICES = [
     "cpu",

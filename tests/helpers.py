@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from adaround_ext import reference
 from adaround_ext.native import build_info, use_instruction_set
+from tests.emulation import EMULATED
 
 CLIP_EDGE = 2.3978952728  # log 11: h(V) leaves [0, 1] beyond it
 # Torch 2.15 and later make a RuntimeError of every C++ exception of an op; the text stays.
@@ -29,7 +29,6 @@ def _available(name: str) -> bool:
     return True
 
 
-EMULATED = "EMULATION_ORDER" in os.environ  # see tests/emulation
 INSTRUCTION_SETS = [name for name in build_info()["instruction_sets"] if _available(name)]
 DTYPES = [
     pytest.param(torch.float32, id="f32"),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import EMULATED, make_sample
+from helpers import make_sample
 
 from adaround_ext import ops
+from tests.emulation import EMULATED
 from tests.emulation.library import as_cpp
 from tests.emulation.pretended import cuda_device
 

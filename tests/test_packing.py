@@ -8,7 +8,6 @@ import pytest
 import torch
 from helpers import (
     ARGUMENT_ERROR,
-    EMULATED,
     has_cuda_kernels,
     instruction_set,  # noqa: F401  a fixture
     strided,
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from adaround_ext import reference
 from adaround_ext.packing import pack_bits, unpack_bits
+from tests.emulation import EMULATED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 each_instruction_set = pytest.mark.usefixtures("instruction_set")

@@ -21,9 +21,9 @@ from typing import Any
 
 import hypothesis
 
+from tests.emulation import EMULATED
 from tests.emulation.library import load
 from tests.fuzz.verdict import Wrong
-from tests.helpers import EMULATED
 
 MEMORY = 3 << 29  # bytes that cases may take beyond what the process has: far below 2^31 elements
 

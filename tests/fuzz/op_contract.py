@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.emulation import EMULATED
 from tests.fuzz.op_arguments import PACKED, QUANTIZERS, SEARCHES, WRITTEN, Arguments
-from tests.helpers import EMULATED
 
 _STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 _MOST = 2**23  # steps and sweeps
