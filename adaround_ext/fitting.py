@@ -23,7 +23,7 @@ from adaround_ext.mapped import Offload
 from adaround_ext.plan import Target
 from adaround_ext.report import LayerReport
 from adaround_ext.result import LayerResult, QuantizedWeight
-from adaround_ext.shared_work import owners_of, solved, solved_apart
+from adaround_ext.shared_work import owners_of, solved, solved_apart, take_alike
 
 _logger = logging.getLogger("adaround_ext")
 Switch = Callable[[], AbstractContextManager[object]]
@@ -171,16 +171,18 @@ class Fitter:
         results: dict[Unit, list[LayerResult]] = {}
         owners = owners_of([collector.unit for collector in collectors], self.ranks.size)
         own: list[Collector] = []
-        while collectors:
-            collector = collectors.pop(0)  # and its statistics are freed after it
-            unit = collector.unit
-            collector.finish()
-            self._note_unpaired(collector)
-            if unit not in owners:
-                results[unit] = solved(collector, self.ranks)
-                self._save(unit, results[unit])
-            elif owners[unit] == self.ranks.rank:
-                own.append(collector)
+        for batch in take_alike(collectors, self.ranks):
+            for collector in batch:
+                collector.finish()
+                self._note_unpaired(collector)
+            first = batch[0].unit
+            if first not in owners:
+                found = solved(batch, self.ranks)
+                for unit, of_unit in found.items():
+                    self._save(unit, of_unit)
+                results |= found
+            elif owners[first] == self.ranks.rank:
+                own += batch
         if owners:
             apart = solved_apart(own, list(owners), self.ranks)
             for unit in owners:

@@ -14,7 +14,7 @@ from adaround_ext.grid import QuantGrid, nearest_codes
 from adaround_ext.objective import GramObjective
 from adaround_ext.presets import Settings
 from adaround_ext.problem import Outcome, Problem, Stopwatch
-from adaround_ext.refine import descend, improvable, search
+from adaround_ext.refine import descend, improvable, search_all
 from adaround_ext.scales import refit_scales, search_group_scales, search_scales
 from adaround_ext.solution import Solution
 
@@ -57,21 +57,19 @@ class GramSolver:
                 )
             grid = found.grid
         watch.lap("scales")
-        best: Solution | None = None
-        winner = torch.zeros(len(self.problem.weight), dtype=torch.int64, device=grid.scale.device)
-        for index, name in enumerate(self.chosen.starts):
-            solution = self._start(name, grid, factor, found)
+        solutions = []
+        for name in self.chosen.starts:
+            solutions.append(self._start(name, grid, factor, found))
             watch.lap("annealing" if name == "adaround" else "search")
-            solution = self._searched(solution)
-            if best is None:
-                best = solution
-            else:
-                winner[solution.losses < best.losses] = index
-                best = best.better(solution, self.owners)
-            if self.chosen.diagnostics:
+        solutions = self._searched(solutions)
+        best = solutions[0]
+        winner = torch.zeros(len(self.problem.weight), dtype=torch.int64, device=grid.scale.device)
+        for index, solution in enumerate(solutions[1:], 1):
+            winner[solution.losses < best.losses] = index
+            best = best.better(solution, self.owners)
+        if self.chosen.diagnostics:
+            for name, solution in zip(self.chosen.starts, solutions, strict=True):
                 self.losses[name] = self.problem.stored_losses(solution.codes, grid)
-            watch.lap("search")
-        assert best is not None
         best = self._rounds(best)
         watch.lap("search")
         final, fallback = self._never_worse_than_nearest(best)
@@ -112,14 +110,16 @@ class GramSolver:
         self.losses["hard"] = self.problem.stored_losses(annealed.codes, grid)
         return annealed.codes
 
-    def _searched(self, solution: Solution) -> Solution:
-        return search(solution, self.objective, self.chosen.search_steps, self.config.seed)
+    def _searched(self, solutions: list[Solution]) -> list[Solution]:
+        steps, seed = self.chosen.search_steps, self.config.seed
+        return search_all(solutions, self.objective, steps, seed)
 
     def _rounds(self, best: Solution) -> Solution:
         """Scales refitted to the codes and codes searched on the new scales, while that helps."""
         for _ in range(self.chosen.rounds):
             refitted = refit_scales(best, self.objective, self.owners, self.config)
-            after = best.better(self._searched(refitted), self.owners)
+            (searched,) = self._searched([refitted])
+            after = best.better(searched, self.owners)
             if not bool((after.losses < best.losses).any()):
                 break
             best = after

@@ -7,7 +7,7 @@ are independent: the activation function, where there is one, is elementwise.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Protocol
 
@@ -21,6 +21,8 @@ from adaround_ext.quadratic import Quadratic
 from adaround_ext.statistics import GramStatistics
 
 _EVALUATION_BATCH = 64
+# What a Gram objective has a value or a row of for each row, beside _mismatch, which may be None.
+_OF_ROWS = ("target", "unit", "row_energies", "_weight", "_missed", "_constant")
 
 
 class Objective(Protocol):
@@ -109,10 +111,24 @@ class GramObjective(Quadratic):
         own = copy.copy(self)
         for name in ("_buffer", "target_product"):  # cached, and of all rows
             own.__dict__.pop(name, None)
-        for name in ("target", "unit", "row_energies", "_weight", "_missed", "_constant"):
+        for name in _OF_ROWS:
             setattr(own, name, getattr(self, name)[part])
         own._mismatch = None if self._mismatch is None else self._mismatch[part]
         return own
+
+    @staticmethod
+    def join(objectives: Sequence[GramObjective]) -> GramObjective:
+        """The objective of all their rows; they have Gram matrices of one shape, and settings."""
+        joined = copy.copy(objectives[0])
+        for name in ("_twice_gram", "_buffer", "target_product"):
+            joined.__dict__.pop(name, None)
+        for name in ("gram", "_undamped", "_mean", *_OF_ROWS):
+            setattr(joined, name, torch.cat([getattr(own, name) for own in objectives]))
+        missed = [own._mismatch for own in objectives]
+        if any(mismatch is not None for mismatch in missed):
+            none = torch.zeros_like(objectives[0]._weight)
+            joined._mismatch = torch.cat([none if own is None else own for own in missed])
+        return joined
 
     @cached_property
     def _twice_gram(self) -> Tensor:

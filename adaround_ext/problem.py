@@ -56,6 +56,23 @@ class Problem:
             objective=self.objective.rows(part),
         )
 
+    @staticmethod
+    def join(problems: Sequence[Problem]) -> Problem:
+        """One problem of the rows of all, which have weights and Gram matrices of one shape."""
+        first = problems[0]
+        if len(problems) == 1:
+            return first
+        objectives = [own.objective for own in problems]
+        return dataclasses.replace(
+            first,
+            layers=[layer for own in problems for layer in own.layers],
+            sizes=[rows for own in problems for rows in own.sizes],
+            weight=torch.cat([own.weight for own in problems]),
+            bias=torch.cat([own.bias for own in problems]),
+            objective=GramObjective.join([o for o in objectives if isinstance(o, GramObjective)]),
+            collecting_seconds=sum(own.collecting_seconds for own in problems),
+        )
+
     def new_bias(self, weight_q: Tensor) -> Tensor:
         """The biases that take up the mean error of weight_q, float64 [rows]."""
         assert isinstance(self.objective, GramObjective)

@@ -18,7 +18,7 @@ from adaround_ext.pose import gram_problems, sampled_problems
 from adaround_ext.precision import full_precision
 from adaround_ext.problem import Problem
 from adaround_ext.result import LayerResult
-from adaround_ext.solve import solve_all
+from adaround_ext.solve import solve
 from adaround_ext.statistics import GramStatistics
 
 _logger = logging.getLogger("adaround_ext")
@@ -79,7 +79,10 @@ def optimize_layer(
     objective, reason = choose_objective(config, layers, inputs)
     problems = _gram_problems if objective == "gram" else _sampled_problems
     with full_precision(layers[0].weight.device):
-        results = solve_all(layers, problems(layers, inputs, targets, config, reason), config)
+        found: dict[MatrixLayer, LayerResult] = {}
+        for problem in problems(layers, inputs, targets, config, reason):
+            found.update(zip(problem.layers, solve([problem], config), strict=True))
+    results = [found[layer] for layer in layers]
     for result in results:
         _logger.info("%s", result.report)
     return results[0] if single else results

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import Tensor
 
 from adaround_ext import ops
 from adaround_ext.quadratic import Quadratic
 from adaround_ext.solution import Solution
+from adaround_ext.together import pieces
 
 # Descent ends by itself, when a sweep changes nothing; this bounds what rounding errors of
 # the float32 residual could do.
@@ -22,13 +25,25 @@ def descend(solution: Solution, quadratic: Quadratic) -> Solution:
 
 def search(solution: Solution, quadratic: Quadratic, steps: int, seed: int) -> Solution:
     """Tabu search from a minimum, ops.tabu_search_, and the descent to the minimum it found."""
-    if steps == 0:
-        return solution
     codes, residual, grid = solution.codes.clone(), solution.residual.clone(), solution.grid
     ops.tabu_search_(codes, residual, quadratic.gram, grid.scale, grid.qmin, grid.qmax, steps, seed)
     # The residual afresh: thousands of changes in float32 have left their roundings in it.
     found = Solution.of(codes, grid, quadratic)
     return solution.better(descend(found, quadratic), None)
+
+
+def search_all(
+    solutions: list[Solution], quadratic: Quadratic, steps: int, seed: int
+) -> list[Solution]:
+    """:func:`search` from each of them, on its grid."""
+    if steps == 0:
+        return solutions
+    found = []
+    for part, together in pieces(solutions, quadratic):
+        one = search(together.solution(part), together.quadratic, steps, seed)
+        for before, after in zip(part, together.apart(one), strict=True):
+            found.append(dataclasses.replace(after, grid=before.grid))
+    return found
 
 
 def improvable(solution: Solution, quadratic: Quadratic) -> Tensor:

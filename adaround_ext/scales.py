@@ -15,6 +15,7 @@ from adaround_ext.products import fixed_bmm, one_thread
 from adaround_ext.quadratic import Quadratic
 from adaround_ext.refine import descend
 from adaround_ext.solution import Solution, per_owner
+from adaround_ext.together import pieces
 
 # Candidates are shares of the scale of least squared weight error, from about 1 - 2/3 of this
 # spread to 1 + 1/3 of it. Where the rounding makes up for the error of other weights a finer grid
@@ -37,20 +38,21 @@ def search_scales(
     :func:`adaround_ext.solution.per_owner`.
     """
 
-    def solved(grid: QuantGrid) -> Solution:
-        solution = Solution.of(factor.codes(quadratic.target, grid), grid, quadratic)
-        if config.refine:
-            solution = descend(solution, quadratic)
-        return refit_scales(solution, quadratic, owners, config)
+    def best_of(grids: list[QuantGrid], best: Solution | None = None) -> Solution:
+        for part, together in pieces(grids, quadratic, owners):
+            problem, grid = together.quadratic, together.grid(part)
+            found = Solution.of(factor.codes(problem.target, grid), grid, problem)
+            if config.refine:
+                found = descend(found, problem)
+            found = refit_scales(found, problem, together.owners, config)
+            for solution in together.apart(found):
+                best = solution if best is None else best.better(solution, owners)
+        assert best is not None
+        return best
 
-    first, *others = _shares(candidates)
-    best = solved(_scaled(grid, first, config))
-    for share in others:
-        best = best.better(solved(_scaled(grid, share, config)), owners)
+    best = best_of([_scaled(grid, share, config) for share in _shares(candidates)])
     if not config.symmetric:
-        centre = best.grid
-        for offset in (-1, 1):
-            best = best.better(solved(_moved(centre, offset)), owners)
+        best = best_of([_moved(best.grid, offset) for offset in (-1, 1)], best)
     return best
 
 

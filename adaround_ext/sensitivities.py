@@ -20,6 +20,7 @@ from adaround_ext.calibration import Calibration, ForwardFn, PaddingMask, single
 from adaround_ext.capture import Replay, Watch
 from adaround_ext.collect import Collector, Unit, make_units, parallel_segments
 from adaround_ext.config import AdaRoundConfig, check_int, make_config
+from adaround_ext.distributed import ALONE
 from adaround_ext.fitting import of_calls
 from adaround_ext.model_checks import check_module
 from adaround_ext.overrides import Overrides
@@ -29,6 +30,7 @@ from adaround_ext.prepare import BatchNorm, prepare_, unlike_layers
 from adaround_ext.residence import Residence
 from adaround_ext.result import LayerResult, QuantizedWeight
 from adaround_ext.sensitivity_report import Errors, Sensitivity
+from adaround_ext.shared_work import problems_of, take_alike
 from adaround_ext.solve import solve
 from adaround_ext.trace import evaluation, tensors
 
@@ -152,14 +154,14 @@ def _quantized(
         for segment in parallel_segments(units, MEMORY_BUDGET):
             collectors = [Collector(unit, None) for unit in segment]
             _collect(collectors, replay, data, waiting)
-            while collectors:
-                unit, found = collectors[0].unit, _solutions(collectors.pop(0), widths)
-                for target, width, result in found:
+            for together in take_alike(collectors, ALONE):
+                for target, width, result in _solutions(together, widths):
                     parts = (result.codes, result.scale, result.zero_point, result.bias)
                     cache.put((target.name, width), parts)
                     local[target.name][width] = result.report.relative["final"]
-                waiting.difference_update(m for target in unit.targets for m in target.modules)
-                bar.update(len(unit.targets))
+                done = [target for collector in together for target in collector.unit.targets]
+                waiting.difference_update(m for target in done for m in target.modules)
+                bar.update(len(done))
     return local
 
 
@@ -177,20 +179,20 @@ def _collect(
 
 
 def _solutions(
-    collector: Collector, widths: tuple[int, ...]
+    batch: list[Collector], widths: tuple[int, ...]
 ) -> Iterator[tuple[Target, int, LayerResult]]:
     """Every target at every width, each problem posed once."""
-    owners = {target.matrix: target for target in collector.unit.targets}
-    device = collector.unit.layers[0].weight.device
-    collector.finish()
-    for part, problems in collector.problems():
-        config = collector.unit.targets[part[0]].config
-        for problem in problems:
-            for width in widths:
-                with full_precision(device):
-                    results = solve(problem, dataclasses.replace(config, bits=width))
-                for layer, result in zip(problem.layers, results, strict=True):
-                    yield owners[layer], width, result
+    owners = {target.matrix: target for own in batch for target in own.unit.targets}
+    device = batch[0].unit.layers[0].weight.device
+    for collector in batch:
+        collector.finish()
+    for config, alike in problems_of(batch):
+        layers = [layer for problem in alike for layer in problem.layers]
+        for width in widths:
+            with full_precision(device):
+                results = solve(alike, dataclasses.replace(config, bits=width))
+            for layer, result in zip(layers, results, strict=True):
+                yield owners[layer], width, result
 
 
 def _measured(

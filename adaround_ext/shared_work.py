@@ -1,14 +1,18 @@
-"""Who solves what: ranks share the rows of large layers, and each solves some small layers."""
+"""Who solves what: ranks share the rows of large layers; small ones are solved some at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 from adaround_ext.collect import Collector, Unit
+from adaround_ext.config import AdaRoundConfig
 from adaround_ext.distributed import ALONE, Ranks
+from adaround_ext.layers import MatrixLayer
 from adaround_ext.precision import full_precision
+from adaround_ext.problem import Problem
 from adaround_ext.result import LayerResult
-from adaround_ext.solve import solve_all
+from adaround_ext.solve import solve
+from adaround_ext.together import at_once
 
 # Of a rank's share of the work on one pass: what costs less is solved whole by one of the ranks.
 _SINGLE = 8
@@ -28,16 +32,57 @@ def owners_of(units: Sequence[Unit], size: int) -> dict[Unit, int]:
     return owners
 
 
-def solved(collector: Collector, ranks: Ranks) -> list[LayerResult]:
-    """The results of a unit's targets; ``ranks`` share its rows."""
-    unit = collector.unit
-    results: dict[int, LayerResult] = {}
-    with full_precision(unit.layers[0].weight.device):
-        for part, problems in collector.problems():
-            targets = [unit.targets[i] for i in part]
-            found = solve_all([t.matrix for t in targets], problems, targets[0].config, ranks)
-            results.update(zip(part, found, strict=True))
-    return [results[index] for index in range(len(unit.targets))]
+def take_alike(collectors: list[Collector], ranks: Ranks) -> Iterator[list[Collector]]:
+    """Takes them away, those together that are solved as one, and so are freed after it.
+
+    These are small layers of one shape, on a GPU: elsewhere a product's bits would depend on how
+    many there are. What ``ranks`` share is solved alone.
+    """
+    while collectors:
+        first = collectors.pop(0)
+        most = _at_once(first.unit) if ranks.size == 1 else 1
+        kind = _kind(first.unit)
+        alike = [other for other in collectors if _kind(other.unit) == kind][: most - 1]
+        for other in alike:
+            collectors.remove(other)
+        yield [first, *alike]
+
+
+def _at_once(unit: Unit) -> int:
+    first, device = unit.layers[0], unit.layers[0].weight.device
+    if unit.sampled or device.type != "cuda":
+        return 1
+    rows = sum(layer.rows for layer in unit.layers)
+    return at_once(first.cols * (rows + first.groups * first.cols), device)
+
+
+def _kind(unit: Unit) -> Hashable:
+    """Units that agree in this have problems that agree in all but the numbers."""
+    return tuple(
+        (m.rows, m.cols, m.groups, m.weight.dtype, m.weight.device, m.bias is None, id(t.config))
+        for t, m in zip(unit.targets, unit.layers, strict=True)
+    )
+
+
+def problems_of(
+    batch: Sequence[Collector],
+) -> Iterator[tuple[AdaRoundConfig, tuple[Problem, ...]]]:
+    """The problems of a batch, those together that are solved as one, and their settings."""
+    for parts in zip(*(own.problems() for own in batch), strict=True):
+        (index, *_), _ = parts[0]
+        config = batch[0].unit.targets[index].config
+        for alike in zip(*(problems for _, problems in parts), strict=True):
+            yield config, alike
+
+
+def solved(batch: Sequence[Collector], ranks: Ranks) -> dict[Unit, list[LayerResult]]:
+    """The results of the targets of each unit; ``ranks`` share the rows of a batch of one."""
+    found: dict[MatrixLayer, LayerResult] = {}
+    with full_precision(batch[0].unit.layers[0].weight.device):
+        for config, alike in problems_of(batch):
+            layers = [layer for problem in alike for layer in problem.layers]
+            found.update(zip(layers, solve(alike, config, ranks), strict=True))
+    return {own.unit: [found[layer] for layer in own.unit.layers] for own in batch}
 
 
 def solved_apart(
@@ -46,15 +91,14 @@ def solved_apart(
     """The results of ``units`` at every rank; each is ``own`` at one, which empties that list."""
     numbers = {unit: number for number, unit in enumerate(units)}
 
-    def solve() -> dict[int, list[LayerResult]]:
+    def solve_own() -> dict[int, list[LayerResult]]:
         found = {}
-        while own:  # and each one's statistics are freed after it
-            collector = own.pop(0)
-            found[numbers[collector.unit]] = solved(collector, ALONE)
+        for batch in take_alike(own, ALONE):
+            found.update({numbers[unit]: of_unit for unit, of_unit in solved(batch, ALONE).items()})
         return found
 
     results: dict[Unit, list[LayerResult]] = {}
-    for part in ranks.exchange("the rounding of single layers", solve):
+    for part in ranks.exchange("the rounding of single layers", solve_own):
         for number, found in part.items():
             device = units[number].layers[0].weight.device
             results[units[number]] = [result.to(device) for result in found]

@@ -1,9 +1,9 @@
-"""From a problem to the results: grid, solver, report."""
+"""From problems to the results: grid, solver, report."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,28 +25,18 @@ from adaround_ext.result import LayerResult
 _ROWS = 16
 
 
-def solve_all(
-    layers: list[MatrixLayer],
-    problems: Iterable[Problem],
-    config: AdaRoundConfig,
-    ranks: Ranks = ALONE,
+def solve(
+    problems: Sequence[Problem], config: AdaRoundConfig, ranks: Ranks = ALONE
 ) -> list[LayerResult]:
-    """A result a layer, in the order of ``layers``: problems may hold them in another.
+    """Grid, search, report: a result a layer of all the problems, in their order.
 
-    ranks: those that all have these problems, and share their rows.
+    Several problems are solved as one, see :meth:`Problem.join`. ranks: those that all have this
+    one problem, and share its rows.
     """
-    results: dict[int, LayerResult] = {}
-    for problem in problems:
-        solved = solve(problem, config, ranks)
-        results.update(zip(map(id, problem.layers), solved, strict=True))
-    return [results[id(layer)] for layer in layers]
-
-
-def solve(problem: Problem, config: AdaRoundConfig, ranks: Ranks = ALONE) -> list[LayerResult]:
-    """Grid, search, report: a result a layer."""
+    joined = Problem.join(problems)
     if ranks.size > 1:
-        return _results(problem, _share_rows(problem, config, ranks), config)
-    return _results(problem, _solve_rows(problem, config), config)
+        return _results(problems, _share_rows(joined, config, ranks), config)
+    return _results(problems, _solve_rows(joined, config), config)
 
 
 def shareable(layer: MatrixLayer, config: AdaRoundConfig, kind: str) -> bool:
@@ -162,13 +152,17 @@ def _described(
     )
 
 
-def _results(problem: Problem, solved: Solved, config: AdaRoundConfig) -> list[LayerResult]:
-    chosen = settings(config, problem.kind)
-    dtype, cols = problem.dtype, problem.weight.shape[1]
+def _results(
+    problems: Sequence[Problem], solved: Solved, config: AdaRoundConfig
+) -> list[LayerResult]:
+    """Of each layer of the problems, which were solved as one."""
+    first = problems[0]
+    chosen = settings(config, first.kind)
+    dtype, cols = first.dtype, first.weight.shape[1]
     stored = ops.dequantize(solved.codes, solved.scale, solved.zero_point).to(dtype)
     results = []
     begin = 0
-    for layer in problem.layers:
+    for problem, layer in ((own, layer) for own in problems for layer in own.layers):
         rows = slice(begin, begin + layer.rows)
         begin = rows.stop
         kept = slice(rows.start, rows.start + 1) if _one_scale(config) else rows

@@ -133,7 +133,7 @@ def test_checkpoint_is_used_again(run: Run, folder: Path, monkeypatch: pytest.Mo
     assert not (folder / "out").exists()
     kept = sorted(path.name for path in (folder / "kept").iterdir())
     assert kept == ["checkpoint.json", "layer_00000.safetensors", "layer_00001.safetensors"]
-    monkeypatch.setattr("adaround_ext.shared_work.solve_all", None)  # nothing is left to solve
+    monkeypatch.setattr("adaround_ext.shared_work.solve", None)  # nothing is left to solve
     assert run(*command, "--output", "out")[0] == 0
     assert (folder / "out" / "report.json").exists()
 

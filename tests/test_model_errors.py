@@ -173,7 +173,7 @@ def test_a_failure_on_the_way_leaves_the_model_as_it_was(
     """With everything on: folded batch norms, equalized layers, quantizers of activations."""
     from adaround_ext import shared_work
 
-    solve, calls = shared_work.solve_all, []
+    solve, calls = shared_work.solve, []
 
     def fail_late(*args: Any) -> Any:
         calls.append(1)
@@ -181,7 +181,7 @@ def test_a_failure_on_the_way_leaves_the_model_as_it_was(
             raise KeyboardInterrupt
         return solve(*args)
 
-    monkeypatch.setattr(shared_work, "solve_all", fail_late)
+    monkeypatch.setattr(shared_work, "solve", fail_late)
     model = net().train()
     before, batches = Snapshot(model), images()
     random_state = torch.get_rng_state()
