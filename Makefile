@@ -49,8 +49,9 @@ sanitize: build $(DONE)/test  ## the CPU ops under sanitizers, memory and thread
 	WORKERS=$(WORKERS) scripts/sanitize.sh
 
 # Those whose results need no kernel's own bits, and which make tensors on a device in plain ways.
-ON_A_DEVICE := activation_ranges activations anneal attachment bad_input bias gptq_factor grid layers \
-	model_device objective presets reconstruct result rounding_step scales statistics
+ON_A_DEVICE := activation_ranges activations anneal attachment bad_input bias gptq_factor grid \
+	launches layers model_device objective presets reconstruct result rounding_step scales \
+	statistics together
 
 pretend: build $(DONE)/test  ## the tests for CUDA without it, on tensors that only say they are there
 	PRETENDED_CUDA=1 $(BIN)/python -m pytest --quiet --numprocesses $(WORKERS) --dist worksteal \

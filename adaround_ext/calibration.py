@@ -34,7 +34,8 @@ class Calibration:
     mapping is cut into batches of 32. It is iterated once, so generators and shuffling loaders are
     fine; what the caller does not hold in a list anyway is kept in ``cache``.
     padding_mask: the name of the model's argument [batch, tokens] that is 0 at padding, or a
-    function from a batch to such a mask or None, or None.
+    function from a batch to such a mask or None, or None. fingerprint: whether there is to be a
+    :meth:`digest`, which takes longer than a small network on a GPU.
     Raises TypeError and ValueError naming ``calibration``: no iterable, no data, NaN or infinity.
     """
 
@@ -46,6 +47,7 @@ class Calibration:
         padding_mask: PaddingMask,
         cache: ActivationCache,
         device: torch.device | None,
+        fingerprint: bool = False,
     ) -> None:
         if forward_fn is not None and not callable(forward_fn):
             raise TypeError(f"forward_fn must be a function of model and batch, got {forward_fn!r}")
@@ -60,7 +62,7 @@ class Calibration:
         self._masks: dict[int, Tensor | None] = {}  # asked for on every pass
         self.notes: list[str] = []
         self._sizes: list[int] = []  # samples of each batch
-        self._hash = hashlib.blake2b(digest_size=16)
+        self._hash = hashlib.blake2b(digest_size=16) if fingerprint else None
         self.batches = self._draw(source)
         self.own = range(self.batches)  # what this process runs
         self.segments = self._cut()
@@ -87,14 +89,9 @@ class Calibration:
 
     def _check(self, index: int, item: Any) -> None:
         found = list(tensors(_plain(item)))
-        for leaf in pytree.tree_leaves(_plain(item)):
-            if isinstance(leaf, (np.ndarray, str, bytes, int, float)):
-                content = leaf.tobytes() if isinstance(leaf, np.ndarray) else repr(leaf).encode()
-                self._hash.update(content + b";")
         for tensor in found:
             if tensor.is_meta:
                 raise ValueError(f"calibration must hold data, got a meta tensor in batch {index}")
-            add_tensor(self._hash, tensor)
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum())):
                 bad = tensor.numel() - int(torch.isfinite(tensor).sum())
                 if bad:
@@ -102,9 +99,20 @@ class Calibration:
                         f"calibration must be finite, got {bad} NaN or infinite values in batch "
                         f"{index}"
                     )
+        if self._hash is not None:
+            self._add_to(self._hash, item, found)
         self._sizes.append(len(found[0]) if found and found[0].dim() > 0 else 0)
         if index == 0 and self._forward_fn is None:
             self._check_arguments(item)
+
+    @staticmethod
+    def _add_to(digest: Any, item: Any, found: list[Tensor]) -> None:
+        for leaf in pytree.tree_leaves(_plain(item)):
+            if isinstance(leaf, (np.ndarray, str, bytes, int, float)):
+                content = leaf.tobytes() if isinstance(leaf, np.ndarray) else repr(leaf).encode()
+                digest.update(content + b";")
+        for tensor in found:
+            add_tensor(digest, tensor)
 
     def _check_arguments(self, item: Any) -> None:
         """That the model takes such a batch; (inputs, labels) for a model of one input is noted."""
@@ -206,6 +214,7 @@ class Calibration:
 
     def digest(self) -> str:
         """A fingerprint of all batches' tensors."""
+        assert self._hash is not None
         return self._hash.hexdigest()
 
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from adaround_ext.config import AdaRoundConfig
+from adaround_ext.per_device import PerDevice
 from adaround_ext.reference import expand_grid
 
-# The search runs over blocks of about this many weights, which stay in the cache.
-_BLOCK = 1 << 16
+# The search runs over blocks of about so many weights: it looks at each one for every share.
+_BLOCK = PerDevice(cpu=1 << 16, cuda=1 << 24)
 # Shares of the min-max scale.
 _COARSE = torch.linspace(0.2, 1.0, 41, dtype=torch.float32, device="cpu").tolist()
 _FINE = [offset * 0.0025 for offset in range(-7, 8) if offset]
@@ -74,7 +75,7 @@ def make_grid(weight: Tensor, config: AdaRoundConfig) -> QuantGrid:
         zero_point = _zero_point(low, scale, qmin, qmax, config.symmetric)
     else:
         shape = torch.Size((1, 1) if len(runs) == 1 else (rows, len(runs) // max(rows, 1)))
-        parts = runs.split(max(1, _BLOCK // max(runs.shape[1], 1)))
+        parts = runs.split(max(1, _BLOCK.on(weight.device) // max(runs.shape[1], 1)))
         found = [_search(part, qmin, qmax, config) for part in parts]
         scale = torch.cat([part[0] for part in found])
         zero_point = torch.cat([part[1] for part in found])

@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.lazy import LazyModuleMixin
 
-# 32 MiB of float32: little next to a model, enough for a matrix product at full speed.
+from adaround_ext.per_device import PerDevice
+
+# 32 MiB of float32: little next to a model, enough for a matrix product at full speed; 256 MiB on a
+# GPU, where adding up the products of small chunks would take longer than the products.
 # Sums over patches are made chunk by chunk, so another value changes their last bits.
-MAX_CHUNK_ELEMENTS = 2**23
+MAX_CHUNK_ELEMENTS = PerDevice(cpu=2**23, cuda=2**26)
 
 
 class MatrixLayer:
@@ -137,8 +140,9 @@ class MatrixLayer:
         """`patches` of all positions, or of the drawn ones [samples, positions]."""
         lengths = (len(x), *(size if drawn is None else drawn.shape[1:]))
         # The padded input is bounded too: few positions may be drawn of a large one.
-        padded = max(1, MAX_CHUNK_ELEMENTS // (self._channels * prod(self._padded_size(x))))
-        most = min(MAX_CHUNK_ELEMENTS // (self.groups * self.cols), padded * prod(lengths[1:]))
+        elements = MAX_CHUNK_ELEMENTS.on(x.device)
+        padded = max(1, elements // (self._channels * prod(self._padded_size(x))))
+        most = min(elements // (self.groups * self.cols), padded * prod(lengths[1:]))
         batches, *blocks = _cut(lengths, most)
         for batch in batches:
             windows = self._windows(x[batch])

@@ -25,3 +25,10 @@ def host_memory() -> tuple[int, int]:
 def device_memory(device: torch.device) -> int:
     """Most bytes so far that torch had on a CUDA device; 0 for another."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def free_device_memory(device: torch.device | None) -> int:
+    """Bytes that nobody has on a CUDA device; 0 for another."""
+    if device is None or device.type != "cuda":
+        return 0
+    return torch.cuda.mem_get_info(device)[0]

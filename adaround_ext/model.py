@@ -27,7 +27,7 @@ from adaround_ext.distributed import Ranks, Reduction
 from adaround_ext.fingerprint import model_digest
 from adaround_ext.fitting import Fitter
 from adaround_ext.mapped import Offload
-from adaround_ext.memory import device_memory, host_memory
+from adaround_ext.memory import device_memory, free_device_memory, host_memory
 from adaround_ext.model_checks import check_module, refuse_inference
 from adaround_ext.model_report import LayerEntry, ModelReport
 from adaround_ext.overrides import Overrides
@@ -39,6 +39,7 @@ from adaround_ext.trace import evaluation
 
 _MODES = ("sequential", "parallel")
 _BATCH_NORM = ("fold", "keep")
+_SHARE = 4  # of a GPU's free memory one in so many bytes is for what is kept
 
 
 def quantize_(
@@ -58,6 +59,7 @@ def quantize_(
     padding_mask: PaddingMask = "attention_mask",
     device: torch.device | str | None = None,
     memory_budget: int = MEMORY_BUDGET,
+    device_budget: int | None = None,
     cache_dir: str | None = None,
     cache_dtype: torch.dtype | None = None,
     checkpoint_dir: str | None = None,
@@ -106,6 +108,8 @@ def quantize_(
     memory_budget: bytes that kept batches and activations may take in memory; what does not fit
     goes to files under ``cache_dir`` (None: the system's folder for temporary files). Statistics of
     a layer (about 8 columns^2 bytes) come on top; in parallel mode they are what is budgeted.
+    device_budget: the same of a GPU's memory, where what comes from there is kept first; None: a
+    quarter of what is free.
     cache_dtype: torch.bfloat16 or float16 to keep activations in half the memory, rounded.
     checkpoint_dir: a folder for every layer's result. A run that was killed goes on from there and
     ends with the same codes; one with another model, data or configuration is refused.
@@ -126,26 +130,32 @@ def quantize_(
     Raises TypeError and ValueError that name the argument or layer, the rule and what came.
     """
     config = make_config(config, settings)
-    _check(model, mode, batch_norm, activations, memory_budget)
+    _check(model, mode, batch_norm, activations)
+    _check_budgets(memory_budget, device_budget)
     ranks = Ranks(process_group, reduction)
     started = time.perf_counter()
     host_before, _ = host_memory()
     with ExitStack() as stack:
-        cache = stack.enter_context(ActivationCache(memory_budget, cache_dir, dtype=cache_dtype))
-        stack.enter_context(evaluation(model, config.seed))
         home = single_device(model)
         device = home if device is None else _device(device)
+        if device_budget is None:
+            device_budget = free_device_memory(device) // _SHARE
+        # One for all ranks: in parallel mode it decides on the passes.
+        device_budget = min(ranks.gather(device_budget, "the start"))
+        budgets = memory_budget, cache_dir, device_budget, cache_dtype
+        cache = stack.enter_context(ActivationCache(*budgets))
+        stack.enter_context(evaluation(model, config.seed))
         moves = device != home
         offload = None if offload_dir is None else Offload(offload_dir)
         if offload is not None and (home is None or home.type != "cpu"):
             raise ValueError(f"offload_dir needs a model on the CPU, got one on {home}")
         if moves and home is None:
             raise ValueError(f"device must be None for a model on several devices, got {device}")
+        told = checkpoint_dir is not None or ranks.size > 1
         with ranks.together("the reading of calibration"):
-            data = Calibration(model, calibration, forward_fn, padding_mask, cache, home)
+            data = Calibration(model, calibration, forward_fn, padding_mask, cache, home, told)
         laps = {"calibration": time.perf_counter() - started}
         undo = stack.enter_context(ExitStack())
-        told = checkpoint_dir is not None or ranks.size > 1
         digest = model_digest(model) if told else ""
         with ranks.together("tracing"):
             prepared = prepare_(model, lambda: data.run(0), undo, batch_norm, equalize)
@@ -161,9 +171,8 @@ def quantize_(
                 prepared.notes += notes
                 switch, common = partial(full_precision_activations, model), 0
         sequential = mode == "sequential"
-        segments = (
-            sequential_segments(units) if sequential else parallel_segments(units, memory_budget)
-        )
+        room = max(memory_budget, device_budget)  # for statistics, which are where the layer is
+        segments = sequential_segments(units) if sequential else parallel_segments(units, room)
         parts = {}
         if told:
             parts = run_fingerprint(digest, data, plan, calls)
@@ -196,9 +205,11 @@ def quantize_(
             undo.pop_all()  # from here on the changes stay
     laps |= fitter.seconds | {"total": time.perf_counter() - started}
     memory = {"host_before": host_before, "host_peak": host_memory()[1]}
-    memory |= {f"cache_{place}": size for place, size in cache.peak.items() if place != "device"}
+    memory |= {f"cache_{place}": size for place, size in cache.peak.items()}
     if device is not None and device.type == "cuda":
         memory["device_peak"] = device_memory(device)
+    else:
+        del memory["cache_device"]
     return ModelReport(
         model=type(model).__name__,
         mode=mode,
@@ -217,9 +228,7 @@ def quantize_(
     )
 
 
-def _check(
-    model: nn.Module, mode: object, batch_norm: object, activations: object, memory_budget: object
-) -> None:
+def _check(model: nn.Module, mode: object, batch_norm: object, activations: object) -> None:
     check_module(model)
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
@@ -232,8 +241,15 @@ def _check(
     if activations is not None and not isinstance(activations, ActivationConfig):
         came = type(activations).__name__
         raise TypeError(f"activations must be an ActivationConfig or None, got {came}")
-    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 0:
-        raise ValueError(f"memory_budget must be a number of bytes, got {memory_budget!r}")
+
+
+def _check_budgets(memory: object, device: object) -> None:
+    for name, value in (
+        ("memory_budget", memory),
+        ("device_budget", 0 if device is None else device),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"{name} must be a number of bytes, got {value!r}")
 
 
 def _device(device: torch.device | str) -> torch.device:

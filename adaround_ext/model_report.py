@@ -81,8 +81,8 @@ class ModelReport:
     name to reason. parameters: of the whole model. passes: how often the calibration data went, in
     part, through the model. batches, samples: of the calibration data. notes: folded batch norms,
     equalized pairs, costs, anything unusual. seconds: of each part and "total". memory: bytes,
-    "host_before", "host_peak" and, where there were such, "device_peak", "cache_memory" and
-    "cache_file". versions: of what ran. seed: of everything that was drawn.
+    "host_before", "host_peak", what was kept at most, "cache_memory" and "cache_file", and on CUDA
+    "cache_device" and "device_peak". versions: of what ran. seed: of everything that was drawn.
     """
 
     model: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +12,15 @@ from torch import Tensor
 from adaround_ext.data import Rebatcher
 from adaround_ext.layers import MatrixLayer
 from adaround_ext.matrix_sums import ProductSum
+from adaround_ext.per_device import PerDevice
+from adaround_ext.precision import tf32_products
 from adaround_ext.products import fixed_bmm
 
 # Inputs are cut again into this many samples (tokens of a linear layer) before X X^T, so that the
 # sums do not depend on how the caller cut the data.
 _SAMPLES, TOKENS = 32, 8192
-# X X^T is symmetric: only blocks on and below the diagonal are computed, this many columns each.
-_BLOCK = 192
+# X X^T is symmetric: only blocks on and below the diagonal are computed, so many columns each.
+_BLOCK = PerDevice(cpu=192, cuda=1024)
 _SHIFT_POSITIONS = 256  # enough for the rough mean that inputs are shifted by
 
 
@@ -40,8 +43,9 @@ class SegmentSums:
     """Of consecutive batches of one unit's inputs, as GramStatistics joins them.
 
     covariance: sum x' x'^T [groups, cols, cols]; mismatch: sum e x'^T [rows, cols] where there are
-    targets; ``vectors`` has the rest. Products are float32, of inputs less the mean of the first
-    few: of large numbers with small differences nothing would be left.
+    targets; ``vectors`` has the rest. Products are float32 (on CUDA TF32 for data of 16 bits), of
+    inputs less the mean of the first few: of large numbers with small differences nothing would be
+    left.
     """
 
     def __init__(self, layers: list[MatrixLayer], positions: int | None, seed: int) -> None:
@@ -65,7 +69,13 @@ class SegmentSums:
             self._consume(*batch)
 
     def _consume(self, inputs: Tensor, targets: tuple[Tensor, ...] | None) -> None:
-        x = inputs.float()
+        # TF32 has all digits of a number of 16 bits; what it rounds off of their differences is far
+        # below the damping: docs/design.md.
+        short = inputs.element_size() == 2
+        with tf32_products(inputs.device) if short else nullcontext():
+            self._add(inputs.float(), targets)
+
+    def _add(self, x: Tensor, targets: tuple[Tensor, ...] | None) -> None:
         if targets is None:
             for patches, _ in self._patches(self._layers[-1], x, None):
                 self._add_inputs(self._shifted(patches))
@@ -132,11 +142,12 @@ class SegmentSums:
 def _gram(patches: Tensor) -> Tensor:
     """patches patches^T, float32 [groups, cols, cols]."""
     groups, cols, _ = patches.shape
-    if groups > 1 or cols <= 2 * _BLOCK:
+    block = _BLOCK.on(patches.device)
+    if groups > 1 or cols <= 2 * block:
         return fixed_bmm(patches, patches.mT).contiguous()
     gram = patches.new_empty(1, cols, cols)
-    for begin in range(0, cols, _BLOCK):
-        end = min(begin + _BLOCK, cols)
+    for begin in range(0, cols, block):
+        end = min(begin + block, cols)
         product = fixed_bmm(patches[:, begin:end], patches[:, :end].mT)
         gram[:, begin:end, :end] = product
         gram[:, :begin, begin:end] = product[:, :, :begin].mT

@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from adaround_ext.grid import QuantGrid
+from adaround_ext.per_device import PerDevice
 from adaround_ext.quadratic import Quadratic
 from adaround_ext.solution import Solution
 
 T = TypeVar("T")
 # So many weights at once: on a processor what its caches hold, since with more than that one
 # solution after the other was faster; on a GPU what gives all of it something to do.
-_WEIGHTS = {"cpu": 1 << 18, "cuda": 1 << 24}
+_WEIGHTS = PerDevice(cpu=1 << 18, cuda=1 << 24)
 
 
 def at_once(weights: int, device: torch.device) -> int:
     """How many tasks on so many weights each are done at once, one at least."""
-    return max(1, _WEIGHTS[device.type] // max(weights, 1))
+    return max(1, _WEIGHTS.on(device) // max(weights, 1))
 
 
 class Together:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adaround_ext import AdaRoundConfig, grid, optimize_layer
 from adaround_ext.grid import QuantGrid, baseline_codes, make_grid, nearest_codes, quant_range
+from adaround_ext.per_device import PerDevice
 from adaround_ext.reference import dequantize, expand_grid
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -294,7 +295,7 @@ def test_block_size_does_not_matter(
 ) -> None:
     weight = torch.randn(21, 30, device=device)
     wanted = build(weight, symmetric=symmetric)
-    monkeypatch.setattr(grid, "_BLOCK", block)
+    monkeypatch.setattr(grid, "_BLOCK", PerDevice(block, block))
     got = build(weight, symmetric=symmetric)
     assert torch.equal(got.scale, wanted.scale)
     assert torch.equal(got.zero_point, wanted.zero_point)

@@ -13,6 +13,7 @@ from adaround_ext import ActivationConfig, AdaRoundConfig, quantize_
 from tests import models
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+FAST = AdaRoundConfig(preset="fast")
 SETTINGS: dict[str, dict[str, Any]] = {
     "fast": {},
     "balanced": {"config": AdaRoundConfig()},
@@ -40,7 +41,7 @@ def run(device: torch.device, **settings: Any) -> tuple[nn.Module, float]:
     model, data = make(device)
     with torch.no_grad():
         expected = torch.cat([model(x) for x in data])
-        settings = {"config": AdaRoundConfig(preset="fast"), **settings}
+        settings = {"config": FAST, **settings}
         quantize_(model, data, progress=False, **settings)
         error = torch.cat([model(x) for x in data]) - expected
     return model, float(error.norm() / expected.norm())
@@ -55,6 +56,21 @@ def test_everything_is_on_the_device(device: torch.device, name: str) -> None:
     assert error == pytest.approx(on_cpu, rel=0.2)
 
 
+def test_what_is_kept_is_where_there_is_room(device: torch.device) -> None:
+    def kept(**budgets: Any) -> tuple[int, int, int]:
+        model, data = make(device)
+        report = quantize_(model, iter(data), FAST, progress=False, **budgets)
+        memory = report.memory
+        return memory.get("cache_device", 0), memory["cache_memory"], memory["cache_file"]
+
+    first = kept()
+    everything = sum(first)
+    assert everything > 0
+    assert first == ((everything, 0, 0) if device.type == "cuda" else (0, everything, 0))
+    assert kept(device_budget=0) == (0, everything, 0)
+    assert kept(device_budget=0, memory_budget=0) == (0, 0, everything)
+
+
 def test_resumed_on_the_device(device: torch.device, tmp_path: Path) -> None:
     one, _ = run(device, checkpoint_dir=tmp_path)
     two, _ = run(device, checkpoint_dir=tmp_path)
@@ -67,6 +83,6 @@ def test_a_transformer_on_the_device(device: torch.device) -> None:
     torch.manual_seed(2)
     model = models.Transformer().eval().to(device)
     data = [models.tokens(4, 7).to(device) for _ in range(2)]
-    report = quantize_(model, data, AdaRoundConfig(preset="fast"), progress=False)
+    report = quantize_(model, data, FAST, progress=False)
     assert len(report.layers) > 4
     assert {t.device.type for t in model.state_dict().values()} == {device.type}

@@ -91,6 +91,7 @@ def with_nan(value: float) -> list[Tensor]:
         (images(), {"bits": 9}, ValueError, "bits must be from 2 to 8, got 9"),
         (images(), {"bit": 4}, TypeError, "'bit' is no setting"),
         (images(), {"memory_budget": -1}, ValueError, "memory_budget must be a number of bytes"),
+        (images(), {"device_budget": 0.5}, ValueError, "device_budget must be a number.* got 0.5"),
         (images(), {"overrides": {"convolution": {"bits": 8}}}, ValueError, "overrides must match"),
         (images(), {"overrides": {"0": {"bit": 8}}}, TypeError, r"overrides\['0'\]: 'bit'"),
         (images(), {"overrides": {"0": {"bits": 1}}}, ValueError, r"overrides\['0'\]: bits must"),

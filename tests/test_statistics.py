@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from adaround_ext import optimize_layer, segment_sums
 from adaround_ext.data import batches
 from adaround_ext.layers import matrix_layer
+from adaround_ext.products import fixed_bmm
 from adaround_ext.statistics import GramStatistics
 
 # name: (layer, shape of the inputs, a cut of them). The cuts end within, at and beyond the fixed
@@ -193,3 +195,24 @@ def test_notes(device: torch.device) -> None:
     x[:, 3] *= 1e6
     _, loud = collect(layer, x).notes()
     assert loud.startswith("1 inputs")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@asymmetric
+def test_as_many_digits_as_the_data_have(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, targets: bool
+) -> None:
+    seen = set()
+
+    def watched(*given: Tensor) -> Tensor:
+        seen.add(torch.get_float32_matmul_precision())
+        return fixed_bmm(*given)
+
+    monkeypatch.setattr(segment_sums, "fixed_bmm", watched)
+    layer = nn.Linear(16, 4).to(device, dtype)
+    x = torch.randn(50, 16).to(device, dtype)
+    y = layer(1.1 * x).detach() if targets else None
+    result = optimize_layer(layer, x, y, preset="fast")
+    short = device.type == "cuda" and dtype != torch.float32
+    assert seen == {"high" if short else "highest"}
+    assert result.report.losses["final"] <= result.report.losses["nearest"]

@@ -17,6 +17,7 @@ from adaround_ext import (
     together,
 )
 from adaround_ext.layers import matrix_layer
+from adaround_ext.per_device import PerDevice
 from adaround_ext.pose import gram_problems
 from adaround_ext.problem import Problem
 from adaround_ext.quadratic import Quadratic
@@ -41,7 +42,7 @@ def solved_with(
     monkeypatch: pytest.MonkeyPatch, weights: int, layer: nn.Module, x: Tensor, **settings: Any
 ) -> LayerResult:
     """The result where as many weights are worked on at once."""
-    monkeypatch.setattr(together, "_WEIGHTS", {"cpu": weights, "cuda": weights})
+    monkeypatch.setattr(together, "_WEIGHTS", PerDevice(weights, weights))
     return optimize_layer(layer, x, **{**FEW, **settings})
 
 
@@ -83,11 +84,11 @@ def test_put_together_and_taken_apart(device: torch.device, groups: int) -> None
 
 
 def test_as_many_as_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(together, "_WEIGHTS", {"cpu": 100})
+    monkeypatch.setattr(together, "_WEIGHTS", PerDevice(cpu=100, cuda=1))
     quadratic = Quadratic(torch.eye(5)[None], torch.randn(6, 5))
     sizes = [len(part) for part, _ in together.pieces(range(8), quadratic)]
     assert sizes == [3, 3, 2]
-    monkeypatch.setattr(together, "_WEIGHTS", {"cpu": 1})
+    monkeypatch.setattr(together, "_WEIGHTS", PerDevice(cpu=1, cuda=1))
     assert [len(part) for part, _ in together.pieces(range(2), quadratic)] == [1, 1]
 
 

@@ -176,6 +176,7 @@ _FAKES: dict[str, Any] = {
     "torch.cuda.device": lambda device: nullcontext(),
     "torch.cuda.synchronize": lambda device=None: None,
     "torch.cuda.max_memory_allocated": lambda device=None: 0,
+    "torch.cuda.mem_get_info": lambda device=None: (1 << 30, 1 << 31),
     "torch.cuda.get_rng_state": lambda device="cuda": torch.get_rng_state(),
     "torch.cuda.set_rng_state": lambda state, device="cuda": None,
     "torch.cuda.manual_seed_all": lambda seed: None,

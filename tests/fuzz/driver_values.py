@@ -64,6 +64,7 @@ MODEL_SETTINGS: dict[str, list[Any]] = {
     "padding_mask": [None, "x", "mask:text"],
     "device": ["cpu"],
     "memory_budget": [0, 1000, 2**70],
+    "device_budget": [None, 0, 2**70],
     "cache_dtype": ["torch.bfloat16", "torch.float16"],
 }
 BAD_SETTINGS: dict[str, list[Any]] = {
