@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from adaround_ext.cache import ActivationCache
 from adaround_ext.distributed import Ranks
 from adaround_ext.fingerprint import add_tensor
+from adaround_ext.random_state import gpus, seed_all
 from adaround_ext.trace import tensors
 
 ForwardFn = Callable[[nn.Module, Any], object]
@@ -56,6 +57,7 @@ class Calibration:
         self._padding_mask = padding_mask
         self._cache = cache
         self.device = device
+        self._gpus = gpus(t.device for t in model.parameters())
         self._signature = _signature(model)
         self._own: list[Any] | None = None
         self._first_of_tuple = False
@@ -159,9 +161,11 @@ class Calibration:
         copy = self._own is not None
         return pytree.tree_map_only(Tensor, lambda t: t.to(self.device, copy=copy), _plain(item))
 
-    def run(self, index: int) -> object:
-        """The model on one batch."""
+    def run(self, index: int, seed: int | None = None) -> object:
+        """The model on one batch; ``seed``: of what it draws."""
         item = self._item(index)
+        if seed is not None:
+            seed_all(seed, gpus([self.device, *self._gpus]))
         if self._forward_fn is not None:
             return self._forward_fn(self._model, item)
         args, kwargs = self._arguments(item)

@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
-import torch
 from torch import Tensor, nn
 
 from adaround_ext.blocks import BlockCall
@@ -216,7 +215,6 @@ class Replay:
             if not whole and not any(n > 0 for n in left.values()):
                 raise _Stop
 
-        torch.manual_seed(self._seed + batch)  # both streams see the same draws
         with ExitStack() as hooks:
             for module in {**left, **dict.fromkeys(self._waiting if whole else ())}:
                 hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -225,7 +223,7 @@ class Replay:
             if not self.diverged:
                 hooks.enter_context(self._replaced(whole))
             with suppress(_Stop):
-                self._calibration.run(batch)
+                self._calibration.run(batch, self._seed + batch)  # the same draws in both streams
         return taken
 
     def _compare(self, layer: nn.Module, call: int, x: Tensor) -> None:

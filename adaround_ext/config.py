@@ -70,8 +70,9 @@ class AdaRoundConfig:
     cosine. warmup: the share of steps before the regularizer is on. scale_free: divide the loss by
     the layer's own scale, so that one reg_weight serves all layers; False is the paper's loss.
     products: the arithmetic of its matrix products: "float32", "bfloat16", "tf32" (on CUDA,
-    elsewhere float32), or "auto", which is bfloat16 where the processor has it. batch_size: samples
-    a step of the sampled objective.
+    elsewhere float32), or "auto", which is bfloat16 where the processor has it. On CUDA the search
+    for scales takes TF32, unless this is "float32". batch_size: samples a step of the sampled
+    objective.
 
     seed: of everything that is drawn. progress: show a bar.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from adaround_ext.config import AdaRoundConfig, Start
 from adaround_ext.gptq import GptqFactor
 from adaround_ext.grid import QuantGrid, nearest_codes
 from adaround_ext.objective import GramObjective
+from adaround_ext.precision import tf32_products
 from adaround_ext.presets import Settings
 from adaround_ext.problem import Outcome, Problem, Stopwatch
 from adaround_ext.refine import descend, improvable, search_all
@@ -48,13 +50,7 @@ class GramSolver:
         grid, found = self.base, None
         if self.config.searches_scales:
             assert factor is not None
-            found = search_scales(
-                self.objective, grid, factor, self.owners, self.chosen.scale_candidates, self.config
-            )
-            if grid.scale.shape[1] > 1:
-                found = search_group_scales(
-                    found, self.objective, self.chosen.scale_candidates, self.config
-                )
+            found = self._searched_scales(factor)
             grid = found.grid
         watch.lap("scales")
         solutions = []
@@ -83,6 +79,22 @@ class GramSolver:
             self.undecided,
             improvable(final, self.objective),
         )
+
+    def _searched_scales(self, factor: GptqFactor) -> Solution:
+        device = self.base.scale.device
+        # Candidates are told apart well enough with fewer digits: docs/design.md.
+        rounded = device.type == "cuda" and self.config.products != "float32"
+        candidates = self.chosen.scale_candidates
+        with tf32_products(device) if rounded else nullcontext():
+            found = search_scales(
+                self.objective, self.base, factor, self.owners, candidates, self.config
+            )
+            if self.base.scale.shape[1] > 1:
+                found = search_group_scales(found, self.objective, candidates, self.config)
+        if rounded:
+            found = Solution.of(found.codes, found.grid, self.objective)
+            found = descend(found, self.objective) if self.config.refine else found
+        return found
 
     def _start(
         self, name: Start, grid: QuantGrid, factor: GptqFactor | None, found: Solution | None

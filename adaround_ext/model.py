@@ -144,7 +144,7 @@ def quantize_(
         device_budget = min(ranks.gather(device_budget, "the start"))
         budgets = memory_budget, cache_dir, device_budget, cache_dtype
         cache = stack.enter_context(ActivationCache(*budgets))
-        stack.enter_context(evaluation(model, config.seed))
+        stack.enter_context(evaluation(model, config.seed, device))
         moves = device != home
         offload = None if offload_dir is None else Offload(offload_dir)
         if offload is not None and (home is None or home.type != "cpu"):

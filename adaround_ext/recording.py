@@ -76,7 +76,8 @@ class Template:
 
     def play(self, arguments: object, kept: Sequence[Tensor]) -> Any:
         """The outputs again, for a call with these arguments; zeros for what nothing reads."""
-        given, tensors = given_tensors(arguments), iter(kept)
+        found = any(isinstance(item, _Given) for item in self.leaves)
+        given, tensors = given_tensors(arguments) if found else [], iter(kept)
         leaves: list[Any] = []
         for item in self.leaves:
             if isinstance(item, _Output):

@@ -239,8 +239,7 @@ def _measured(
 
 def _outputs(data: Calibration, batch: int, mask: Tensor | None, seed: int) -> list[Tensor]:
     """The floating-point tensors that the model returns, without padding, at least float32."""
-    torch.manual_seed(seed + batch)  # the same draws in every run
-    returned = data.run(batch)
+    returned = data.run(batch, seed + batch)  # the same draws in every run
     found = [t for t in tensors(returned) if t.is_floating_point()]
     if not found:
         rule = "model must return floating-point tensors, or forward_fn must"

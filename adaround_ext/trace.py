@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from adaround_ext.random_state import gpus, seed_all
+
 
 @dataclass(frozen=True)
 class Value:
@@ -212,8 +214,12 @@ def trace(model: nn.Module, run: Callable[[], object]) -> Trace:
 
 
 @contextmanager
-def evaluation(model: nn.Module, seed: int = 0) -> Iterator[None]:
+def evaluation(
+    model: nn.Module, seed: int = 0, device: torch.device | None = None
+) -> Iterator[None]:
     """Eval mode, no gradients, no compiled graphs, a fixed random state; all as it was afterwards.
+
+    device: where the model is run, if that is not where it is.
 
     Fused paths that go around a module's own submodules are off, so that hooks see every layer.
     Autocast keeps no copies of weights, which would outlive a change of them. Buffers that the
@@ -228,7 +234,7 @@ def evaluation(model: nn.Module, seed: int = 0) -> Iterator[None]:
     autocast_cache = torch.is_autocast_cache_enabled()
     training = {module: module.training for module in model.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    devices = list({t.device.index for t in model.parameters() if t.device.type == "cuda"})
+    devices = gpus([device, *(t.device for t in model.parameters())])
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         torch.set_autocast_cache_enabled(False)
@@ -236,12 +242,12 @@ def evaluation(model: nn.Module, seed: int = 0) -> Iterator[None]:
         with (
             torch.inference_mode(False),
             torch.no_grad(),
-            torch.random.fork_rng(devices),
+            torch.random.fork_rng([device.index for device in devices]),
             torch.compiler.set_stance("force_eager"),
         ):
             for module in training:  # not model.eval(), which a class may have overridden
                 module.training = False
-            torch.manual_seed(seed)
+            seed_all(seed, devices)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -179,6 +179,7 @@ _FAKES: dict[str, Any] = {
     "torch.cuda.mem_get_info": lambda device=None: (1 << 30, 1 << 31),
     "torch.cuda.get_rng_state": lambda device="cuda": torch.get_rng_state(),
     "torch.cuda.set_rng_state": lambda state, device="cuda": None,
+    "torch.cuda.manual_seed": lambda seed: None,
     "torch.cuda.manual_seed_all": lambda seed: None,
     "adaround_ext.repeat._LEAST": 1 << 40,  # steps are launched one by one
 }
