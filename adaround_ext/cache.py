@@ -84,6 +84,11 @@ class ActivationCache:
             self._folder.cleanup()
 
     @property
+    def room_on_device(self) -> int:
+        """Bytes of the device's budget that are left."""
+        return self._budgets["device"] - self._used["device"]
+
+    @property
     def rounds(self) -> bool:
         """Whether float32 tensors lose bits."""
         return self._dtype is not None

@@ -80,14 +80,23 @@ class Calibration:
         count = 0
         for item in source:
             self._check(count, item)
-            if self._own is None:
-                # A loader may fill the same array again.
-                own = pytree.tree_map_only(np.ndarray, np.copy, _plain(item))
-                self._cache.put(("batch", count), own)
+            self._keep(count, item)
             count += 1
         if count == 0:
             raise ValueError("calibration must hold at least one batch, got none")
         return count
+
+    def _keep(self, index: int, item: Any) -> None:
+        """Keeps what the caller does not hold; on a GPU also that, since every pass reads it."""
+        size = sum(tensor.nbytes for tensor in tensors(_plain(item)))
+        exact = self._own is None or not self._cache.rounds
+        if self.device in self._gpus and exact and size <= self._cache.room_on_device:
+            item = pytree.tree_map_only(Tensor, lambda t: t.to(self.device), _plain(item))
+        elif self._own is not None:
+            return
+        # A loader may fill the same array again.
+        item = pytree.tree_map_only(np.ndarray, np.copy, _plain(item))
+        self._cache.put(("batch", index), item)
 
     def _check(self, index: int, item: Any) -> None:
         found = list(tensors(_plain(item)))
@@ -153,12 +162,13 @@ class Calibration:
         return (item,), {}
 
     def _item(self, index: int) -> Any:
-        if self._own is None:
-            item = self._cache.get(("batch", index))
-        else:
-            item = self._own[index]
         # Copies of what the caller holds: a model may write to its inputs.
-        copy = self._own is not None
+        copy = ("batch", index) not in self._cache
+        if copy:
+            assert self._own is not None
+            item = self._own[index]
+        else:
+            item = self._cache.get(("batch", index))
         return pytree.tree_map_only(Tensor, lambda t: t.to(self.device, copy=copy), _plain(item))
 
     def run(self, index: int, seed: int | None = None) -> object:

@@ -71,6 +71,23 @@ def test_what_is_kept_is_where_there_is_room(device: torch.device) -> None:
     assert kept(device_budget=0, memory_budget=0) == (0, 0, everything)
 
 
+def test_data_from_elsewhere(device: torch.device) -> None:
+    """They come to the device once; where there is no room, on every pass."""
+    found = []
+    for here, budget in ((True, None), (False, None), (False, 0)):
+        model, data = make(device)
+        data = data if here else [x.cpu() for x in data]
+        report = quantize_(model, data, FAST, device_budget=budget, progress=False)
+        found.append((model.state_dict(), report.memory))
+    for state, memory in found[1:]:
+        for name, value in found[0][0].items():
+            assert torch.equal(state[name], value), name
+        assert memory["cache_file"] == 0
+    if device.type == "cuda":
+        kept = [memory["cache_device"] for _, memory in found]
+        assert kept[0] == kept[1] > sum(x.nbytes for x in data) and kept[2] == 0
+
+
 def test_resumed_on_the_device(device: torch.device, tmp_path: Path) -> None:
     one, _ = run(device, checkpoint_dir=tmp_path)
     two, _ = run(device, checkpoint_dir=tmp_path)
