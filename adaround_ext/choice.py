@@ -46,10 +46,10 @@ def choose_objective(
     rows = sum(item.rows for item in layers)
     gram = (
         2.0 * len(x) * per_sample * layer.cols**2 * layer.groups
-        + settings(config, "gram").steps * 2.0 * layer.cols**2 * rows
+        + settings(config, "gram", layer.cols).steps * 2.0 * layer.cols**2 * rows
     )
     batch = config.batch_size * per_sample
-    sampled = settings(config, "sampled").steps * 4.0 * batch * layer.cols * rows
+    sampled = settings(config, "sampled", layer.cols).steps * 4.0 * batch * layer.cols * rows
     text = f"Gram form {gram:.2g} flop, sampled {sampled:.2g}"
     dear = gram > _ALWAYS_FINE and gram > _GRAM_MAY_COST * sampled
     if dear and sampled > 0:  # without steps only refinement can gain

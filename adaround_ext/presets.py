@@ -44,11 +44,13 @@ _LOSS = {
     ("sampled", True): (1e-2, 1.0),
     ("sampled", False): (1e-3, 0.01),
 }
+# From so many columns on a search has all its steps; short rows are at their best much earlier.
+_SEARCH_COLS = 128
 _PAPER_STEPS = 10_000  # the paper's loss with the paper's learning rate needs its steps too
 
 
-def settings(config: AdaRoundConfig, objective: str) -> Settings:
-    """``config``'s values where given, else those of its preset and objective."""
+def settings(config: AdaRoundConfig, objective: str, cols: int) -> Settings:
+    """``config``'s values where given, else those of its preset, of the objective and ``cols``."""
     preset = _PRESETS[config.preset]
     learning_rate, reg_weight = _LOSS[objective, config.scale_free]
     learning_rate = learning_rate if config.learning_rate is None else config.learning_rate
@@ -60,10 +62,11 @@ def settings(config: AdaRoundConfig, objective: str) -> Settings:
         return Settings(only, 0, 0, 0, steps, learning_rate, reg_weight, preset.diagnostics)
     starts = preset.starts if config.starts is None else config.starts
     searches, refines = config.searches_scales, config.refine
+    search_steps = -(-preset.search_steps * min(cols, _SEARCH_COLS) // _SEARCH_COLS)
     return Settings(
         starts,
         _given(config.scale_candidates, preset.scale_candidates) if searches else 0,
-        _given(config.search_steps, preset.search_steps) if refines else 0,
+        _given(config.search_steps, search_steps) if refines else 0,
         _given(config.rounds, preset.rounds) if searches else 0,
         _given(config.steps, preset.gram_steps) if "adaround" in starts else 0,
         learning_rate,

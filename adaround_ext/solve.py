@@ -61,7 +61,7 @@ def _share_rows(problem: Problem, config: AdaRoundConfig, ranks: Ranks) -> Solve
 
 def _solve_rows(problem: Problem, config: AdaRoundConfig) -> Solved:
     """Grid, search, and what is to be said of each row."""
-    chosen = settings(config, problem.kind)
+    chosen = settings(config, problem.kind, problem.weight.shape[1])
     watch = Stopwatch({"statistics": problem.collecting_seconds}, problem.weight.device)
     objective = problem.objective
     target = objective.target if isinstance(objective, GramObjective) else problem.weight
@@ -157,8 +157,8 @@ def _results(
 ) -> list[LayerResult]:
     """Of each layer of the problems, which were solved as one."""
     first = problems[0]
-    chosen = settings(config, first.kind)
     dtype, cols = first.dtype, first.weight.shape[1]
+    chosen = settings(config, first.kind, cols)
     stored = ops.dequantize(solved.codes, solved.scale, solved.zero_point).to(dtype)
     results = []
     begin = 0

@@ -66,7 +66,13 @@ class _Case:
         """V at the end."""
         config = AdaRoundConfig(steps=steps, starts=("adaround",), products=self.products)
         grid = make_grid(self.weight, config)
-        return anneal(self.weight, grid, self.objective, settings(config, "gram"), config).v
+        return anneal(
+            self.weight,
+            grid,
+            self.objective,
+            settings(config, "gram", self.weight.shape[1]),
+            config,
+        ).v
 
 
 def run(options: Options) -> tuple[list[dict[str, Any]], list[Target]]:

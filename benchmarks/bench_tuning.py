@@ -54,6 +54,8 @@ _SAMPLED_SWEEP: list[dict[str, Any]] = [
     *({"learning_rate": value} for value in (3e-3, 3e-2)),
     *({"steps": value} for value in (500, 5000)),
 ]
+_SHORT = (9, 27, 64, 128)  # columns: of a depthwise convolution, of a network's first one
+_SHORT_SWEEP: list[dict[str, Any]] = [{}, *({"search_steps": n} for n in (0, 50, 2000, 8000))]
 _SAMPLED_ROWS = 192  # of the intermediate layer, to keep the sweep short
 _FEW = 80  # sequences: a quarter of the calibration data
 
@@ -66,6 +68,8 @@ def run(options: Options) -> tuple[list[dict[str, Any]], list[Target]]:
     for bits in (4, 2):
         rows += _sweep("gram", _GRAM_SWEEP, small, bits, options)
         rows += _sweep("annealing alone", _ANNEALING_SWEEP, small, bits, options)
+        short = [_columns(layers["query"], count) for count in _SHORT]
+        rows += _sweep("short rows", _SHORT_SWEEP, short, bits, options)
     rows += _sweep("damping", _DAMPING_SWEEP, every, 4, options)
     few = [_with_inputs(workload, workload.inputs[:_FEW]) for workload in every]
     rows += _sweep("damping, a quarter of the data", _DAMPING_SWEEP, few, 4, options)
@@ -167,7 +171,7 @@ def _settling(workload: Workload, steps: int) -> dict[str, Any]:
         GramObjective(weight, moments, centred=True, damping=0.05), steps * 9 // 10
     )
     config = AdaRoundConfig(steps=steps)
-    v = anneal(weight, grid, recorder, settings(config, "gram"), config).v
+    v = anneal(weight, grid, recorder, settings(config, "gram", weight.shape[1]), config).v
     h = (recorder.kept + weight) / grid.scale - (weight / grid.scale).floor()
     changed = float(((h >= 0.5) != (v >= 0)).float().mean())
     note(f"{workload.name}: {changed:.2%} change sides in the last tenth of {steps} steps")
@@ -176,6 +180,16 @@ def _settling(workload: Workload, steps: int) -> dict[str, Any]:
 
 def _with_inputs(workload: Workload, inputs: Tensor) -> Workload:
     return Workload(workload.name, workload.layer, inputs, workload.held_out, workload.data)
+
+
+def _columns(workload: Workload, count: int) -> Workload:
+    """The first inputs alone."""
+    layer = nn.Linear(count, workload.matrix.shape[0], device=workload.inputs.device)
+    with torch.no_grad():
+        layer.weight.copy_(workload.matrix[:, :count])
+        layer.bias.copy_(workload.layer.bias)
+    x, held_out = (t[..., :count].contiguous() for t in (workload.inputs, workload.held_out))
+    return Workload(f"{count} columns", layer, x, held_out, workload.data)
 
 
 def _part(workload: Workload) -> Workload:

@@ -73,7 +73,7 @@ def test_loop(
     grid = make_grid(weight, config)
     with torch.no_grad():
         objective = objective_of(kind, view, x, scale_free)
-        got = anneal(weight, grid, objective, settings(config, kind), config).v
+        got = anneal(weight, grid, objective, settings(config, kind, weight.shape[1]), config).v
         table = schedule_table(steps, 0.02, 0.1, config.beta, config.warmup)
         objective = objective_of(kind, view, x, scale_free)  # its draws from the start again
         wanted = reference_loop(weight, grid, objective, table, scale_free)
@@ -93,7 +93,7 @@ def test_bfloat16_products_go_the_same_way(device: torch.device) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         objective = objective_of("gram", view, x, True, dtype)
         assert objective.gradient(torch.zeros_like(weight, dtype=dtype)).dtype == dtype
-        v = anneal(weight, grid, objective, settings(config, "gram"), config).v
+        v = anneal(weight, grid, objective, settings(config, "gram", weight.shape[1]), config).v
         assert v.dtype == torch.float32
         codes = reference.hard_quantize(weight, v, *args)
         stored = reference.dequantize(codes, grid.scale, grid.zero_point, torch.float32)

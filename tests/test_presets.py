@@ -19,7 +19,8 @@ from problems import (
 )
 from torch import Tensor, nn
 
-from adaround_ext import LayerResult, optimize_layer
+from adaround_ext import AdaRoundConfig, LayerResult, optimize_layer
+from adaround_ext.presets import settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PRESETS = ["fast", "balanced", "best"]
@@ -161,3 +162,17 @@ def test_all_at_once_with_targets(device: torch.device, grid: str) -> None:
     rounded = nearest_on_grid(layer, result)
     assert_no_row_is_worse(losses, losses_like(layer, result, rounded, lossy, targets))
     assert float(losses.sum()) < result.report.losses["nearest"]
+
+
+@pytest.mark.parametrize(("preset", "most"), [("fast", 0), ("balanced", 2000), ("best", 10_000)])
+def test_short_rows_are_searched_for_fewer_steps(preset: Any, most: int) -> None:
+    found = [settings(AdaRoundConfig(preset=preset), "gram", n) for n in (1, 64, 128, 10_000)]
+    assert [own.search_steps for own in found] == [-(-most // 128), most // 2, most, most]
+    given = AdaRoundConfig(preset=preset, search_steps=77)
+    assert settings(given, "gram", 1).search_steps == 77
+
+
+def test_the_report_has_the_steps_that_were_made(device: torch.device) -> None:
+    layer = nn.Linear(16, 4).to(device)
+    result = optimize_layer(layer, torch.randn(100, 16).to(device), steps=10)
+    assert result.report.search_steps == 250
