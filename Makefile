@@ -50,7 +50,7 @@ sanitize: build $(DONE)/test  ## the CPU ops under sanitizers, memory and thread
 
 # Those whose results need no kernel's own bits, and which make tensors on a device in plain ways.
 ON_A_DEVICE := activation_ranges activations anneal attachment bad_input bias gptq_factor grid \
-	launches layers model_device objective presets reconstruct result rounding_step scales \
+	launches layers model_device objective presets reconstruct recording result rounding_step scales \
 	statistics together
 
 pretend: build $(DONE)/test  ## the tests for CUDA without it, on tensors that only say they are there

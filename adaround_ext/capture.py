@@ -19,7 +19,7 @@ from adaround_ext.blocks import BlockCall
 from adaround_ext.cache import ActivationCache
 from adaround_ext.calibration import Calibration
 from adaround_ext.marks import Marks
-from adaround_ext.recording import Template, given_tensors
+from adaround_ext.recording import Blanks, Template, given_tensors
 from adaround_ext.residence import Residence
 from adaround_ext.trace import ModuleCall, version
 
@@ -60,6 +60,7 @@ class Replay:
         self._calls = calls
         self._numbers = {(c.call.module, c.call.index): i for i, c in enumerate(calls)}
         self._templates: dict[tuple[Stream, int, int], Template] = {}
+        self._blanks = Blanks()
         self._recording: frozenset[int] = frozenset()
         self._needed: frozenset[int] = frozenset()
         self._ready = 0  # leading calls whose layers are all done, and that are recorded
@@ -194,6 +195,7 @@ class Replay:
         left = {m: counts[m] for m in watch.inputs | watch.outputs}
         self._batch, self._stream, self._seen = batch, stream, defaultdict(int)
         self._last, self._depth = -1, 0
+        self._blanks.next_run()
         whole = self._reference and stream == "full"
         times: dict[nn.Module, int] = defaultdict(int)
 
@@ -270,7 +272,7 @@ class Replay:
                 for inner, calls in self._calls[index].inside.items():
                     self._seen[inner] += calls
                 kept = self._cache.get(key) if key in self._cache else []
-                return self._templates[key].play((args, kwargs), kept)
+                return self._templates[key].play((args, kwargs), kept, self._blanks)
             self._seen[module] += 1
             if index is None or index not in self._recording:
                 return live(*args, **kwargs)

@@ -36,5 +36,11 @@ class Marks:
 
 
 def _sums(x: Tensor) -> tuple[int, float, float]:
-    size = torch.linalg.vector_norm(x.detach(), 1, dtype=torch.float64)
-    return x.numel(), float(x.detach().sum(dtype=torch.float64)), float(size)
+    """How many values, their sum, and that of their magnitudes."""
+    x = x.detach()
+    # In pieces in float32, since sums of everything are slow in float64 and poor in float32.
+    dims = (-2, -1) if x.dim() > 3 else (-1,)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    total = x.sum(dims, dtype=dtype).sum(dtype=torch.float64)
+    size = torch.linalg.vector_norm(x, 1, dims, dtype=dtype).sum(dtype=torch.float64)
+    return x.numel(), float(total), float(size)

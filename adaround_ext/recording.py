@@ -37,9 +37,34 @@ class _Output:
         dense = torch.empty_like(tensor, device="meta")
         return cls(recorded, tensor.shape, dense.stride(), tensor.dtype, tensor.device)
 
-    def blank(self) -> Tensor:
-        empty = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
-        return empty.zero_()
+
+class Blanks:
+    """Zeros in place of what nothing reads: one tensor for all outputs that look alike.
+
+    To make them anew for every call would take longer than small blocks do.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[_Output, tuple[Tensor, int]] = {}
+        self._used: set[_Output] = set()
+
+    def next_run(self) -> None:
+        """Keeps what the last run of the model used: with each batch its shape may be another."""
+        self._made = {output: self._made[output] for output in self._used}
+        self._used.clear()
+
+    def like(self, output: _Output) -> Tensor:
+        """A tensor of its own in the memory of all that look alike."""
+        blank, writes = self._made.get(output, (None, 0))
+        if blank is None:
+            blank = torch.empty_strided(
+                output.shape, output.stride, dtype=output.dtype, device=output.device
+            ).zero_()
+        elif version(blank) != writes:  # by the model, between its blocks
+            blank.zero_()
+        self._made[output] = blank, version(blank)
+        self._used.add(output)
+        return blank.detach()
 
 
 @dataclass(frozen=True)
@@ -74,14 +99,14 @@ class Template:
                 template.append(leaf)
         return Template(template, spec), kept
 
-    def play(self, arguments: object, kept: Sequence[Tensor]) -> Any:
-        """The outputs again, for a call with these arguments; zeros for what nothing reads."""
+    def play(self, arguments: object, kept: Sequence[Tensor], blanks: Blanks) -> Any:
+        """The outputs again, for a call with these arguments; ``blanks`` for what nothing reads."""
         found = any(isinstance(item, _Given) for item in self.leaves)
         given, tensors = given_tensors(arguments) if found else [], iter(kept)
         leaves: list[Any] = []
         for item in self.leaves:
             if isinstance(item, _Output):
-                leaves.append(next(tensors) if item.recorded else item.blank())
+                leaves.append(next(tensors) if item.recorded else blanks.like(item))
             elif isinstance(item, _Given):
                 tensor = given[item.place]
                 leaves.append(tensor.copy_(next(tensors)) if item.written else tensor)
