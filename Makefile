@@ -49,7 +49,7 @@ sanitize: build $(DONE)/test  ## the CPU ops under sanitizers, memory and thread
 	WORKERS=$(WORKERS) scripts/sanitize.sh
 
 # Those whose results need no kernel's own bits, and which make tensors on a device in plain ways.
-ON_A_DEVICE := activation_ranges activations anneal attachment bad_input bias gptq_factor grid \
+ON_A_DEVICE := activation_ranges activations anneal attachment bad_input bias cholesky gptq_factor grid \
 	launches layers model_device objective presets reconstruct recording result rounding_step scales \
 	statistics together
 

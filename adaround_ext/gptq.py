@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from adaround_ext import ops
+from adaround_ext.cholesky import Cholesky
 from adaround_ext.grid import QuantGrid
-from adaround_ext.products import one_thread
-
-_JITTER = 1e-6  # of the mean diagonal: where a matrix is singular in float64
 
 
 @dataclass(frozen=True)
@@ -23,17 +21,8 @@ class GptqFactor:
 
     @staticmethod
     def make(gram: Tensor) -> GptqFactor:
-        """From a damped ``gram`` [groups, cols, cols]: columns of larger diagonal come first.
-
-        H = R R^T with R upper triangular is the Cholesky factor of H turned round, and turned back.
-        """
-        h = gram.double()
-        order = h.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
-        rows = order[:, :, None].expand_as(h)
-        h = h.gather(1, rows).gather(2, rows.mT)
-        upper = cholesky(h.flip(1, 2)).flip(1, 2)
-        feedback = upper / upper.diagonal(dim1=1, dim2=2)[:, None, :]
-        return GptqFactor(feedback.float(), order)
+        """From a damped ``gram`` [groups, cols, cols]: columns of larger diagonal come first."""
+        return OrderedCholesky.of(gram.double()).gptq_factor()
 
     def codes(self, weight: Tensor, grid: QuantGrid) -> Tensor:
         """Codes [rows, cols] for float32 ``weight``."""
@@ -42,22 +31,30 @@ class GptqFactor:
         )
 
 
-def cholesky(matrices: Tensor) -> Tensor:
-    """Lower Cholesky factors of float64 [groups, n, n], each shifted as little as it needs.
+@dataclass(frozen=True)
+class OrderedCholesky:
+    """A factor of matrices in GPTQ's order turned round: columns of smaller diagonal come first.
 
-    Raises ValueError for NaN or infinity.
+    One factorisation serves GPTQ, H = R R^T with R upper triangular in its order, and solving.
     """
-    if not bool(matrices.isfinite().all()):  # no shift would help
-        raise ValueError("gram must be finite, got NaN or infinite values")
-    mean = matrices.diagonal(dim1=1, dim2=2).mean(1)
-    unit = torch.where(mean > 0, mean, torch.ones_like(mean))[:, None]
-    matrices = matrices.clone()
-    with one_thread(matrices.device):
-        factors, info = torch.linalg.cholesky_ex(matrices)
-        jitter = _JITTER
-        while bool((info > 0).any()):
-            failed = (info > 0)[:, None]
-            matrices.diagonal(dim1=1, dim2=2).add_(torch.where(failed, jitter * unit, 0.0))
-            factors, info = torch.linalg.cholesky_ex(matrices)
-            jitter *= 10
-    return factors  # type: ignore[no-any-return]
+
+    factor: Cholesky
+    order: Tensor  # int64 [groups, cols]
+
+    @staticmethod
+    def of(h: Tensor) -> OrderedCholesky:
+        """Of float64 [groups, cols, cols]; ValueError for NaN or infinity."""
+        order = h.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True).flip(1)
+        rows = order[:, :, None].expand_as(h)
+        return OrderedCholesky(Cholesky.of(h.gather(1, rows).gather(2, rows.mT)), order)
+
+    def gptq_factor(self) -> GptqFactor:
+        upper = self.factor.lower.flip(1, 2)
+        feedback = upper / upper.diagonal(dim1=1, dim2=2)[:, None, :]
+        return GptqFactor(feedback.float(), self.order.flip(1))
+
+    def solve(self, right: Tensor) -> Tensor:
+        """``right`` H^-1 for float64 [groups, rows, cols]."""
+        order = self.order[:, None].expand_as(right)
+        found = self.factor.solve(right.gather(2, order))
+        return torch.empty_like(found).scatter_(2, order, found)

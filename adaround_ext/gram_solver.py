@@ -10,7 +10,6 @@ from torch import Tensor
 
 from adaround_ext.anneal import anneal
 from adaround_ext.config import AdaRoundConfig, Start
-from adaround_ext.gptq import GptqFactor
 from adaround_ext.grid import QuantGrid, nearest_codes
 from adaround_ext.objective import GramObjective
 from adaround_ext.precision import tf32_products
@@ -44,18 +43,14 @@ class GramSolver:
         self.undecided: Tensor | None = None
 
     def solve(self, watch: Stopwatch) -> Outcome:
-        factor = None
-        if self.config.searches_scales or "gptq" in self.chosen.starts:
-            factor = GptqFactor.make(self.objective.gram)
         grid, found = self.base, None
         if self.config.searches_scales:
-            assert factor is not None
-            found = self._searched_scales(factor)
+            found = self._searched_scales()
             grid = found.grid
         watch.lap("scales")
         solutions = []
         for name in self.chosen.starts:
-            solutions.append(self._start(name, grid, factor, found))
+            solutions.append(self._start(name, grid, found))
             watch.lap("annealing" if name == "adaround" else "search")
         solutions = self._searched(solutions)
         best = solutions[0]
@@ -80,15 +75,16 @@ class GramSolver:
             improvable(final, self.objective),
         )
 
-    def _searched_scales(self, factor: GptqFactor) -> Solution:
+    def _searched_scales(self) -> Solution:
         device = self.base.scale.device
         # Candidates are told apart well enough with fewer digits: docs/design.md.
         rounded = device.type == "cuda" and self.config.products != "float32"
         candidates = self.chosen.scale_candidates
         with tf32_products(device) if rounded else nullcontext():
             found = search_scales(
-                self.objective, self.base, factor, self.owners, candidates, self.config
-            )
+                self.objective, self.base, self.objective.gptq_factor, self.owners, candidates,
+                self.config,
+            )  # fmt: skip
             if self.base.scale.shape[1] > 1:
                 found = search_group_scales(found, self.objective, candidates, self.config)
         if rounded:
@@ -96,15 +92,12 @@ class GramSolver:
             found = descend(found, self.objective) if self.config.refine else found
         return found
 
-    def _start(
-        self, name: Start, grid: QuantGrid, factor: GptqFactor | None, found: Solution | None
-    ) -> Solution:
+    def _start(self, name: Start, grid: QuantGrid, found: Solution | None) -> Solution:
         """At a minimum already, where ``config.refine``."""
         if name == "gptq" and found is not None:
             return found  # the search for scales was by GPTQ
         if name == "gptq":
-            assert factor is not None
-            codes = factor.codes(self.objective.target, grid)
+            codes = self.objective.gptq_factor.codes(self.objective.target, grid)
         elif name == "nearest":
             codes = nearest_codes(self.objective.target, grid)
         else:

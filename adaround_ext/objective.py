@@ -14,9 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from adaround_ext.gptq import cholesky
+from adaround_ext.gptq import GptqFactor, OrderedCholesky
 from adaround_ext.layers import MatrixLayer
-from adaround_ext.products import fixed_bmm, one_thread
+from adaround_ext.products import fixed_bmm
 from adaround_ext.quadratic import Quadratic
 from adaround_ext.statistics import GramStatistics
 
@@ -100,11 +100,10 @@ class GramObjective(Quadratic):
         mismatch = (s.mismatch if self.centred else s.plain_mismatch()) / self.unit[:, None]
         self._mismatch = mismatch.float()
         self._constant = s.mismatch_energy - (s.mismatch_mean.square() if self.centred else 0.0)
-        grouped = mismatch.view(len(moments), -1, moments.shape[1])
-        factor = cholesky(moments)
-        with one_thread(factor.device):
-            moved = torch.cholesky_solve(grouped.mT.contiguous(), factor).mT
+        factor = OrderedCholesky.of(moments)
+        moved = factor.solve(mismatch.view(len(moments), -1, moments.shape[1]))
         self.target = (self._weight.double() + moved.reshape(mismatch.shape)).float()
+        self.gptq_factor = factor.gptq_factor()
 
     def rows(self, part: slice) -> GramObjective:
         """The objective of some of the rows, where all have one Gram matrix."""
@@ -120,7 +119,7 @@ class GramObjective(Quadratic):
     def join(objectives: Sequence[GramObjective]) -> GramObjective:
         """The objective of all their rows; they have Gram matrices of one shape, and settings."""
         joined = copy.copy(objectives[0])
-        for name in ("_twice_gram", "_buffer", "target_product"):
+        for name in ("_twice_gram", "_buffer", "target_product", "gptq_factor"):
             joined.__dict__.pop(name, None)
         for name in ("gram", "_undamped", "_mean", *_OF_ROWS):
             setattr(joined, name, torch.cat([getattr(own, name) for own in objectives]))
@@ -129,6 +128,11 @@ class GramObjective(Quadratic):
             none = torch.zeros_like(objectives[0]._weight)
             joined._mismatch = torch.cat([none if own is None else own for own in missed])
         return joined
+
+    @cached_property
+    def gptq_factor(self) -> GptqFactor:
+        """Of ``gram``."""
+        return GptqFactor.make(self.gram)
 
     @cached_property
     def _twice_gram(self) -> Tensor:

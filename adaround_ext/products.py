@@ -11,26 +11,31 @@ from torch.nn import functional as F
 
 # The libraries' kernels work on blocks of this many rows and columns; where a block is not full,
 # the order of a sum was seen to depend on the threads.
-_BLOCK = 16
-# Longer sums are shared out over the threads: from 832 on, on an Intel processor with MKL.
-_SUM = 512
+BLOCK = 16
+# Longer sums are shared out over the threads: of float32 from 832 on, of float64 from 256 on where
+# there are 16 of them.
+_SUM = {torch.float32: 512, torch.float64: 128}
 
 
 def fixed_bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a [groups, m, k] times b [groups, k, n]; a lone product filled up with zeros to whole blocks.
 
-    Of several groups each product has one thread, and on CUDA no number of threads decides. ``out``
-    is memory that may be used for it: large results in new memory cost page faults.
+    Several groups have one thread in float64, where sums are shared out if there are more threads
+    than groups; in float32 that was not seen for up to 32 threads. On CUDA no number of threads
+    decides. ``out`` is memory that may be used: large results in new memory cost page faults.
     """
-    if len(a) > 1 or a.is_cuda:
+    if a.is_cuda or (len(a) > 1 and a.dtype != torch.float64):
         return torch.bmm(a, b) if out is None else torch.bmm(a, b, out=out)
+    if len(a) > 1:
+        with one_thread(a.device):
+            return torch.bmm(a, b)
     m, k, n = a.shape[1], a.shape[2], b.shape[2]
-    if m % _BLOCK:
-        a, out = F.pad(a, (0, 0, 0, -m % _BLOCK)), None
-    if n % _BLOCK:
-        b, out = F.pad(b, (0, -n % _BLOCK)), None
+    if m % BLOCK:
+        a, out = F.pad(a, (0, 0, 0, -m % BLOCK)), None
+    if n % BLOCK:
+        b, out = F.pad(b, (0, -n % BLOCK)), None
     # Half precision is summed elsewhere, whole: partial sums would be rounded.
-    step = _SUM if a.dtype in (torch.float32, torch.float64) else max(k, 1)
+    step = _SUM.get(a.dtype, max(k, 1))
     first = a[:, :, :step], b[:, :step]
     out = torch.bmm(*first) if out is None else torch.bmm(*first, out=out)
     for begin in range(step, k, step):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adaround_ext import ops
 from adaround_ext.config import AdaRoundConfig
-from adaround_ext.gptq import GptqFactor, cholesky
+from adaround_ext.gptq import GptqFactor, OrderedCholesky
 from adaround_ext.grid import QuantGrid, stored_scale
 from adaround_ext.products import fixed_bmm, one_thread
 from adaround_ext.quadratic import Quadratic
@@ -79,14 +79,12 @@ def search_group_scales(
         )  # fmt: skip
         own_codes = codes[:, own].contiguous()
         weight_q = ops.dequantize(own_codes, at.scale, at.zero_point)
-        pull = quadratic.grouped(residual[:, own]).double().mT.contiguous()
-        factor = cholesky(block.double())
-        with one_thread(factor.device):
-            moved = torch.cholesky_solve(pull, factor).mT.reshape(weight_q.shape)
+        factor = OrderedCholesky.of(block.double())
+        moved = factor.solve(quadratic.grouped(residual[:, own]).double()).reshape(weight_q.shape)
         part = Quadratic(block, (weight_q - moved).float(), quadratic.unit)
         now = Solution.of(own_codes, at, part)
         better = now.better(
-            search_scales(part, at, GptqFactor.make(block), None, candidates, config), None
+            search_scales(part, at, factor.gptq_factor(), None, candidates, config), None
         )
         change = ops.dequantize(better.codes, better.grid.scale, better.grid.zero_point) - weight_q
         product = fixed_bmm(quadratic.grouped(change), quadratic.gram[:, own])

@@ -48,7 +48,7 @@ def solved_with(
 
 def assert_same_losses(one: LayerResult, other: LayerResult) -> None:
     """Up to the last bits of a product, which may decide between codes that are as good."""
-    for loss, tolerance in (("nearest", 1e-4), ("final", 0.03)):
+    for loss, tolerance in (("nearest", 1e-4), ("final", 0.1)):
         expected = pytest.approx(other.report.losses[loss], rel=tolerance)
         assert one.report.losses[loss] == expected, loss
 
