@@ -49,6 +49,7 @@ fi
 if wanted models; then
   shapes() { "$python" -m examples.shapes --device cuda "$@"; }
   shapes --models resnet18 resnet50 mobilenet_v2 --images 1024 --output "$out/shapes_cnn.json"
+  shapes --models resnet18 mobilenet_v2 --images 1024 --mode parallel --output "$out/shapes_cnn_parallel.json"
   for preset in fast balanced; do
     shapes --models llama-8b --dtype bfloat16 --group-size 128 --preset "$preset" \
       --output "$out/shapes_llama_8b_$preset.json"
