@@ -111,13 +111,13 @@ class Calibration:
                         f"{index}"
                     )
         if self._hash is not None:
-            self._add_to(self._hash, item, found)
+            self._add_to_digest(self._hash, item, found)
         self._sizes.append(len(found[0]) if found and found[0].dim() > 0 else 0)
         if index == 0 and self._forward_fn is None:
             self._check_arguments(item)
 
     @staticmethod
-    def _add_to(digest: Any, item: Any, found: list[Tensor]) -> None:
+    def _add_to_digest(digest: Any, item: Any, found: list[Tensor]) -> None:
         for leaf in pytree.tree_leaves(_plain(item)):
             if isinstance(leaf, (np.ndarray, str, bytes, int, float)):
                 content = leaf.tobytes() if isinstance(leaf, np.ndarray) else repr(leaf).encode()

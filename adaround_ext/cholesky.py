@@ -1,8 +1,8 @@
 """Cholesky factors, and what is solved with them, in float64.
 
-A library's factorisation has other bits for other numbers of threads, and on one thread it would
-take longer than the rest of a large layer. On the CPU it is made of matrix products here, whose
-bits do not depend on threads (products.py): only blocks on the diagonal are the library's.
+A library's factorisation has other bits for other numbers of threads, and on one thread it takes
+long for a large layer. On the CPU it is made of matrix products here, whose bits do not depend on
+threads (products.py): only blocks on the diagonal are the library's.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def quantize_(
     goes to files under ``cache_dir`` (None: the system's folder for temporary files). Statistics of
     a layer (about 8 columns^2 bytes) come on top; in parallel mode they are what is budgeted.
     device_budget: the same of a GPU's memory, where what comes from there is kept first; None: a
-    quarter of what is free.
+    quarter of what is free. Without a GPU it has no effect.
     cache_dtype: torch.bfloat16 or float16 to keep activations in half the memory, rounded.
     checkpoint_dir: a folder for every layer's result. A run that was killed goes on from there and
     ends with the same codes; one with another model, data or configuration is refused.
@@ -138,8 +138,9 @@ def quantize_(
     with ExitStack() as stack:
         home = single_device(model)
         device = home if device is None else _device(device)
-        if device_budget is None:
-            device_budget = free_device_memory(device) // _SHARE
+        free = free_device_memory(device)
+        if device_budget is None or free == 0:
+            device_budget = free // _SHARE
         # One for all ranks: in parallel mode it decides on the passes.
         device_budget = min(ranks.gather(device_budget, "the start"))
         budgets = memory_budget, cache_dir, device_budget, cache_dtype

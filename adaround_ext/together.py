@@ -27,8 +27,9 @@ def at_once(weights: int, device: torch.device) -> int:
 class Together:
     """``count`` solutions of a problem as one solution of a problem with count times the rows.
 
-    Rows are independent, so that each has the bits that it would have alone (on CUDA only as far as
-    products of another number of rows have). Those of one group of a convolution stay together.
+    Rows are independent, so that each has the bits that it would have alone (on CUDA, and of
+    convolutions with groups, as far as a library's products do not depend on the number of rows).
+    Rows of one group stay together.
     owners: of the scales, see :func:`adaround_ext.solution.per_owner`; None with groups.
     """
 

@@ -148,6 +148,7 @@ class _Recorder:
     """An objective that keeps the soft errors it is asked about at one step."""
 
     as_error = True
+    generator = None
 
     def __init__(self, objective: GramObjective, step: int) -> None:
         self._objective, self._left = objective, step
