@@ -52,7 +52,8 @@ class Cholesky:
         """``right`` (L L^T)^-1 for float64 [groups, rows, n]."""
         if right.is_cuda:
             return torch.cholesky_solve(right.mT.contiguous(), self.lower).mT
-        lower, rows, n = _whole(self.lower), right.shape[1], right.shape[2]
+        rows, n = right.shape[1], right.shape[2]
+        lower = _whole(self.lower) if _missing(n) else self.lower
         out = right.new_zeros(len(right), rows + -rows % BLOCK, lower.shape[1])
         out[:, :rows, :n] = right
         inverses = [_inverse(lower[:, own, own]) for own in _blocks(lower)]
@@ -97,11 +98,16 @@ def _factored(matrices: Tensor) -> tuple[Tensor, Tensor]:
 def _whole(matrices: Tensor) -> Tensor:
     """A copy filled up to whole blocks, with ones on the diagonal."""
     n = matrices.shape[1]
-    missing = -n % BLOCK if n > _DIAGONAL else 0
-    filled = matrices.new_zeros(len(matrices), n + missing, n + missing)
+    whole = n + _missing(n)
+    filled = matrices.new_zeros(len(matrices), whole, whole)
     filled[:, :n, :n] = matrices
     filled.diagonal(dim1=1, dim2=2)[:, n:] = 1.0
     return filled
+
+
+def _missing(n: int) -> int:
+    """Columns to the next whole block; a lone one is not cut."""
+    return -n % BLOCK if n > _DIAGONAL else 0
 
 
 def _blocks(matrices: Tensor) -> Iterator[slice]:

@@ -50,8 +50,8 @@ class OrderedCholesky:
 
     def gptq_factor(self) -> GptqFactor:
         upper = self.factor.lower.flip(1, 2)
-        feedback = upper / upper.diagonal(dim1=1, dim2=2)[:, None, :]
-        return GptqFactor(feedback.float(), self.order.flip(1))
+        upper /= upper.diagonal(dim1=1, dim2=2)[:, None, :].clone()
+        return GptqFactor(upper.float(), self.order.flip(1))
 
     def solve(self, right: Tensor) -> Tensor:
         """``right`` H^-1 for float64 [groups, rows, cols]."""
