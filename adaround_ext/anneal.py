@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +71,7 @@ def anneal(
             config.scale_free,
         )  # fmt: skip
 
-    precision = tf32_products(weight.device) if config.products == "tf32" else nullcontext()
+    precision = tf32_products(weight.device, config.products == "tf32")
     with precision, tqdm(total=chosen.steps, desc=name, disable=not config.progress) as bar:
         repeat(one_step, chosen.steps, weight.device, objective.generator, bar.update)
     qrange = grid.scale, grid.zero_point, grid.qmin, grid.qmax

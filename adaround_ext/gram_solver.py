@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -80,7 +79,7 @@ class GramSolver:
         # Candidates are told apart well enough with fewer digits: docs/design.md.
         rounded = device.type == "cuda" and self.config.products != "float32"
         candidates = self.chosen.scale_candidates
-        with tf32_products(device) if rounded else nullcontext():
+        with tf32_products(device, rounded):
             found = search_scales(
                 self.objective, self.base, self.objective.gptq_factor, self.owners, candidates,
                 self.config,

@@ -27,9 +27,9 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def tf32_products(device: torch.device) -> Iterator[None]:
-    """Within :func:`full_precision`: matrix products on CUDA may take TF32, where it has that."""
-    if device.type != "cuda":
+def tf32_products(device: torch.device, wanted: bool = True) -> Iterator[None]:
+    """Within :func:`full_precision`: products on CUDA may take TF32, if that is ``wanted``."""
+    if device.type != "cuda" or not wanted:
         yield
         return
     torch.set_float32_matmul_precision("high")

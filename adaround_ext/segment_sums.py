@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -71,8 +70,7 @@ class SegmentSums:
     def _consume(self, inputs: Tensor, targets: tuple[Tensor, ...] | None) -> None:
         # TF32 has all digits of a number of 16 bits; what it rounds off of their differences is far
         # below the damping: docs/design.md.
-        short = inputs.element_size() == 2
-        with tf32_products(inputs.device) if short else nullcontext():
+        with tf32_products(inputs.device, wanted=inputs.element_size() == 2):
             self._add(inputs.float(), targets)
 
     def _add(self, x: Tensor, targets: tuple[Tensor, ...] | None) -> None:
