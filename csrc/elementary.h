@@ -59,6 +59,18 @@ ADAROUND_INLINE T divide_(T numerator, T denominator) {
   return numerator / denominator;
 }
 
+// A product that is rounded before it is added to anything: whether a compiler fuses a sum of two
+// products, and which of the two, differs from one use to the next.
+template <typename T>
+ADAROUND_INLINE T product_(T a, T b) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return __fmul_rn(a, b);
+  }
+#endif
+  return a * b;
+}
+
 ADAROUND_INLINE float abs_(float x) { return fabsf(x); }
 ADAROUND_INLINE double abs_(double x) { return fabs(x); }
 

@@ -94,7 +94,7 @@ ADAROUND_INLINE T stored_code(T code, const Grid<T>& grid) {
 
 template <typename T>
 ADAROUND_INLINE T dequantize(T code, const Grid<T>& grid) {
-  return grid.scale * (code - grid.zero_point);
+  return product_(grid.scale, code - grid.zero_point);
 }
 
 // Rounding to nearest: ties to even before the zero point is added, as in grid.py.
@@ -170,7 +170,7 @@ ADAROUND_INLINE CodeStep<T> code_step(
     T code, T residual, T scale, T curvature, T qmin, T qmax, T forbidden) {
   const T direction = select_(residual >= T(0.0), T(-1.0), T(1.0));
   const T next = code + direction;
-  const T cost = scale * (curvature - T(2.0) * abs_(residual));
+  const T cost = product_(scale, curvature - T(2.0) * abs_(residual));
   const T inside = select_(max_(qmin, min_(qmax, next)) == next, cost, forbidden);
   return {direction, select_(curvature > T(0.0), inside, forbidden)};
 }

@@ -33,7 +33,7 @@ DEVICES = [
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Each device in turn."""
-    own = torch.device(request.param)
+    own = torch.device(request.param, 0 if request.param == "cuda" else None)
     with cuda_device() if PRETENDED and own.type == "cuda" else nullcontext(own) as found:
         yield found
 

@@ -107,6 +107,14 @@ def check(problem: Problem) -> None:
     assert bool(((got.double() - exact).abs() <= bound).all())
 
 
+def assert_same(got: Tensor, expected: Tensor) -> None:
+    """In every bit; on CUDA the product is PyTorch's, which takes others for other layouts."""
+    if got.device.type == "cuda":
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+    else:
+        assert torch.equal(got, expected)
+
+
 def _double_weight(problem: Problem) -> Tensor:
     cols = problem.x.shape[-1]
     codes = reference.unpack_bits(problem.packed, problem.bits, cols, problem.qmin)
@@ -142,7 +150,7 @@ def test_shapes_of_x(device: torch.device) -> None:
     for shape in [(2, 3, 4, 96), (24, 1, 96)]:
         got = packed_linear(problem.x.view(shape), *problem.args[1:])
         assert torch.equal(got, expected.view(*shape[:-1], 6))
-    assert torch.equal(packed_linear(problem.x[3], *problem.args[1:]), expected[3])
+    assert_same(packed_linear(problem.x[3], *problem.args[1:]), expected[3])
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -164,7 +172,7 @@ def test_empty(device: torch.device, rows: int, cols: int, positions: int, bias:
 def test_layouts(device: torch.device, layout: object) -> None:
     problem = make_problem(device, 6, 132, 3, 7, bits=3)
     moved = [layout(t) for t in problem.args[:4]]
-    assert torch.equal(packed_linear(*moved, *problem.args[4:]), packed_linear(*problem.args))
+    assert_same(packed_linear(*moved, *problem.args[4:]), packed_linear(*problem.args))
 
 
 @each_instruction_set

@@ -11,12 +11,14 @@
 
 namespace adaround_ext::cuda {
 
-// The shared memory that a block of this device can have beside `fixed` bytes.
+// The shared memory that a block of this device can have beside `fixed` bytes: in whole units, since
+// the device counts with both rounded up.
 inline int64_t shared_limit(const Tensor& on, size_t fixed) {
   int bytes = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(
       &bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, on.get_device_index()));
-  return bytes - static_cast<int64_t>(fixed);
+  constexpr int64_t kUnit = 128;
+  return (bytes - static_cast<int64_t>(fixed)) / kUnit * kUnit;
 }
 
 inline int processor_count(const Tensor& on) {
