@@ -1,4 +1,4 @@
-"""float32 means float32 while a layer is solved, whatever the caller allows elsewhere."""
+"""While a layer is solved float32 means float32, whatever the caller allows elsewhere."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def full_precision(device: torch.device) -> Iterator[None]:
     """Products of float32 in float32: no TF32, no bfloat16, no autocast; restored at the end.
 
     ``torch.set_float32_matmul_precision`` acts on the CPU too, and convolutions on CUDA take TF32
-    unless told otherwise.
+    unless told otherwise. Theirs are algorithms that have the same bits each time.
     """
-    with _ieee(), torch.autocast(device.type, enabled=False):
+    with _ieee(), _repeatable(), torch.autocast(device.type, enabled=False):
         yield
 
 
@@ -37,6 +37,17 @@ def tf32_products(device: torch.device, wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 @contextmanager

@@ -7,28 +7,30 @@ from collections.abc import Callable
 
 import torch
 
-_CHUNK = 25  # steps in a graph: the last ones of a run, fewer than these, are plain
+CHUNK = 25  # small steps in a graph
 _BEFORE = 3  # plain steps first, in which buffers are made and libraries set themselves up
-_LEAST = 4 * _CHUNK  # fewer steps are not worth a capture
+_LEAST = 4  # so many graphs, or a capture is not worth it
 
 
 def repeat(
     step: Callable[[], None],
     count: int,
     device: torch.device,
-    generator: torch.Generator | None,
-    done: Callable[[int], object],
+    generator: torch.Generator | None = None,
+    done: Callable[[int], object] = lambda _: None,
+    chunk: int = CHUNK,
 ) -> None:
     """Does ``step`` ``count`` times.
 
     On CUDA a step must work on the same memory every time and ask the device for nothing; where it
     cannot be captured, a RuntimeWarning says so and the steps are launched one by one. generator:
     what it draws from, on ``device``. done: called with the number of steps that were added.
+    chunk: about how many steps are one graph; those left over at the end are plain.
     """
     left = count
-    if device.type == "cuda" and count >= _LEAST:
+    if device.type == "cuda" and count >= _BEFORE + _LEAST * chunk:
         with torch.cuda.device(device):
-            left -= _replayed(step, count, generator, done)
+            left -= _replayed(step, count, generator, done, chunk)
     for _ in range(left):
         step()
         done(1)
@@ -39,8 +41,10 @@ def _replayed(
     count: int,
     generator: torch.Generator | None,
     done: Callable[[int], object],
+    chunk: int,
 ) -> int:
     """How many of the steps were done."""
+    chunk = _fitting(count - _BEFORE, chunk)
     step()  # what it keeps belongs to the caller's stream
     caller, own = torch.cuda.current_stream(), torch.cuda.Stream()
     own.wait_stream(caller)
@@ -49,18 +53,23 @@ def _replayed(
             step()
         done(_BEFORE)
         steps = _BEFORE
-        if graph := _captured(step, generator):
-            for _ in range((count - _BEFORE) // _CHUNK):
+        if graph := _captured(step, generator, chunk):
+            for _ in range((count - _BEFORE) // chunk):
                 graph.replay()
-                done(_CHUNK)
-                steps += _CHUNK
+                done(chunk)
+                steps += chunk
     caller.wait_stream(own)
     own.synchronize()  # before the graph's memory is given back
     return steps
 
 
+def _fitting(count: int, chunk: int) -> int:
+    """Of the numbers around ``chunk`` the one that leaves the fewest of ``count`` steps over."""
+    return min(range(chunk, chunk + chunk // 2 + 1), key=lambda size: count % size)
+
+
 def _captured(
-    step: Callable[[], None], generator: torch.Generator | None
+    step: Callable[[], None], generator: torch.Generator | None, chunk: int
 ) -> torch.cuda.CUDAGraph | None:
     """A graph of a chunk of steps, none of which is done yet; None where that cannot be."""
     graph = torch.cuda.CUDAGraph()
@@ -71,7 +80,7 @@ def _captured(
         # Other threads may use CUDA meanwhile.
         graph.capture_begin(capture_error_mode="thread_local")
         try:
-            for _ in range(_CHUNK):
+            for _ in range(chunk):
                 step()
         finally:
             graph.capture_end()

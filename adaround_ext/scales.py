@@ -14,6 +14,7 @@ from adaround_ext.grid import QuantGrid, stored_scale
 from adaround_ext.products import fixed_bmm, one_thread
 from adaround_ext.quadratic import Quadratic
 from adaround_ext.refine import descend
+from adaround_ext.repeat import repeat
 from adaround_ext.solution import Solution, per_owner
 from adaround_ext.together import pieces
 
@@ -65,33 +66,52 @@ def search_group_scales(
     in its own weights, with the group's block of G and the minimum at t_g = w_q,g - r_g G_gg^-1 for
     the residual r. So each is :func:`search_scales` again, on the group alone.
     """
-    grid = solution.grid
-    n_groups = grid.scale.shape[1]
-    size = solution.codes.shape[1] // n_groups
+    grid, gram = solution.grid, quadratic.gram
+    rows, n_groups = len(solution.codes), grid.scale.shape[1]
+    grams, cols, size = len(gram), gram.shape[1], gram.shape[1] // n_groups
     codes, residual = solution.codes.clone(), solution.residual.clone()
     scale, zero_point = grid.scale.clone(), grid.zero_point.clone()
-    for group in range(n_groups):
-        own = slice(group * size, (group + 1) * size)
-        block = quadratic.gram[:, own, own].contiguous()
+    # What belongs to a group is picked by its number on the device, the second dimension of each.
+    gram_rows = gram.view(grams, n_groups, size, cols)
+    blocks = gram_rows.view(grams, n_groups, size, n_groups, size)
+    blocks = blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()
+    factor = OrderedCholesky.of(blocks.flatten(0, 1).double())
+    identity = torch.eye(size, dtype=torch.float64, device=gram.device)
+    inverses = factor.solve(identity.expand(grams * n_groups, size, size))
+    made = factor.gptq_factor()
+    codes_of, residual_of = (values.view(rows, n_groups, size) for values in (codes, residual))
+    turn = torch.zeros(1, dtype=torch.int64, device=gram.device)
+
+    def of_group(values: Tensor) -> Tensor:
+        return values.index_select(1, turn)[:, 0]
+
+    def of_blocks(values: Tensor) -> Tensor:
+        return of_group(values.view(grams, n_groups, *values.shape[1:]))
+
+    def one_group() -> None:
         at = QuantGrid(
-            scale[:, group, None].contiguous(), zero_point[:, group, None].contiguous(),
-            grid.qmin, grid.qmax,
-        )  # fmt: skip
-        own_codes = codes[:, own].contiguous()
-        weight_q = ops.dequantize(own_codes, at.scale, at.zero_point)
-        factor = OrderedCholesky.of(block.double())
-        moved = factor.solve(quadratic.grouped(residual[:, own]).double()).reshape(weight_q.shape)
-        part = Quadratic(block, (weight_q - moved).float(), quadratic.unit)
-        now = Solution.of(own_codes, at, part)
-        better = now.better(
-            search_scales(part, at, factor.gptq_factor(), None, candidates, config), None
+            scale.index_select(1, turn), zero_point.index_select(1, turn), grid.qmin, grid.qmax
         )
+        own_codes = of_group(codes_of)
+        weight_q = ops.dequantize(own_codes, at.scale, at.zero_point)
+        own_residual = quadratic.grouped(of_group(residual_of)).double()
+        moved = fixed_bmm(own_residual, of_blocks(inverses)).reshape(weight_q.shape)
+        part = Quadratic(of_group(blocks), (weight_q - moved).float(), quadratic.unit)
+        now = Solution.of(own_codes, at, part)
+        found = search_scales(
+            part, at, GptqFactor(of_blocks(made.feedback), of_blocks(made.order)), None, candidates,
+            config,
+        )  # fmt: skip
+        better = now.better(found, None)
         change = ops.dequantize(better.codes, better.grid.scale, better.grid.zero_point) - weight_q
-        product = fixed_bmm(quadratic.grouped(change), quadratic.gram[:, own])
-        residual += product.reshape(residual.shape)
-        codes[:, own] = better.codes
-        scale[:, group] = better.grid.scale[:, 0]
-        zero_point[:, group] = better.grid.zero_point[:, 0]
+        product = fixed_bmm(quadratic.grouped(change), of_group(gram_rows))
+        residual.add_(product.reshape(residual.shape))
+        codes_of.index_copy_(1, turn, better.codes[:, None])
+        scale.index_copy_(1, turn, better.grid.scale)
+        zero_point.index_copy_(1, turn, better.grid.zero_point)
+        turn.add_(1)
+
+    repeat(one_group, n_groups, gram.device, chunk=1)
     found = Solution.of(codes, replace(grid, scale=scale, zero_point=zero_point), quadratic)
     if config.refine:
         found = descend(found, quadratic)
@@ -121,9 +141,12 @@ def refit_scales(
     right = per_owner(quadratic.unit[:, None] * right, owners)
     # A group whose codes are all zero has no say, and its scale no effect.
     empty = ~(matrix.diagonal(dim1=1, dim2=2) > 0)
-    matrix.diagonal(dim1=1, dim2=2)[empty] = 1.0
-    with one_thread(matrix.device):
-        factors = torch.linalg.solve_ex(matrix, right).result
+    matrix.diagonal(dim1=1, dim2=2).masked_fill_(empty, 1.0)
+    if n_groups == 1:
+        factors = right / matrix[:, :, 0]
+    else:
+        with one_thread(matrix.device):
+            factors = torch.linalg.solve_ex(matrix, right).result
     usable = (factors > 0) & factors.isfinite() & ~empty
     scale = stored_scale(grid.scale.double() * factors, config.scale_dtype)
     scale = torch.where(usable, scale, grid.scale)
@@ -143,15 +166,17 @@ def _group_sums(values: Tensor, n_groups: int) -> Tensor:
 
 
 def _between_groups(weight_q: Tensor, quadratic: Quadratic, n_groups: int) -> Tensor:
-    """w_q,g G w_q,h^T, float64 [rows, n_groups, n_groups]: together one product."""
+    """w_q,g G w_q,h^T, float64 [rows, n_groups, n_groups], symmetric: together half a product."""
     rows, cols = weight_q.shape
     gram, size = quadratic.gram, cols // n_groups
     matrix = weight_q.new_empty(rows, n_groups, n_groups, dtype=torch.float64)
     for group in range(n_groups):
-        own = slice(group * size, (group + 1) * size)
-        part = weight_q[:, own].reshape(len(gram), -1, size)
-        product = fixed_bmm(part, gram[:, own]).reshape(rows, cols)
-        matrix[:, group] = _group_sums(product * weight_q, n_groups)
+        begin = group * size
+        part = weight_q[:, begin : begin + size].reshape(len(gram), -1, size)
+        product = fixed_bmm(part, gram[:, begin : begin + size, begin:]).reshape(rows, -1)
+        sums = _group_sums(product * weight_q[:, begin:], n_groups - group)
+        matrix[:, group, group:] = sums
+        matrix[:, group:, group] = sums
     return matrix
 
 

@@ -6,6 +6,7 @@ layers, which of them share an input, what follows a layer, what a block's outpu
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -116,6 +117,12 @@ class _Recorder(TorchDispatchMode):
     operators: list[OperatorCall] = field(default_factory=list)
     born: dict[int, int] = field(default_factory=dict)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return (
+            False  # nothing is compiled here, and torch would import its dynamo for telling it so
+        )
+
     def __post_init__(self) -> None:
         super().__init__()
         self._time = 0
@@ -214,6 +221,36 @@ def trace(model: nn.Module, run: Callable[[], object]) -> Trace:
 
 
 @contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Compiled functions run as they were written.
+
+    torch's dynamo, which would be told, takes seconds to import: if nothing has yet, then what the
+    model compiles on its way does.
+    """
+    with ExitStack() as stack:
+
+        def tell() -> None:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+
+        if "torch._dynamo" in sys.modules:
+            tell()
+            yield
+            return
+        own = torch.compile
+
+        def telling(*args: Any, **kwargs: Any) -> Any:
+            torch.compile = own
+            tell()
+            return own(*args, **kwargs)
+
+        torch.compile = telling
+        try:
+            yield
+        finally:
+            torch.compile = own
+
+
+@contextmanager
 def evaluation(
     model: nn.Module, seed: int = 0, device: torch.device | None = None
 ) -> Iterator[None]:
@@ -243,7 +280,7 @@ def evaluation(
             torch.inference_mode(False),
             torch.no_grad(),
             torch.random.fork_rng([device.index for device in devices]),
-            torch.compiler.set_stance("force_eager"),
+            _uncompiled(),
         ):
             for module in training:  # not model.eval(), which a class may have overridden
                 module.training = False

@@ -2,8 +2,8 @@
 
 On CUDA the steps as a graph and one by one; float32, TF32 (on CUDA) and bfloat16 products. A step
 is the product 2 D G (2 rows cols^2 operations) and rounding_step_ (36 bytes a weight with float32
-products, 32 with bfloat16). Seconds are those of a run less those of a run of fewer steps, so that what comes
-once (the capture of the graph) does not count.
+products, 32 with bfloat16). Seconds are those of a run less those of a shorter run, so that what
+comes once, as the capture of the graph, does not count.
 """
 
 from __future__ import annotations

@@ -166,11 +166,16 @@ struct CodeStep {
 };
 
 template <typename T>
+ADAROUND_INLINE T code_step_cost(T residual, T scale, T curvature) {
+  return product_(scale, curvature - T(2.0) * abs_(residual));
+}
+
+template <typename T>
 ADAROUND_INLINE CodeStep<T> code_step(
     T code, T residual, T scale, T curvature, T qmin, T qmax, T forbidden) {
   const T direction = select_(residual >= T(0.0), T(-1.0), T(1.0));
   const T next = code + direction;
-  const T cost = product_(scale, curvature - T(2.0) * abs_(residual));
+  const T cost = code_step_cost(residual, scale, curvature);
   const T inside = select_(max_(qmin, min_(qmax, next)) == next, cost, forbidden);
   return {direction, select_(curvature > T(0.0), inside, forbidden)};
 }

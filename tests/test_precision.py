@@ -54,15 +54,19 @@ def test_tf32_products(device: torch.device) -> None:
 
 def test_restored_after_an_exception(device: torch.device) -> None:
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cudnn.deterministic
     with pytest.raises(KeyError), full_precision(device):
         assert torch.get_float32_matmul_precision() == "highest"
         assert not torch.backends.cudnn.allow_tf32
+        assert torch.backends.cudnn.deterministic
         raise KeyError
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
 
 
-def test_other_settings_of_convolutions_are_left_alone(device: torch.device) -> None:
+def test_convolutions_have_the_same_algorithms_each_time(device: torch.device) -> None:
     flags = torch.backends.cudnn
-    with flags.flags(enabled=True, benchmark=True, deterministic=True), full_precision(device):
-        assert flags.enabled and flags.benchmark and flags.deterministic
-        assert not flags.allow_tf32  # torch's older functions can tell
+    with flags.flags(enabled=True, benchmark=True, deterministic=False):
+        with full_precision(device):
+            assert flags.enabled and flags.deterministic and not flags.benchmark
+            assert not flags.allow_tf32  # torch's older functions can tell
+        assert flags.benchmark and not flags.deterministic

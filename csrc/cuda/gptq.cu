@@ -1,6 +1,6 @@
 // gptq on CUDA: a block takes kRows rows, which share the reading of the factor. A panel of columns
-// at a time is rounded, a warp a row, a column after the other; then all threads together tell the
-// columns behind the panel what it missed. The sums are those of cpu/kernels_impl.h, in its order.
+// at a time is rounded, a warp a row, a column after the other; then all threads together, twice as
+// many, tell the columns behind the panel what it missed. The sums are those of cpu/kernels_impl.h, in its order.
 #include <torch/csrc/stable/library.h>
 
 #include "../arguments.h"
@@ -11,7 +11,10 @@ namespace {
 
 constexpr int kPanel = 64;
 constexpr int kPerLane = kPanel / 32;  // columns of the panel that a lane has
-constexpr int kBatch = 4;              // rows of the factor on their way at once
+constexpr int kBatch = 8;              // rows of the factor on their way at once
+
+template <int kRows>
+constexpr int kThreadsOf = 64 * kRows;
 
 struct GptqPointers {
   const float* weight;    // [rows, cols]
@@ -49,7 +52,7 @@ struct Panel {
 template <int kRows>
 __device__ __forceinline__ void load_panel(
     const GptqPointers& s, const Tile& tile, int start, Panel<kRows>& panel) {
-  constexpr int kAtOnce = 32 * kRows / kPanel;  // rows
+  constexpr int kAtOnce = kThreadsOf<kRows> / kPanel;  // rows
   const int to = static_cast<int>(threadIdx.x % kPanel);
 #pragma unroll 4  // loads on their way at once
   for (int first = 0; first < kPanel; first += kAtOnce) {
@@ -98,6 +101,9 @@ __device__ __forceinline__ void round_panel(
     const GptqPointers& s, const Tile& tile, int start, Panel<kRows>& panel) {
   const int row = static_cast<int>(threadIdx.x / 32);
   const int lane = static_cast<int>(threadIdx.x % 32);
+  if (row >= kRows) {
+    return;
+  }
   Column columns[kPerLane];
 #pragma unroll
   for (int part = 0; part < kPerLane; ++part) {
@@ -133,7 +139,7 @@ template <int kRows, int kSize>
 __device__ __forceinline__ void shift_behind(
     const GptqPointers& s, const Tile& tile, int start, const Panel<kRows>& panel) {
   const int size = s.cols / kSize;
-  for (int i = (start + kPanel) / kSize + threadIdx.x; i < size; i += 32 * kRows) {
+  for (int i = (start + kPanel) / kSize + threadIdx.x; i < size; i += kThreadsOf<kRows>) {
     Pack<float, kSize> sums[kRows];
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
@@ -167,7 +173,8 @@ __device__ __forceinline__ void shift_behind(
 }
 
 template <int kRows, bool kShared, int kSize>
-__global__ void __launch_bounds__(32 * kRows) gptq_kernel(const __grid_constant__ GptqPointers s) {
+__global__ void __launch_bounds__(kThreadsOf<kRows>)
+    gptq_kernel(const __grid_constant__ GptqPointers s) {
   extern __shared__ float4 shift_memory[];
   __shared__ Panel<kRows> panel;
   uint8_t* scratch = s.scratch + blockIdx.x * (sizeof(float) * kRows * s.cols);
@@ -194,9 +201,10 @@ __global__ void __launch_bounds__(32 * kRows) gptq_kernel(const __grid_constant_
 template <int kRows, bool kShared, int kSize>
 void launch_gptq(GptqPointers s, const Tensor& codes, int64_t bytes, int64_t limit) {
   const auto kernel = gptq_kernel<kRows, kShared, kSize>;
-  const WorkingMemory memory(kernel, kShared, codes, 32 * kRows, s.tiles, bytes, limit);
+  constexpr int kBlock = kThreadsOf<kRows>;
+  const WorkingMemory memory(kernel, kShared, codes, kBlock, s.tiles, bytes, limit);
   s.scratch = memory.scratch ? output_pointer<uint8_t>(*memory.scratch) : nullptr;
-  kernel<<<memory.blocks, 32 * kRows, memory.shared_bytes, current_stream(codes)>>>(s);
+  kernel<<<memory.blocks, kBlock, memory.shared_bytes, current_stream(codes)>>>(s);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

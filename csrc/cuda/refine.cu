@@ -12,7 +12,7 @@
 namespace adaround_ext::cuda {
 namespace {
 
-constexpr int kMaxThreads = 512;
+constexpr int kMaxThreads = 256;  // rather more rows on a processor: each waits for memory
 
 // A proposal to change a column's code, by at most 255 up or down, with the thread in front: the
 // least proposal is that of the first column.

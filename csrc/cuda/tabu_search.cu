@@ -12,9 +12,10 @@
 namespace adaround_ext::cuda {
 namespace {
 
-constexpr int kMaxThreads = 512;
+constexpr int kMaxThreads = 1024;  // where one block fits onto a processor, else half of them
+constexpr int kMaxBlocks = 3;      // at once on a processor of those: the registers are cut for it
 constexpr int kPacks = 2;  // packs of columns that a thread has, as long as there are threads
-constexpr int kBatch = 4;  // packs on their way from the Gram matrix at once
+constexpr int kBatch = 2;  // packs on their way from the Gram matrix at once
 
 struct TabuPointers {
   uint8_t* codes;      // [rows, cols]: the best so far, as is the residual
@@ -27,20 +28,20 @@ struct TabuPointers {
   int64_t scale_stride;  // n_groups, or 0 where all rows share the scale
   int cols;              // a Gram matrix of more columns than an int holds fits no memory
   int group_size;
-  uint32_t sign;  // codes ^ sign, qmin and qmax count from 0, whether codes are signed or not
-  float qmin;
-  float qmax;
+  uint32_t sign;  // (codes ^ sign) - lowest counts from 0 to span, whether codes are signed or not
+  uint32_t lowest;
+  uint32_t span;  // qmax - qmin
   uint32_t steps;
   uint64_t seed;
 };
 
-// The row at work. mark: the code in the low 8 bits, and above them the step from which the column
-// may be changed again, at most kMaxTabuSteps + cols / 20, which 24 bits hold.
+// The row at work. mark: the code, counted from qmin, in the low 8 bits, and above them the step from
+// which the column may be changed again, at most kMaxTabuSteps + cols / 20, which 24 bits hold.
 struct Row {
   static constexpr int64_t kBytes = 3 * sizeof(float) + sizeof(uint32_t);  // a column
   float* residual;
   float* scale;
-  float* curvature;  // gram[j][j] scale_j
+  float* curvature;  // gram[j][j] scale_j, infinite where that is not positive: no step is cheap
   uint32_t* mark;
   uint8_t* best_codes;  // in the outputs, as is the next
   float* best_residual;
@@ -67,7 +68,8 @@ struct Messages {
 };
 
 // One pack of columns: the step before comes into the residual, and the cheapest of the steps that
-// are allowed now into `least`.
+// are allowed now into `least`. This is where the time goes: code_step in integers, no branch, and
+// the direction, which is the residual's, is left for later.
 template <int kSize>
 __device__ __forceinline__ void pass_over(
     const TabuPointers& s, const Row& row, int index, const Pack<float, kSize>& gram_row,
@@ -80,16 +82,13 @@ __device__ __forceinline__ void pass_over(
 #pragma unroll
   for (int e = 0; e < kSize; ++e) {
     residual.at[e] += delta * gram_row.at[e];
-    const float code = static_cast<float>(mark.at[e] & 0xffu);
-    const CodeStep<float> change =
-        code_step(code, residual.at[e], scale.at[e], curvature.at[e], s.qmin, s.qmax, kForbidden);
-    const bool allowed =
-        now >= mark.at[e] ||
-        code_step_with_margin(change.cost, scale.at[e], curvature.at[e]) < aspiration;
-    if (allowed && change.cost < least.cost) {
-      least.cost = change.cost;
-      least.move = 2u * static_cast<uint32_t>(kSize * index + e) + (change.direction > 0.0f);
-    }
+    const float cost = code_step_cost(residual.at[e], scale.at[e], curvature.at[e]);
+    const float with_margin = code_step_with_margin(cost, scale.at[e], curvature.at[e]);
+    const uint32_t end = residual.at[e] >= 0.0f ? 0u : s.span;  // of the grid, that way
+    const bool allowed = (now >= mark.at[e]) | (with_margin < aspiration);
+    const bool better = allowed & ((mark.at[e] & 0xffu) != end) & (cost < least.cost);
+    least.cost = better ? cost : least.cost;
+    least.move = better ? static_cast<uint32_t>(kSize * index + e) : least.move;
   }
   pack<kSize>(row.residual, index) = residual;
 }
@@ -102,7 +101,7 @@ __device__ __forceinline__ void keep(const TabuPointers& s, const Row& row) {
     Pack<uint8_t, kSize> codes;
 #pragma unroll
     for (int e = 0; e < kSize; ++e) {
-      codes.at[e] = static_cast<uint8_t>(mark.at[e] ^ s.sign);
+      codes.at[e] = static_cast<uint8_t>((mark.at[e] + s.lowest) ^ s.sign);
     }
     pack<kSize>(row.best_codes, i) = codes;
     pack<kSize>(row.best_residual, i) = pack<kSize>(row.residual, i);
@@ -170,6 +169,9 @@ __device__ __forceinline__ void search_row(
     if (step == s.steps) {
       return;
     }
+    if (least.move != kNoMove) {  // a column so far
+      least.move = 2u * least.move + !(row.residual[least.move] >= 0.0f);
+    }
     before = cheapest(least, messages.keys);
     if (before.move == kNoMove) {
       return;
@@ -181,8 +183,9 @@ __device__ __forceinline__ void search_row(
   }
 }
 
-template <bool kShared, int kSize>
-__global__ void __launch_bounds__(kMaxThreads)
+template <bool kShared, int kSize, bool kAlone>
+__global__ void
+    __launch_bounds__(kAlone ? kMaxThreads : kMaxThreads / 2, kAlone ? 1 : (kShared ? kMaxBlocks : 2))
     tabu_search_kernel(const __grid_constant__ TabuPointers s) {
   extern __shared__ float4 row_memory[];
   __shared__ Messages messages;
@@ -198,19 +201,20 @@ __global__ void __launch_bounds__(kMaxThreads)
       for (int j = kSize * i; j < kSize * (i + 1); ++j) {
         row.residual[j] = row.best_residual[j];
         row.scale[j] = __ldg(scale + j / s.group_size);
-        row.curvature[j] = __ldg(gram + static_cast<int64_t>(j) * s.cols + j) * row.scale[j];
-        row.mark[j] = row.best_codes[j] ^ s.sign;
+        const float curvature = __ldg(gram + static_cast<int64_t>(j) * s.cols + j) * row.scale[j];
+        row.curvature[j] = curvature > 0.0f ? curvature : INFINITY;
+        row.mark[j] = (row.best_codes[j] ^ s.sign) - s.lowest;
       }
     }
     search_row<kSize>(s, row, gram, messages);
   }
 }
 
-template <bool kShared, int kSize>
+template <bool kShared, int kSize, bool kAlone>
 void launch_tabu_search(TabuPointers s, const Tensor& codes, int64_t bytes, int64_t limit) {
-  const auto kernel = tabu_search_kernel<kShared, kSize>;
+  const auto kernel = tabu_search_kernel<kShared, kSize, kAlone>;
   const int wanted = (s.cols / kSize + 32 * kPacks - 1) / (32 * kPacks) * 32;
-  const int threads = std::min(wanted, kMaxThreads);
+  const int threads = std::min(wanted, kAlone ? kMaxThreads : kMaxThreads / 2);
   const WorkingMemory memory(kernel, kShared, codes, threads, s.rows, bytes, limit);
   s.scratch = memory.scratch ? output_pointer<uint8_t>(*memory.scratch) : nullptr;
   kernel<<<memory.blocks, threads, memory.shared_bytes, current_stream(codes)>>>(s);
@@ -242,17 +246,27 @@ void tabu_search_cuda(
       static_cast<int>(cols),
       static_cast<int>(cols / n_groups),
       static_cast<uint32_t>(sign),
-      static_cast<float>(qmin + sign),
-      static_cast<float>(qmax + sign),
+      static_cast<uint32_t>(qmin + sign),
+      static_cast<uint32_t>(qmax - qmin),
       static_cast<uint32_t>(steps),
       static_cast<uint64_t>(seed)};
   const int64_t limit = shared_limit(codes, sizeof(Messages));
   const int64_t bytes = Row::kBytes * cols;
-  const bool fits = bytes <= limit;
   const bool wide = cols % 4 == 0 && aligned(s.gram, s.residual) && aligned(s.codes);
-  const auto launch = fits ? (wide ? launch_tabu_search<true, 4> : launch_tabu_search<true, 1>)
-                           : (wide ? launch_tabu_search<false, 4> : launch_tabu_search<false, 1>);
-  launch(s, codes, bytes, limit);
+  const auto run = [&](auto kShared, auto kAlone) {
+    const auto launch = wide ? launch_tabu_search<kShared, 4, kAlone>
+                             : launch_tabu_search<kShared, 1, kAlone>;
+    launch(s, codes, bytes, limit);
+  };
+  using Yes = std::true_type;
+  using No = std::false_type;
+  if (bytes > limit) {
+    run(No(), No());
+  } else if (2 * bytes > limit) {
+    run(Yes(), Yes());
+  } else {
+    run(Yes(), No());
+  }
 }
 
 }  // namespace
