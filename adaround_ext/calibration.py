@@ -205,7 +205,7 @@ class Calibration:
                 self._cache.drop(("batch", batch))
 
     def mask(self, index: int) -> Tensor | None:
-        """bool [batch, tokens], True where there is no padding; None without a mask."""
+        """bool [batch, tokens], True where there is no padding; None where there is none at all."""
         if self._padding_mask is None:
             return None
         if index not in self._masks:
@@ -224,7 +224,8 @@ class Calibration:
             mask = None
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             return None
-        return mask != 0
+        kept = mask != 0
+        return None if bool(kept.all()) else kept  # else every pass would pick all positions
 
     def digest(self) -> str:
         """A fingerprint of all batches' tensors."""

@@ -36,6 +36,13 @@ class Unit:
         return _objective(self.targets[0])[0] == "sampled"
 
     @property
+    def from_inputs(self) -> bool:
+        """Whether the full-precision inputs stand for the outputs: less to compute and to run."""
+        first = self.targets[0].matrix
+        linear = isinstance(first.layer, nn.Linear) and not self.sampled
+        return linear and sum(layer.rows for layer in self.layers) > first.cols
+
+    @property
     def names(self) -> str:
         return ", ".join(target.name for target in self.targets)
 
@@ -130,9 +137,10 @@ class Collector:
         mask: Tensor | None,
         segment: int,
     ) -> None:
-        """Tensors of one batch, one a call (of each layer, where they are targets).
+        """Tensors of one batch, one a call.
 
-        segment: of the data, as :class:`GramStatistics` has it.
+        targets: of each layer its outputs, or where unit.from_inputs the one list of inputs that
+        give them. segment: of the data, as :class:`GramStatistics` has it.
         """
         started = time.perf_counter()
         with full_precision(self.unit.layers[0].weight.device):
@@ -154,13 +162,17 @@ class Collector:
             wanted = None
             if targets is not None:
                 wanted = [own[call] for own in targets if call < len(own)]
-                if len(wanted) < len(layers) or not all(self._paired(x, y) for y in wanted):
+                if len(wanted) < len(targets) or not all(self._paired(x, y) for y in wanted):
                     self.unpaired += 1  # data-dependent shapes: the layer's own outputs then
                     wanted = None
             self._sequences += len(x) if x.dim() > 1 else 1
             x = layers[0].samples(self._checked("inputs", unpadded(x, mask), batch))
-            outputs = None
-            if wanted is not None:
+            outputs: tuple[Tensor, ...] | None = None
+            if wanted is not None and self.unit.from_inputs:
+                name = "full-precision inputs"
+                y = self._checked(name, unpadded(wanted[0], mask), batch)
+                outputs = (layers[0].samples(y),)
+            elif wanted is not None:
                 outputs = tuple(
                     layer.output_samples(self._checked("outputs", unpadded(y, mask), batch))
                     for layer, y in zip(layers, wanted, strict=True)
@@ -174,13 +186,15 @@ class Collector:
         if self._statistics is None:  # not before: the layer may have been elsewhere
             config = self.unit.targets[0].config
             self._statistics = GramStatistics(
-                self.unit.layers, config.positions, config.seed, self._ranks
+                self.unit.layers, config.positions, config.seed, self._ranks, self.unit.from_inputs
             )
         return self._statistics
 
     def _paired(self, x: Tensor, y: Tensor) -> bool:
         """Whether an output [..., features] or [samples, channels, *size] fits an input."""
         layer = self.unit.layers[0]
+        if self.unit.from_inputs:
+            return x.shape == y.shape
         if isinstance(layer.layer, nn.Linear):
             return x.shape[:-1] == y.shape[:-1]
         if x.dim() < layer.weight.dim():  # no dimension of samples

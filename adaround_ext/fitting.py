@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -142,17 +142,18 @@ class Fitter:
             self.replay.give_up(trouble)
 
     def _collect(self, collectors: list[Collector]) -> None:
-        first = [collector.unit.targets[0] for collector in collectors]
-        every = [target for collector in collectors for target in collector.unit.targets]
-        inputs = frozenset(module for target in first for module in target.modules)
-        outputs = frozenset(module for target in every for module in target.modules)
+        units = [collector.unit for collector in collectors]
+        every = [target for unit in units for target in unit.targets]
+        inputs = _modules(unit.targets[0] for unit in units)
+        by_inputs = _modules(unit.targets[0] for unit in units if unit.from_inputs)
+        by_outputs = _modules(t for unit in units if not unit.from_inputs for t in unit.targets)
         # Before anything is quantized both streams are the same.
         two = self.sequential and (bool(self.fitted) or self.without_quantizers is not None)
         source: Stream = "quantized" if two else "full"
         switch = self.without_quantizers or nullcontext
         streams: dict[Stream, tuple[Watch, Switch]] = {}
         if two:
-            streams["full"] = Watch(outputs=outputs), switch
+            streams["full"] = Watch(by_inputs, by_outputs), switch
             streams["quantized"] = Watch(inputs=inputs), self._quantized
         else:
             streams["full"] = Watch(inputs=inputs), switch
@@ -163,7 +164,11 @@ class Fitter:
             for collector in collectors:
                 unit = collector.unit
                 x = of_calls(unit.targets[0], taken[source])
-                wanted = [_outputs(t, taken["full"]) for t in unit.targets] if two else None
+                wanted = None
+                if two and unit.from_inputs:
+                    wanted = [of_calls(unit.targets[0], taken["full"])]
+                elif two:
+                    wanted = [_outputs(t, taken["full"]) for t in unit.targets]
                 collector.add(batch, x, wanted, mask, self.calibration.segments[batch])
 
     def _solve(self, collectors: list[Collector]) -> dict[Unit, list[LayerResult]]:
@@ -233,6 +238,10 @@ class Fitter:
                 fitted = self.fitted[target]
                 self._pending[target] = fitted.weight.dequantize(target.matrix), fitted.bias
         return swapped([(t, weight, bias) for t, (weight, bias) in self._pending.items()])
+
+
+def _modules(targets: Iterable[Target]) -> frozenset[nn.Module]:
+    return frozenset(module for target in targets for module in target.modules)
 
 
 def of_calls(target: Target, taken: Mapping[nn.Module, list[Tensor]]) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -58,8 +59,9 @@ class GramSolver:
             winner[solution.losses < best.losses] = index
             best = best.better(solution, self.owners)
         if self.chosen.diagnostics:
-            for name, solution in zip(self.chosen.starts, solutions, strict=True):
-                self.losses[name] = self.problem.stored_losses(solution.codes, grid)
+            with self._rough_products():
+                for name, solution in zip(self.chosen.starts, solutions, strict=True):
+                    self.losses[name] = self.problem.stored_losses(solution.codes, grid)
         best = self._rounds(best)
         watch.lap("search")
         final, fallback = self._never_worse_than_nearest(best)
@@ -75,21 +77,23 @@ class GramSolver:
         )
 
     def _searched_scales(self) -> Solution:
-        device = self.base.scale.device
-        # Candidates are told apart well enough with fewer digits: docs/design.md.
-        rounded = device.type == "cuda" and self.config.products != "float32"
         candidates = self.chosen.scale_candidates
-        with tf32_products(device, rounded):
+        with self._rough_products():
             found = search_scales(
                 self.objective, self.base, self.objective.gptq_factor, self.owners, candidates,
                 self.config,
             )  # fmt: skip
             if self.base.scale.shape[1] > 1:
                 found = search_group_scales(found, self.objective, candidates, self.config)
-        if rounded:
+        if self.base.scale.is_cuda:  # where the residual was rounded, and descents were cut short
             found = Solution.of(found.codes, found.grid, self.objective)
             found = descend(found, self.objective) if self.config.refine else found
         return found
+
+    def _rough_products(self) -> AbstractContextManager[None]:
+        """For candidates, which are told apart well enough with fewer digits (docs/design.md), and
+        for losses that are only shown."""
+        return tf32_products(self.base.scale.device, self.config.products != "float32")
 
     def _start(self, name: Start, grid: QuantGrid, found: Solution | None) -> Solution:
         """At a minimum already, where ``config.refine``."""
@@ -110,8 +114,9 @@ class GramSolver:
             self.objective.target, grid, self.objective, self.chosen, self.config, self.problem.name
         )
         self.undecided = annealed.undecided
-        self.losses["soft"] = self.objective.row_losses(annealed.weight_q)
-        self.losses["hard"] = self.problem.stored_losses(annealed.codes, grid)
+        with self._rough_products():
+            self.losses["soft"] = self.objective.row_losses(annealed.weight_q)
+            self.losses["hard"] = self.problem.stored_losses(annealed.codes, grid)
         return annealed.codes
 
     def _searched(self, solutions: list[Solution]) -> list[Solution]:

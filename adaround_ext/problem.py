@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,11 @@ class Problem:
     def dtype(self) -> torch.dtype:
         """Of the weights and biases as the layers store them."""
         return self.layers[0].weight.dtype
+
+    @property
+    def grams(self) -> int:
+        """Of the Gram objective: how many matrices; 0 for the sampled one."""
+        return len(self.objective.gram) if isinstance(self.objective, GramObjective) else 0
 
     def rows(self, part: slice) -> Problem:
         """The same for some rows, which own their scales and share one Gram matrix."""
@@ -122,8 +127,12 @@ class Solved:
     seconds: dict[str, float]
 
     @staticmethod
-    def join(parts: Sequence[Solved], device: torch.device) -> Solved:
-        """The rows of all parts, in their order; seconds are the longest of any."""
+    def join(
+        parts: Sequence[Solved],
+        device: torch.device,
+        seconds: Callable[[Iterable[float]], float] = max,
+    ) -> Solved:
+        """The rows of all parts, in their order. ``seconds``: of all from those of each."""
         first = parts[0]
 
         def rows(values: list[Tensor]) -> Tensor:
@@ -145,7 +154,7 @@ class Solved:
             counts=named("counts"),
             marks=named("marks"),
             starts=named("starts"),
-            seconds={name: max(part.seconds[name] for part in parts) for name in first.seconds},
+            seconds={key: seconds(part.seconds[key] for part in parts) for key in first.seconds},
         )
 
 

@@ -13,13 +13,13 @@ from adaround_ext.together import pieces
 
 # Descent ends by itself, when a sweep changes nothing; this bounds what rounding errors of
 # the float32 residual could do.
-_MAX_SWEEPS = 100
+MAX_SWEEPS = 100
 
 
-def descend(solution: Solution, quadratic: Quadratic) -> Solution:
+def descend(solution: Solution, quadratic: Quadratic, sweeps: int = MAX_SWEEPS) -> Solution:
     """Coordinate descent until no single change of a code lowers the loss: ops.refine_."""
     codes, residual, grid = solution.codes.clone(), solution.residual.clone(), solution.grid
-    ops.refine_(codes, residual, quadratic.gram, grid.scale, grid.qmin, grid.qmax, _MAX_SWEEPS)
+    ops.refine_(codes, residual, quadratic.gram, grid.scale, grid.qmin, grid.qmax, sweeps)
     return Solution.of(codes, grid, quadratic, residual)
 
 

@@ -11,9 +11,10 @@ from adaround_ext import ops
 from adaround_ext.config import AdaRoundConfig
 from adaround_ext.gptq import GptqFactor, OrderedCholesky
 from adaround_ext.grid import QuantGrid, stored_scale
+from adaround_ext.per_device import PerDevice
 from adaround_ext.products import fixed_bmm, one_thread
 from adaround_ext.quadratic import Quadratic
-from adaround_ext.refine import descend
+from adaround_ext.refine import MAX_SWEEPS, descend
 from adaround_ext.repeat import repeat
 from adaround_ext.solution import Solution, per_owner
 from adaround_ext.together import pieces
@@ -22,6 +23,10 @@ from adaround_ext.together import pieces
 # spread to 1 + 1/3 of it. Where the rounding makes up for the error of other weights a finer grid
 # pays, though it clips more: of 21 shares from 0.6 to 1.4 the best lay there for most rows.
 _SPREAD = 0.42
+# Of the descents by which candidates are judged. A processor has them for nothing; on a GPU, where
+# rows of the Gram matrix come from memory, the later sweeps would take half of the time, and the
+# best candidate ends its descent anyway.
+_SWEEPS = PerDevice(cpu=MAX_SWEEPS, cuda=2)
 
 
 def search_scales(
@@ -39,13 +44,15 @@ def search_scales(
     :func:`adaround_ext.solution.per_owner`.
     """
 
+    sweeps = _SWEEPS.on(grid.scale.device)
+
     def best_of(grids: list[QuantGrid], best: Solution | None = None) -> Solution:
         for part, together in pieces(grids, quadratic, owners):
             problem, grid = together.quadratic, together.grid(part)
             found = Solution.of(factor.codes(problem.target, grid), grid, problem)
             if config.refine:
-                found = descend(found, problem)
-            found = refit_scales(found, problem, together.owners, config)
+                found = descend(found, problem, sweeps)
+            found = refit_scales(found, problem, together.owners, config, sweeps)
             for solution in together.apart(found):
                 best = solution if best is None else best.better(solution, owners)
         assert best is not None
@@ -119,7 +126,11 @@ def search_group_scales(
 
 
 def refit_scales(
-    solution: Solution, quadratic: Quadratic, owners: list[int] | None, config: AdaRoundConfig
+    solution: Solution,
+    quadratic: Quadratic,
+    owners: list[int] | None,
+    config: AdaRoundConfig,
+    sweeps: int = MAX_SWEEPS,
 ) -> Solution:
     """The scales of least loss for these codes, then, where ``config.refine``, better codes.
 
@@ -156,7 +167,7 @@ def refit_scales(
         residual = (scale / grid.scale) * product - quadratic.target_product
     new = Solution.of(solution.codes, refitted, quadratic, residual)
     if config.refine:
-        new = descend(new, quadratic)
+        new = descend(new, quadratic, sweeps)
     return solution.better(new, owners)
 
 

@@ -28,7 +28,8 @@ class Vectors:
     """The small sums of a segment for x' = x - shift, float64 but for the shift itself.
 
     shift float32 [groups, cols]; first [groups, cols] = sum x'; missed [rows] = sum e and energy
-    [rows] = sum e^2 of what the layers miss of their targets. count: positions.
+    [rows] = sum e^2 of what the layers miss of their targets; of inputs as targets missed [cols] =
+    sum d alone. count: positions.
     """
 
     count: int
@@ -42,13 +43,17 @@ class SegmentSums:
     """Of consecutive batches of one unit's inputs, as GramStatistics joins them.
 
     covariance: sum x' x'^T [groups, cols, cols]; mismatch: sum e x'^T [rows, cols] where there are
-    targets; ``vectors`` has the rest. Products are float32 (on CUDA TF32 for data of 16 bits), of
-    inputs less the mean of the first few: of large numbers with small differences nothing would be
-    left.
+    targets; ``vectors`` has the rest. ``from_inputs``, of linear layers: the targets are inputs y,
+    whose outputs are wanted; d = y - x, mismatch sum d x'^T and squares sum d d^T, [cols, cols].
+    Products are float32 (on CUDA TF32 for data of 16 bits), of inputs less the mean of the first
+    few: of large numbers with small differences nothing would be left.
     """
 
-    def __init__(self, layers: list[MatrixLayer], positions: int | None, seed: int) -> None:
+    def __init__(
+        self, layers: list[MatrixLayer], positions: int | None, seed: int, from_inputs: bool = False
+    ) -> None:
         self._layers = layers
+        self._from_inputs = from_inputs
         self._positions = positions
         self._generator = torch.Generator().manual_seed(seed)
         linear = isinstance(layers[0].layer, torch.nn.Linear)
@@ -56,6 +61,7 @@ class SegmentSums:
         self.vectors: Vectors | None = None  # until the first position
         self.covariance = ProductSum()
         self.mismatch = ProductSum()
+        self.squares = ProductSum()
 
     def add(self, inputs: Tensor, targets: tuple[Tensor, ...] | None) -> None:
         """Adds a batch as :func:`adaround_ext.data.batches` gives it."""
@@ -77,6 +83,12 @@ class SegmentSums:
         if targets is None:
             for patches, _ in self._patches(self._layers[-1], x, None):
                 self._add_inputs(self._shifted(patches))
+            return
+        if self._from_inputs:
+            (y,) = targets
+            both = (self._patches(self._layers[0], inputs, None) for inputs in (x, y.float()))
+            for (patches, _), (wanted, _) in zip(*both, strict=True):
+                self._add_differences(patches, wanted)
             return
         streams = [
             self._patches(layer, x, y.float())
@@ -107,6 +119,16 @@ class SegmentSums:
             vectors.energy[rows] += e.square().sum(2, dtype=torch.float64).view(-1)
         self.mismatch.add(torch.cat(products))
 
+    def _add_differences(self, patches: Tensor, wanted: Tensor) -> None:
+        """One chunk of inputs, and of those whose outputs are wanted."""
+        shifted = self._shifted(patches)
+        assert self.vectors is not None
+        self._add_inputs(shifted)
+        d = wanted - patches
+        self.mismatch.add(fixed_bmm(d, shifted.mT)[0].contiguous())
+        self.squares.add(_gram(d)[0])
+        self.vectors.missed += _sums(d)[0]
+
     def _patches(
         self, layer: MatrixLayer, x: Tensor, targets: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -122,19 +144,28 @@ class SegmentSums:
         if self.vectors is None:
             first = patches[:, :, :_SHIFT_POSITIONS]
             shift = first.mean(2, dtype=torch.float64).float()
-            rows = shift.new_zeros(sum(layer.rows for layer in self._layers), dtype=torch.float64)
-            self.vectors = Vectors(0, shift, torch.zeros_like(shift.double()), rows, rows.clone())
+            rows = sum(layer.rows for layer in self._layers)
+            if self._from_inputs:
+                rows = shift.shape[1]
+            missed = shift.new_zeros(rows, dtype=torch.float64)
+            zeros = torch.zeros_like(shift.double())
+            self.vectors = Vectors(0, shift, zeros, missed, missed.clone())
         return patches - self.vectors.shift[:, :, None]
 
     def _add_inputs(self, patches: Tensor) -> None:
         assert self.vectors is not None
         self.vectors.count += patches.shape[2]
-        if patches.is_cuda:  # where a product is one long float32 sum
-            self.vectors.first += patches.sum(2, dtype=torch.float64)
-        else:  # as a product: sums in float64 took longer than everything else here
-            ones = patches.new_ones(len(patches), patches.shape[2], 1)
-            self.vectors.first += fixed_bmm(patches, ones)[..., 0]
+        self.vectors.first += _sums(patches)
         self.covariance.add(_gram(patches))
+
+
+def _sums(patches: Tensor) -> Tensor:
+    """Over positions, [groups, cols]."""
+    if patches.is_cuda:  # where a product is one long float32 sum
+        return patches.sum(2, dtype=torch.float64)
+    # As a product: sums in float64 took longer than everything else here.
+    ones = patches.new_ones(len(patches), patches.shape[2], 1)
+    return fixed_bmm(patches, ones)[..., 0]
 
 
 def _gram(patches: Tensor) -> Tensor:

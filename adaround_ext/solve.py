@@ -16,6 +16,7 @@ from adaround_ext.gram_solver import GramSolver
 from adaround_ext.grid import QuantGrid, baseline_codes, make_grid, nearest_codes, position
 from adaround_ext.layers import MatrixLayer
 from adaround_ext.objective import GramObjective
+from adaround_ext.precision import tf32_products
 from adaround_ext.presets import Settings, settings
 from adaround_ext.problem import Outcome, Problem, Solved, Stopwatch
 from adaround_ext.report import LayerReport
@@ -23,6 +24,8 @@ from adaround_ext.result import LayerResult
 
 # Products are made in blocks of this many rows, see products.py: a cut between two changes no bits.
 _ROWS = 16
+# At once, of rows that can be solved apart: a solver keeps about twenty matrices of this size.
+_WEIGHTS = 1 << 27
 
 
 def solve(
@@ -36,7 +39,7 @@ def solve(
     joined = Problem.join(problems)
     if ranks.size > 1:
         return _results(problems, _share_rows(joined, config, ranks), config)
-    return _results(problems, _solve_rows(joined, config), config)
+    return _results(problems, _in_parts(joined, config), config)
 
 
 def shareable(layer: MatrixLayer, config: AdaRoundConfig, kind: str) -> bool:
@@ -53,10 +56,24 @@ def _share_rows(problem: Problem, config: AdaRoundConfig, ranks: Ranks) -> Solve
 
     def solve_own() -> Solved | None:
         part = slice(own.start * _ROWS, min(own.stop * _ROWS, rows))
-        return _solve_rows(problem.rows(part), config) if own else None
+        return _in_parts(problem.rows(part), config) if own else None
 
     parts = ranks.exchange(f"the rounding of {problem.name}", solve_own)
     return Solved.join([part for part in parts if part is not None], problem.weight.device)
+
+
+def _in_parts(problem: Problem, config: AdaRoundConfig) -> Solved:
+    """Some rows after the other, where all of them would take too much memory."""
+    rows, cols = problem.weight.shape
+    most = max(_WEIGHTS // max(cols, 1) // _ROWS, 1) * _ROWS
+    apart = all(shareable(layer, config, problem.kind) for layer in problem.layers)
+    if rows <= most or not apart or problem.grams > 1:
+        return _solve_rows(problem, config)
+    parts = []
+    for begin in range(0, rows, most):
+        parts.append(_solve_rows(problem.rows(slice(begin, min(begin + most, rows))), config))
+        problem = dataclasses.replace(problem, collecting_seconds=0.0)  # counted already
+    return Solved.join(parts, problem.weight.device, sum)
 
 
 def _solve_rows(problem: Problem, config: AdaRoundConfig) -> Solved:
@@ -123,8 +140,9 @@ def _described(
     weight, grid, objective = problem.weight, outcome.grid, problem.objective
     losses = dict(outcome.losses)
     rules = baseline_codes(weight, base, config.seed) if chosen.diagnostics else {}
-    for name, rule in rules.items():
-        losses[name] = problem.stored_losses(rule, base)
+    with tf32_products(weight.device, problem.kind == "gram" and config.products != "float32"):
+        for name, rule in rules.items():
+            losses[name] = problem.stored_losses(rule, base)
     at = position(weight, grid)
     weights = {
         "flipped": outcome.codes != nearest_codes(weight, grid),

@@ -16,6 +16,7 @@ from adaround_ext.products import fixed_bmm
 from adaround_ext.segment_sums import SegmentSums, Vectors
 
 _OUTLIER = 1e4
+_ROWS = 4096  # in float64 at a time
 
 
 class GramStatistics:
@@ -26,6 +27,10 @@ class GramStatistics:
     and for e = target - (W x + b), all zero without targets, mismatch_mean [rows] = E[e],
     mismatch [rows, cols] = E[e (x - mean)^T] and mismatch_energy [rows] = E[e^2]. The mean is over
     samples and output positions. Nothing here grows with the number of samples.
+
+    ``from_inputs``, for linear layers: targets are the inputs that give what is wanted, one tensor
+    for all layers. Then e = W d for d = target - x, and E[d (x - mean)^T] and E[d d^T] are
+    collected: less work where there are more rows than columns.
 
     The data come in segments, each with sums of its own. Those are added up in the order of the
     segments, whoever made them: so the bits do not depend on how many processes there are.
@@ -43,12 +48,14 @@ class GramStatistics:
         positions: int | None,
         seed: int,
         ranks: Ranks = ALONE,
+        from_inputs: bool = False,
     ) -> None:
         """positions: drawn of each sample, None for all. ranks: who has the other segments."""
         first = layers[0]
         self._device = first.weight.device
         self._layers, self._positions, self._seed = layers, positions, seed
         self._ranks = ranks
+        self._from_inputs = from_inputs
         groups = torch.arange(first.groups, device=self._device)
         per_layer = [groups.repeat_interleave(item.rows // first.groups) for item in layers]
         self._group = torch.cat(per_layer)  # of each row
@@ -56,7 +63,9 @@ class GramStatistics:
         self._open: SegmentSums | None = None
         self._closed: list[Vectors] = []
         self._covariance = MatrixSum(ranks, (first.groups, first.cols, first.cols))
-        self._mismatch = MatrixSum(ranks, (len(self._group), first.cols))
+        rows = first.cols if from_inputs else len(self._group)
+        self._mismatch = MatrixSum(ranks, (rows, first.cols))
+        self._squares = MatrixSum(ranks, (first.cols, first.cols))
         self.count = 0
         self.has_targets = False
 
@@ -83,7 +92,8 @@ class GramStatistics:
             self._close()
             self._segment = segment
         if self._open is None:  # each segment draws for itself, whoever has it
-            self._open = SegmentSums(self._layers, self._positions, self._seed + segment)
+            seed = self._seed + segment
+            self._open = SegmentSums(self._layers, self._positions, seed, self._from_inputs)
         self._open.add(inputs, targets)
 
     def _close(self) -> None:
@@ -95,6 +105,7 @@ class GramStatistics:
             self._closed.append(sums.vectors)
             self._covariance.add(sums.covariance.value)
             self._mismatch.add(sums.mismatch.value)
+            self._squares.add(sums.squares.value)
 
     def finish(self) -> None:
         """Joins what all segments have; the moments are ready afterwards."""
@@ -108,6 +119,14 @@ class GramStatistics:
         self._closed = []
         if any(inputs):
             self._join([vectors for own in segments for vectors in own])
+            if self._from_inputs:
+                self._to_outputs(self._squares.total(self._device, list(targets)) / self.count)
+        if not all(t.isfinite().all() for t in (self.covariance, self.mismatch_energy)):
+            names = ", ".join(str(layer.layer) for layer in self._layers)
+            raise ValueError(
+                f"{'inputs and targets' if self.has_targets else 'inputs'} of {names} must be so "
+                "small that float32 holds their squares, got larger values"
+            )
 
     def _join(self, segments: list[Vectors]) -> None:
         """From sums about each segment's shift to moments about the mean."""
@@ -129,14 +148,23 @@ class GramStatistics:
         self.mismatch_energy = energies.sum(0) / self.count
         # Until here everything is of x - the first shift.
         self.covariance -= self.mean[:, :, None] * self.mean[:, None, :]
-        self.mismatch -= self.mismatch_mean[:, None] * self.mean[self._group]
+        mean = self.mean if self._from_inputs else self.mean[self._group]
+        self.mismatch -= self.mismatch_mean[:, None] * mean
         self.mean += shifts[0].double()
-        if not all(t.isfinite().all() for t in (self.covariance, self.mismatch_energy)):
-            names = ", ".join(str(layer.layer) for layer in self._layers)
-            raise ValueError(
-                f"{'inputs and targets' if self.has_targets else 'inputs'} of {names} must be so "
-                "small that float32 holds their squares, got larger values"
-            )
+
+    def _to_outputs(self, squares: Tensor) -> None:
+        """From the moments of d to those of e = W d, some rows at a time."""
+        weight = torch.cat([layer.weight_matrix() for layer in self._layers]).to(self._device)
+        mismatch, mean = self.mismatch, self.mismatch_mean
+        self.mismatch = mismatch.new_empty(weight.shape)
+        self.mismatch_mean = mean.new_empty(len(weight))
+        self.mismatch_energy = mean.new_empty(len(weight))
+        for begin in range(0, len(weight), _ROWS):
+            own = slice(begin, begin + _ROWS)
+            rows = weight[own].double()
+            self.mismatch[own] = fixed_bmm(rows[None], mismatch[None])[0]
+            self.mismatch_mean[own] = fixed_bmm(rows[None], mean[None, :, None])[0, :, 0]
+            self.mismatch_energy[own] = (fixed_bmm(rows[None], squares[None])[0] * rows).sum(1)
 
     def _move(self, moved: Tensor, centres: Tensor, missed: Tensor) -> None:
         """The matrices from each segment's shift to the first one's, d = ``moved`` further on.

@@ -59,7 +59,7 @@ DECODERS = {
             "vocabulary": 4096,
         }
     ),
-    "llama-8b": Decoder(decoder.PRESETS["8b"], 128, 2048, 4, padded=False),
+    "llama-8b": Decoder(decoder.PRESETS["8b"], 128, 2048, 16, padded=False),
 }
 MODELS = (*NETWORKS, *DECODERS)
 USUAL = tuple(model for model in MODELS if model != "llama-8b")  # it takes a GPU

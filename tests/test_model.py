@@ -89,9 +89,10 @@ def test_as_without_recordings(name: str, sequential: bool) -> None:
     for layer, result in expected.items():
         assert torch.equal(got[layer], result.codes), layer
         module = model.get_submodule(layer)
-        assert torch.equal(module.weight, result.weight_q)
+        # Moments of inputs in the place of targets (Unit.from_inputs) have other last bits.
+        torch.testing.assert_close(module.weight, result.weight_q, rtol=1e-5, atol=0)
         if result.bias is not None:
-            assert torch.equal(module.bias, result.bias)
+            torch.testing.assert_close(module.bias, result.bias, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -96,6 +96,31 @@ def test_other_dtypes_of_inputs_and_targets(
         assert_same_bits(got, expected)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("segments", [[0, 0, 0], [0, 1, 1]])
+def test_inputs_in_the_place_of_targets(
+    device: torch.device, segments: list[int], bias: bool
+) -> None:
+    """The same moments from the inputs whose outputs are wanted as from those outputs."""
+    layers = [nn.Linear(21, rows, bias=bias).to(device) for rows in (40, 9)]
+    x = (torch.randn(450, 21) @ torch.randn(21, 21) + 3).to(device)
+    wanted = x + 0.1 * torch.randn(450, 21).to(device) - 0.05
+    views = [matrix_layer(layer) for layer in layers]
+    from_outputs = GramStatistics(views, None, 0)
+    from_inputs = GramStatistics(views, None, 0, from_inputs=True)
+    with torch.no_grad():
+        for segment, own, y in zip(segments, x.split(150), wanted.split(150), strict=True):
+            from_outputs.add(own, tuple(layer(y) for layer in layers), segment)
+            from_inputs.add(own, (y,), segment)
+        from_outputs.finish()
+        from_inputs.finish()
+    assert from_inputs.has_targets
+    assert from_inputs.mismatch.shape == (49, 21)
+    for field in MOMENTS:
+        got, expected = getattr(from_inputs, field), getattr(from_outputs, field)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["plain", "grouped"])
 @asymmetric
 @pytest.mark.parametrize("positions", [None, 5])

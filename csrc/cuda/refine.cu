@@ -12,7 +12,11 @@
 namespace adaround_ext::cuda {
 namespace {
 
-constexpr int kMaxThreads = 256;  // rather more rows on a processor: each waits for memory
+// Rather more rows on a processor than more threads a row, since each row waits for memory; but of
+// large rows no two fit.
+constexpr int kMaxThreads = 1024;
+constexpr int kThreadsOfMany = 256;
+constexpr int kMaxBlocks = 6;  // at once on a processor of those: the registers are cut for it
 
 // A proposal to change a column's code, by at most 255 up or down, with the thread in front: the
 // least proposal is that of the first column.
@@ -157,8 +161,9 @@ __device__ __forceinline__ void refine_row(
   }
 }
 
-template <bool kShared, typename code_t>
-__global__ void __launch_bounds__(kMaxThreads)
+template <bool kShared, bool kAlone, typename code_t>
+__global__ void
+    __launch_bounds__(kAlone ? kMaxThreads : kThreadsOfMany, kAlone ? 1 : kMaxBlocks)
     refine_kernel(const __grid_constant__ RefinePointers<code_t> s) {
   extern __shared__ float4 row_memory[];
   __shared__ Keys keys;
@@ -189,13 +194,14 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
-template <bool kShared, typename code_t>
+template <bool kShared, bool kAlone, typename code_t>
 void launch_refine(
     const RefinePointers<code_t>& s, int64_t row_bytes, int64_t limit, cudaStream_t stream) {
-  const auto kernel = refine_kernel<kShared, code_t>;
+  const auto kernel = refine_kernel<kShared, kAlone, code_t>;
   allow_shared(kernel, limit);
   // A float4 of the row a thread.
-  const int threads = std::min(std::max((s.cols + 127) / 128 * 32, 64), kMaxThreads);
+  const int most = kAlone ? kMaxThreads : kThreadsOfMany;
+  const int threads = std::min(std::max((s.cols + 127) / 128 * 32, 64), most);
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(s.rows, INT_MAX));
   kernel<<<blocks, threads, kShared ? static_cast<size_t>(row_bytes) : 0, stream>>>(s);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -226,8 +232,10 @@ void run_refine(
       max_sweeps,
       false};
   s.wide = cols % 4 == 0 && aligned(s.gram) && (fits || aligned(s.residual));
-  (fits ? launch_refine<true, code_t> : launch_refine<false, code_t>)(s, row_bytes, limit,
-                                                                      current_stream(codes));
+  const auto launch = !fits                   ? launch_refine<false, false, code_t>
+                      : 2 * row_bytes > limit ? launch_refine<true, true, code_t>
+                                              : launch_refine<true, false, code_t>;
+  launch(s, row_bytes, limit, current_stream(codes));
 }
 
 void refine_cuda(
