@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from adaround_ext.cache import GrowingTensor
 from adaround_ext.calibration import unpadded
 from adaround_ext.choice import choose_objective
-from adaround_ext.data import check
+from adaround_ext.data import check, check_kind, count_infinite, refuse_infinite
 from adaround_ext.distributed import ALONE, Ranks
 from adaround_ext.layers import MatrixLayer
 from adaround_ext.plan import Target
@@ -125,6 +125,8 @@ class Collector:
         self.seconds = 0.0
         self.unpaired = 0
         self._sequences = 0
+        # Of a GPU's tensors: it would have to be waited for with every batch.
+        self._infinite: list[tuple[str, str, Tensor]] = []
         self._statistics: GramStatistics | None = None
         self._inputs = GrowingTensor(folder)
         self._targets = [GrowingTensor(folder) for _ in unit.targets]
@@ -203,7 +205,20 @@ class Collector:
 
     def _checked(self, kind: str, value: Tensor, batch: int) -> Tensor:
         name = f"{self.unit.names} in calibration batch {batch}"
-        return check(kind, value, self.unit.layers[0].weight.device, name)
+        device = self.unit.layers[0].weight.device
+        if device.type != "cuda":
+            return check(kind, value, device, name)
+        tensor = check_kind(kind, value, device)
+        self._infinite.append((kind, name, count_infinite(tensor)))
+        return tensor
+
+    def _refuse_infinite(self) -> None:
+        found, self._infinite = self._infinite, []
+        if found:
+            for (kind, name, _), bad in zip(
+                found, torch.stack([n for *_, n in found]).tolist(), strict=True
+            ):
+                refuse_infinite(kind, name, bad)
 
     def _keep(self, x: Tensor, outputs: tuple[Tensor, ...] | None) -> None:
         self._inputs.append(x)
@@ -216,6 +231,8 @@ class Collector:
     def finish(self) -> None:
         """Joins what all ranks have collected, once; ValueError where no data came."""
         started = time.perf_counter()
+        with self._ranks.together("statistics"):
+            self._refuse_infinite()
         ranks = self._ranks
         counts = ranks.gather((self._sequences, self.unpaired), "statistics")
         self._sequences, self.unpaired = (sum(column) for column in zip(*counts, strict=True))

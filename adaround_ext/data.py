@@ -164,6 +164,16 @@ def _tuple(item: object) -> tuple[Tensor, ...]:
 
 
 def check(argument: str, value: object, device: torch.device, name: str) -> Tensor:
+    """The tensor without its graph; see :func:`batches` for what is refused."""
+    tensor = check_kind(argument, value, device)
+    # One cheap pass: a sum is finite unless a value is not, or it overflows: then none is counted.
+    if not bool(torch.isfinite(tensor.sum())):
+        refuse_infinite(argument, name, int(count_infinite(tensor)))
+    return tensor
+
+
+def check_kind(argument: str, value: object, device: torch.device) -> Tensor:
+    """:func:`check` without a look at the values."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument} must hold tensors, got {type(value).__name__}")
     if not value.is_floating_point():
@@ -172,12 +182,15 @@ def check(argument: str, value: object, device: torch.device, name: str) -> Tens
         raise TypeError(f"{argument} must be strided tensors, got {value.layout}")
     if value.device != device:
         raise ValueError(f"{argument} must be on the layer's device {device}, got {value.device}")
-    value = value.detach()
-    # One cheap pass: a sum is finite unless a value is not, or it overflows: then none is counted.
-    if not bool(torch.isfinite(value.sum())):
-        bad = value.numel() - int(torch.isfinite(value).sum())
-        if bad:
-            raise ValueError(
-                f"{argument} of {name} must be finite, got {bad} NaN or infinite values"
-            )
-    return value
+    return value.detach()
+
+
+def count_infinite(value: Tensor) -> Tensor:
+    """How many values are NaN or infinite."""
+    return value.numel() - torch.isfinite(value).sum()
+
+
+def refuse_infinite(argument: str, name: str, bad: int) -> None:
+    """ValueError if there are any."""
+    if bad:
+        raise ValueError(f"{argument} of {name} must be finite, got {bad} NaN or infinite values")

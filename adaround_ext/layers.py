@@ -24,7 +24,7 @@ from adaround_ext.per_device import PerDevice
 # 32 MiB of float32: little next to a model, enough for a matrix product at full speed; 256 MiB on a
 # GPU, where adding up the products of small chunks would take longer than the products.
 # Sums over patches are made chunk by chunk, so another value changes their last bits.
-MAX_CHUNK_ELEMENTS = PerDevice(cpu=2**23, cuda=2**26)
+MAX_CHUNK_ELEMENTS = PerDevice(cpu=2**23, cuda=2**27)
 
 
 class MatrixLayer:

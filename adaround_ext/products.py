@@ -9,12 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from adaround_ext.precision import tf32_products
+
 # The libraries' kernels work on blocks of this many rows and columns; where a block is not full,
 # the order of a sum was seen to depend on the threads.
 BLOCK = 16
 # Longer sums are shared out over the threads: of float32 from 832 on, of float64 from 256 on where
 # there are 16 of them.
 _SUM = {torch.float32: 512, torch.float64: 128}
+# From so many multiplications, and terms a sum, a GPU has float32's digits sooner by three products
+# of TF32.
+_LARGE, _LARGE_SUM = 1 << 33, 512
+_TF32_BITS = -1 << 13  # of a float32, those that TF32 has too
 
 
 def fixed_bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -22,8 +28,11 @@ def fixed_bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
     Several groups have one thread in float64, where sums are shared out if there are more threads
     than groups; in float32 that was not seen for up to 32 threads. On CUDA no number of threads
-    decides. ``out`` is memory that may be used: large results in new memory cost page faults.
+    decides, and a large product of float32 is three of TF32. ``out`` is memory that may be used:
+    large results in new memory cost page faults.
     """
+    if _is_large(a, b):
+        return _three_products(a, b, out)
     if a.is_cuda or (len(a) > 1 and a.dtype != torch.float64):
         return torch.bmm(a, b) if out is None else torch.bmm(a, b, out=out)
     if len(a) > 1:
@@ -41,6 +50,29 @@ def fixed_bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     for begin in range(step, k, step):
         out.baddbmm_(a[:, :, begin : begin + step], b[:, begin : begin + step])
     return out[:, :m, :n]
+
+
+def _is_large(a: Tensor, b: Tensor) -> bool:
+    """Whether it is a float32 product on CUDA that takes longer than three of TF32."""
+    if not a.is_cuda or a.dtype != torch.float32 or a.shape[2] < _LARGE_SUM:
+        return False
+    large = a.numel() * b.shape[2] >= _LARGE
+    # Where TF32 was asked for, one product is what is wanted.
+    return large and torch.get_float32_matmul_precision() == "highest"
+
+
+def _three_products(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
+    """a b to about float32's precision, on the units that only know TF32: a number is the sum of
+    its upper bits, which TF32 has, and of the rest, whose rounding is 2^-22 of the number."""
+    (a_upper, a_rest), (b_upper, b_rest) = map(_in_two, (a, b))
+    with tf32_products(a.device):
+        out = torch.bmm(a_rest, b_upper) if out is None else torch.bmm(a_rest, b_upper, out=out)
+        return out.baddbmm_(a_upper, b_rest).baddbmm_(a_upper, b_upper)
+
+
+def _in_two(x: Tensor) -> tuple[Tensor, Tensor]:
+    upper = (x.view(torch.int32) & _TF32_BITS).view(torch.float32)
+    return upper, x - upper
 
 
 @contextmanager

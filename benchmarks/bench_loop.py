@@ -30,11 +30,12 @@ from adaround_ext.statistics import GramStatistics
 from benchmarks import common
 from benchmarks.common import Options, Target
 
-_SHAPES = [(384, 384), (1536, 384), (384, 1536), (1024, 1024), (4096, 4096)]
-_CPU_SHAPES = _SHAPES[:4]
-_STEPS = 2000
+_CPU_SHAPES = [(384, 384), (1536, 384), (384, 1536), (1024, 1024)]
+_CUDA_SHAPES = [(384, 384), (1024, 1024), (4096, 4096)]
+_STEPS, _STEPS_OF_LARGE = 2000, 400
+_LARGE = 1 << 22  # weights
 _FEW = 4  # the shorter run has this fraction of the steps
-_PROFILED = 800
+_PROFILED = 480
 _SAMPLES = 5
 _PRODUCTS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
 # On the H200, of a step of 384x384 in a graph with TF32 products.
@@ -78,7 +79,7 @@ class _Case:
 
 def run(options: Options) -> tuple[list[dict[str, Any]], list[Target]]:
     """Rows and targets; prints the table."""
-    shapes = _SHAPES if options.device.type == "cuda" else _CPU_SHAPES
+    shapes = _CUDA_SHAPES if options.device.type == "cuda" else _CPU_SHAPES
     rows: list[dict[str, Any]] = []
     with torch.no_grad(), full_precision(options.device):
         for shape in shapes[:1] if options.quick else shapes:
@@ -98,7 +99,8 @@ def _measure(shape: tuple[int, int], products: str, options: Options) -> list[di
     ways = {"launches": one_by_one, "graph": as_they_are}
     if options.device.type != "cuda":
         ways = {"launches": as_they_are}
-    steps = _STEPS // 4 if options.quick else _STEPS
+    steps = _STEPS if shape[0] * shape[1] < _LARGE else _STEPS_OF_LARGE
+    steps = steps // 4 if options.quick else steps
     found = {}
     for way, context in ways.items():
         with context():

@@ -19,6 +19,7 @@ _PACKED_SHAPE = (4096, 4096)
 _PACKED_BITS = (2, 3, 4, 8)
 _SHAPES = [(384, 384), (1536, 384), (4096, 4096), (11008, 4096)]
 _POSITIONS = (1, 4, 16, 64, 256)
+_CUDA_SHAPES, _CUDA_POSITIONS = _SHAPES[2:], (1, 16, 256)
 _GROUP_SIZE, _ZERO_POINT = 128, 8
 _FEW_POSITIONS = 16
 _SLOW_POSITIONS = 4  # beyond, PyTorch's portable loops would take minutes
@@ -42,8 +43,10 @@ def run(options: Options) -> tuple[dict[str, list[dict[str, Any]]], list[Target]
     """Rows and targets; prints the tables."""
     packing = [_measure_packing(bits, options) for bits in _PACKED_BITS]
     linear = []
-    for shape in _SHAPES[:2] if options.quick else _SHAPES:
-        for positions in _POSITIONS[:3] if options.quick else _POSITIONS:
+    cuda = options.device.type == "cuda"
+    shapes, counts = (_CUDA_SHAPES, _CUDA_POSITIONS) if cuda else (_SHAPES, _POSITIONS)
+    for shape in shapes[:2] if options.quick else shapes:
+        for positions in counts[:3] if options.quick else counts:
             common.note(f"packed_linear {shape[0]}x{shape[1]}, {positions} positions")
             linear.append(_measure_linear(shape, positions, options))
     _print_packing(packing)

@@ -88,10 +88,12 @@ def workload(
     half, kind = count // 2 * padded, (sequence_batch, length, shape["vocabulary"])
 
     def token_batches() -> Batches:
+        """Without padding no mask is needed, whose look-up would hold a GPU up."""
         found = [decoder.token_batches(count - half, *kind, seed=0)]
         if half:
             found.append(decoder.token_batches(half, *kind, seed=1, padded=True))
-        return ({name: x.to(device) for name, x in batch.items()} for batch in chain(*found))
+        names = ("input_ids", "attention_mask") if padded else ("input_ids",)
+        return ({name: batch[name].to(device) for name in names} for batch in chain(*found))
 
     return decoder.llama_shaped(**shape, dtype=dtype, device=device), count, token_batches
 

@@ -120,7 +120,8 @@ def test_no_steps_is_nearest(device: torch.device, symmetric: bool) -> None:
     result = optimize_layer(layer, x, refine=False, **settings)
     assert torch.equal(result.weight_q, nearest(layer, **settings))
     assert (result.report.steps, result.report.flipped) == (0, 0)
-    assert result.report.losses["hard"] == result.report.losses["nearest"]
+    hard, rel = result.report.losses["hard"], 1e-3 if device.type == "cuda" else 0  # TF32 there
+    assert hard == pytest.approx(result.report.losses["nearest"], rel=rel)
     assert optimize_layer(layer, x, **settings).report.flipped > 0
 
 
