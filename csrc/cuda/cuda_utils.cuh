@@ -212,9 +212,10 @@ __device__ __forceinline__ void store(T* to, const float (&from)[kWidth], const 
   }
 }
 
-// The sum over a block of kThreads, in a fixed order, for thread 0. Once a kernel.
+// The sum over a block of kBlock threads, in a fixed order, for thread 0. Once a kernel.
+template <int kBlock>
 __device__ __forceinline__ double block_sum(double x) {
-  __shared__ double warp_sums[kThreads / 32];
+  __shared__ double warp_sums[kBlock / 32];
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
     x += __shfl_down_sync(0xffffffffu, x, offset);
@@ -224,7 +225,7 @@ __device__ __forceinline__ double block_sum(double x) {
   }
   __syncthreads();
   double sum = 0.0;
-  for (int warp = 0; warp < kThreads / 32; ++warp) {
+  for (int warp = 0; warp < kBlock / 32; ++warp) {
     sum += warp_sums[warp];
   }
   return sum;

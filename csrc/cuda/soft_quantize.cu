@@ -11,7 +11,8 @@ namespace {
 
 // A partial sum of the regularizer a block; a block takes every kMaxBlocks-th chunk. The number
 // depends on the sizes alone, so the bits do not depend on the device.
-constexpr int64_t kMaxBlocks = 4096;
+constexpr int64_t kMaxBlocks = 16384;
+constexpr int kSumThreads = 1024;
 
 template <typename weight_t>
 struct SoftPointers {
@@ -62,20 +63,21 @@ __global__ void __launch_bounds__(kThreads)
       sum += chunk_sum;
     });
   }
-  sum = block_sum(sum);
+  sum = block_sum<kThreads>(sum);
   if (threadIdx.x == 0) {
     s.partial[blockIdx.x] = sum;
   }
 }
 
 // One block adds the partial sums up in a fixed order.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kSumThreads)
     sum_kernel(const double* partial, int64_t blocks, float* reg) {
   double sum = 0.0;
-  for (int64_t block = threadIdx.x; block < blocks; block += kThreads) {
+#pragma unroll 8
+  for (int64_t block = threadIdx.x; block < blocks; block += kSumThreads) {
     sum += partial[block];
   }
-  sum = block_sum(sum);
+  sum = block_sum<kSumThreads>(sum);
   if (threadIdx.x == 0) {
     *reg = static_cast<float>(sum);
   }
@@ -89,7 +91,7 @@ void launch_soft_quantize(SoftPointers<weight_t> s, cudaStream_t stream) {
 }
 
 void launch_sum(const double* partial, int64_t blocks, float* reg, cudaStream_t stream) {
-  sum_kernel<<<1, kThreads, 0, stream>>>(partial, blocks, reg);
+  sum_kernel<<<1, kSumThreads, 0, stream>>>(partial, blocks, reg);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
