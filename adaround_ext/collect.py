@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from adaround_ext.cache import GrowingTensor
 from adaround_ext.calibration import unpadded
 from adaround_ext.choice import choose_objective
-from adaround_ext.data import check, check_kind, count_infinite, refuse_infinite
+from adaround_ext.data import check, check_kind, has_finite_sum, infinite
 from adaround_ext.distributed import ALONE, Ranks
 from adaround_ext.layers import MatrixLayer
 from adaround_ext.plan import Target
@@ -125,8 +125,8 @@ class Collector:
         self.seconds = 0.0
         self.unpaired = 0
         self._sequences = 0
-        # Of a GPU's tensors: it would have to be waited for with every batch.
-        self._infinite: list[tuple[str, str, Tensor]] = []
+        # Whether a GPU's tensors are: it would have to be waited for with every batch.
+        self._finite: list[tuple[str, str, Tensor]] = []
         self._statistics: GramStatistics | None = None
         self._inputs = GrowingTensor(folder)
         self._targets = [GrowingTensor(folder) for _ in unit.targets]
@@ -209,16 +209,15 @@ class Collector:
         if device.type != "cuda":
             return check(kind, value, device, name)
         tensor = check_kind(kind, value, device)
-        self._infinite.append((kind, name, count_infinite(tensor)))
+        self._finite.append((kind, name, has_finite_sum(tensor)))
         return tensor
 
     def _refuse_infinite(self) -> None:
-        found, self._infinite = self._infinite, []
-        if found:
-            for (kind, name, _), bad in zip(
-                found, torch.stack([n for *_, n in found]).tolist(), strict=True
-            ):
-                refuse_infinite(kind, name, bad)
+        found, self._finite = self._finite, []
+        flags = torch.stack([flag for *_, flag in found]).tolist() if found else []
+        for (kind, name, _), finite in zip(found, flags, strict=True):
+            if not finite:
+                raise infinite(kind, name, "NaN or infinite values")
 
     def _keep(self, x: Tensor, outputs: tuple[Tensor, ...] | None) -> None:
         self._inputs.append(x)

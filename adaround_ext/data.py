@@ -167,8 +167,10 @@ def check(argument: str, value: object, device: torch.device, name: str) -> Tens
     """The tensor without its graph; see :func:`batches` for what is refused."""
     tensor = check_kind(argument, value, device)
     # One cheap pass: a sum is finite unless a value is not, or it overflows: then none is counted.
-    if not bool(torch.isfinite(tensor.sum())):
-        refuse_infinite(argument, name, int(count_infinite(tensor)))
+    if not bool(has_finite_sum(tensor)):
+        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+        if bad:
+            raise infinite(argument, name, f"{bad} NaN or infinite values")
     return tensor
 
 
@@ -185,12 +187,10 @@ def check_kind(argument: str, value: object, device: torch.device) -> Tensor:
     return value.detach()
 
 
-def count_infinite(value: Tensor) -> Tensor:
-    """How many values are NaN or infinite."""
-    return value.numel() - torch.isfinite(value).sum()
+def has_finite_sum(value: Tensor) -> Tensor:
+    """On the value's device; of float32, which holds what numbers of 16 bits add up to."""
+    return torch.isfinite(value.sum(dtype=torch.promote_types(value.dtype, torch.float32)))
 
 
-def refuse_infinite(argument: str, name: str, bad: int) -> None:
-    """ValueError if there are any."""
-    if bad:
-        raise ValueError(f"{argument} of {name} must be finite, got {bad} NaN or infinite values")
+def infinite(argument: str, name: str, found: str) -> ValueError:
+    return ValueError(f"{argument} of {name} must be finite, got {found}")

@@ -19,6 +19,7 @@ from adaround_ext.layers import MatrixLayer
 from adaround_ext.products import fixed_bmm
 from adaround_ext.quadratic import Quadratic
 from adaround_ext.statistics import GramStatistics
+from adaround_ext.sums import double_sum
 
 _EVALUATION_BATCH = 64
 # What a Gram objective has a value or a row of for each row, beside _mismatch, which may be None.
@@ -152,9 +153,9 @@ class GramObjective(Quadratic):
         """The undamped loss of each row in the data's units, float64 [rows]."""
         error = weight_q - self._weight
         product = fixed_bmm(self.grouped(error), self._undamped).reshape(error.shape)
-        losses = self.unit * (product * error).sum(1, dtype=torch.float64)
+        losses = self.unit * double_sum(product * error, 1)
         if self._mismatch is not None:
-            cross = (error * self._mismatch).sum(1, dtype=torch.float64)
+            cross = double_sum(error * self._mismatch, 1)
             losses = losses - self.unit * 2 * cross + self._constant
             # A mean square: below 0 is what rounding left of terms that are many times larger.
             losses = losses.clamp(min=0)
@@ -247,5 +248,5 @@ class SampledObjective:
             strict=True,
         ):
             difference = y if relative_to_zero else self._outputs(x, weight_q) - y
-            total += difference.square().transpose(0, 1).flatten(1).sum(1, dtype=torch.float64)
+            total += double_sum(difference.square().transpose(0, 1).flatten(1), 1)
         return total / (self._targets.numel() // self._targets.shape[1])

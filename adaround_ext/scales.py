@@ -17,6 +17,7 @@ from adaround_ext.quadratic import Quadratic
 from adaround_ext.refine import MAX_SWEEPS, descend
 from adaround_ext.repeat import repeat
 from adaround_ext.solution import Solution, per_owner
+from adaround_ext.sums import double_sum
 from adaround_ext.together import pieces
 
 # Candidates are shares of the scale of least squared weight error, from about 1 - 2/3 of this
@@ -173,7 +174,7 @@ def refit_scales(
 
 def _group_sums(values: Tensor, n_groups: int) -> Tensor:
     """Sums over the columns of each group, float64 [rows, n_groups]."""
-    return values.view(len(values), n_groups, -1).sum(2, dtype=torch.float64)
+    return double_sum(values.view(len(values), n_groups, -1), 2)
 
 
 def _between_groups(weight_q: Tensor, quadratic: Quadratic, n_groups: int) -> Tensor:

@@ -14,6 +14,7 @@ from adaround_ext.matrix_sums import ProductSum
 from adaround_ext.per_device import PerDevice
 from adaround_ext.precision import tf32_products
 from adaround_ext.products import fixed_bmm
+from adaround_ext.sums import double_sum
 
 # Inputs are cut again into this many samples (tokens of a linear layer) before X X^T, so that the
 # sums do not depend on how the caller cut the data.
@@ -115,8 +116,8 @@ class SegmentSums:
             rows = slice(row, row + layer.rows)
             row = rows.stop
             products.append(fixed_bmm(e, shifted.mT).reshape(layer.rows, -1))
-            vectors.missed[rows] += e.sum(2, dtype=torch.float64).view(-1)
-            vectors.energy[rows] += e.square().sum(2, dtype=torch.float64).view(-1)
+            vectors.missed[rows] += double_sum(e, 2).view(-1)
+            vectors.energy[rows] += double_sum(e.square(), 2).view(-1)
         self.mismatch.add(torch.cat(products))
 
     def _add_differences(self, patches: Tensor, wanted: Tensor) -> None:
@@ -162,7 +163,7 @@ class SegmentSums:
 def _sums(patches: Tensor) -> Tensor:
     """Over positions, [groups, cols]."""
     if patches.is_cuda:  # where a product is one long float32 sum
-        return patches.sum(2, dtype=torch.float64)
+        return double_sum(patches, 2)
     # As a product: sums in float64 took longer than everything else here.
     ones = patches.new_ones(len(patches), patches.shape[2], 1)
     return fixed_bmm(patches, ones)[..., 0]

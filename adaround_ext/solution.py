@@ -11,6 +11,7 @@ from torch import Tensor
 from adaround_ext import ops
 from adaround_ext.grid import QuantGrid
 from adaround_ext.quadratic import Quadratic
+from adaround_ext.sums import double_sum
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Solution:
         error = ops.dequantize(codes, grid.scale, grid.zero_point) - quadratic.target
         if residual is None:
             residual = quadratic.residual(error)
-        losses = quadratic.unit * (residual * error).sum(1, dtype=torch.float64)
+        losses = quadratic.unit * double_sum(residual * error, 1)
         return Solution(codes, grid, residual, comparable(losses))
 
     def better(self, other: Solution, owners: list[int] | None) -> Solution:

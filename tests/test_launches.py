@@ -53,6 +53,6 @@ def test_a_large_layer_takes_as_many_as_a_small_one(
     if device.type == "cpu":
         pytest.skip("a processor works on as much as its caches hold")
     monkeypatch.setattr(products, "_LARGE", 1 << 60)  # else a large product is three, for speed
-    small = operators(device, 24, 128, 500, preset, groups, targets)
+    small = operators(device, 24, 256, 512, preset, groups, targets)
     large = operators(device, 300, 1024, 8192, preset, groups, targets)
     assert large == small
