@@ -16,7 +16,7 @@ from adaround_ext.solution import Solution
 T = TypeVar("T")
 # So many weights at once: on a processor what its caches hold, since with more than that one
 # solution after the other was faster; on a GPU what gives all of it something to do.
-_WEIGHTS = PerDevice(cpu=1 << 18, cuda=1 << 24)
+_WEIGHTS = PerDevice(cpu=1 << 18, cuda=1 << 25)
 
 
 def at_once(weights: int, device: torch.device) -> int:
