@@ -65,6 +65,11 @@ class Replay:
         self._needed: frozenset[int] = frozenset()
         self._ready = 0  # leading calls whose layers are all done, and that are recorded
         self._end = 0  # of the calls that this pass runs
+        # The call whose outputs this pass records already, of the stream that does not change, and
+        # the same while a run still has to come to its end.
+        self._early: int | None = None
+        self._awaited: int | None = None
+        self._left: dict[nn.Module, int] = {}  # calls that this run still has to see, by module
         self._stream: Stream = "full"
         self._batch = 0
         self._seen: dict[nn.Module, int] = {}
@@ -124,7 +129,12 @@ class Replay:
         counts = {call.module: call.index + 1 for call in calls}  # the last of a module's counts
         until = max(call.end for call in calls)
         end = sum(c.call.begin < until for c in self._calls)
+        if "quantized" in streams and ready < len(self._calls):
+            block = self._calls[ready]
+            if block.replaceable and block.layers & waiting <= counts.keys():
+                self._early = ready  # what it gives in the full-precision stream will not change
         yield from self._pass(ready, end, counts, streams)
+        self._early = None
 
     def _pass(
         self,
@@ -192,7 +202,8 @@ class Replay:
         self, batch: int, stream: Stream, watch: Watch, counts: Mapping[nn.Module, int]
     ) -> dict[nn.Module, list[Tensor]]:
         taken: dict[nn.Module, list[Tensor]] = defaultdict(list)
-        left = {m: counts[m] for m in watch.inputs | watch.outputs}
+        left = self._left = {m: counts[m] for m in watch.inputs | watch.outputs}
+        self._awaited = self._early if stream == "full" and not self.diverged else None
         self._batch, self._stream, self._seen = batch, stream, defaultdict(int)
         self._last, self._depth = -1, 0
         self._blanks.next_run()
@@ -214,8 +225,8 @@ class Replay:
 
         def count(module: nn.Module) -> None:
             left[module] = left.get(module, 0) - 1
-            if not whole and not any(n > 0 for n in left.values()):
-                raise _Stop
+            if not whole:
+                self._stop_if_done()
 
         with ExitStack() as hooks:
             for module in {**left, **dict.fromkeys(self._waiting if whole else ())}:
@@ -227,6 +238,10 @@ class Replay:
             with suppress(_Stop):
                 self._calibration.run(batch, self._seed + batch)  # the same draws in both streams
         return taken
+
+    def _stop_if_done(self) -> None:
+        if self._awaited is None and not any(n > 0 for n in self._left.values()):
+            raise _Stop
 
     def _compare(self, layer: nn.Module, call: int, x: Tensor) -> None:
         if self._marks is None:
@@ -274,7 +289,7 @@ class Replay:
                 kept = self._cache.get(key) if key in self._cache else []
                 return self._templates[key].play((args, kwargs), kept, self._blanks)
             self._seen[module] += 1
-            if index is None or index not in self._recording:
+            if index is None or (index not in self._recording and index != self._awaited):
                 return live(*args, **kwargs)
             given = given_tensors((args, kwargs))
             versions = [version(t) for t in given]
@@ -282,6 +297,10 @@ class Replay:
             self._templates[key], kept = Template.of(output, given, versions, index in self._needed)
             if kept:
                 self._cache.put(key, kept)
+            if index == self._awaited:
+                self._awaited = None
+                if not whole:
+                    self._stop_if_done()
             return self._cache.rounded(output)  # the same now as when it will be read
 
         return replaced

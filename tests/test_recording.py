@@ -1,9 +1,11 @@
-"""What stands for outputs that nothing reads."""
+"""What stands for blocks that are done."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
 
+from adaround_ext import quantize_
 from adaround_ext.recording import Blanks, Template
 
 
@@ -44,3 +46,31 @@ def test_only_what_the_last_run_used_is_kept() -> None:
     played(blanks, sizes[0])
     blanks.next_run()
     assert [output.shape for output in blanks._made] == [(3,)]
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(self.first(x).relu())
+
+
+def test_how_often_a_block_runs() -> None:
+    """What a block gives in the full-precision stream is recorded when its last layer is fitted."""
+    model = nn.Sequential(*(_Block() for _ in range(3)))
+    runs = 0
+
+    def count(*_: object) -> None:
+        nonlocal runs
+        runs += 1
+
+    model[1].first.register_forward_hook(count)
+    batches = [torch.randn(4, 8) for _ in range(5)]
+    quantize_(model, batches[:1], preset="fast", blocks=[_Block], progress=False)
+    one, runs = runs, 0
+    quantize_(model, batches, preset="fast", blocks=[_Block], progress=False)
+    # The first pass, which sees everything; both layers' passes, the second's in both streams; and
+    # the quantized stream through the finished block.
+    assert runs - one == 4 * (1 + 1 + 2 + 1)
