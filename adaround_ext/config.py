@@ -47,8 +47,8 @@ class AdaRoundConfig:
     columns. scale: "gram" (the scale, and zero point, of least output error; where the objective is
     sampled, "mse"), "mse" (of least squared weight error), "min_max" or a tensor: [1, 1] for
     per_tensor, else [rows or 1, n_groups] or, without groups, [rows]. scale_candidates*: how many
-    scales "gram" tries for each row. scale_dtype: the dtype that scales are stored in; they are
-    rounded to it before they are used.
+    scales "gram" tries for each row, all but a few near the best so far. scale_dtype: the dtype
+    that scales are stored in; they are rounded to it before they are used.
     bias: "refit" puts the mean error of the outputs into biases that exist, "create" also makes one
     where the layer has none, "keep" leaves biases alone, as the sampled objective always does.
 

@@ -34,8 +34,8 @@ class _Preset:
 
 _PRESETS = {
     "fast": _Preset(("gptq",), 2, 0, 0, 200, 500, diagnostics=False),
-    "balanced": _Preset(("gptq", "adaround"), 9, 2000, 1, 300, 2000),
-    "best": _Preset(("gptq", "adaround"), 33, 10_000, 3, 1000, 2000),
+    "balanced": _Preset(("gptq", "adaround"), 7, 2000, 1, 300, 2000),
+    "best": _Preset(("gptq", "adaround"), 15, 10_000, 3, 1000, 2000),
 }
 # (learning rate, reg_weight) by objective and scale_free.
 _LOSS = {

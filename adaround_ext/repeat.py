@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-CHUNK = 25  # small steps in a graph
+_CHUNK = 25  # small steps in a graph
 _BEFORE = 3  # plain steps first, in which buffers are made and libraries set themselves up
 _LEAST = 4  # so many graphs, or a capture is not worth it
 
@@ -18,7 +18,7 @@ def repeat(
     device: torch.device,
     generator: torch.Generator | None = None,
     done: Callable[[int], object] = lambda _: None,
-    chunk: int = CHUNK,
+    chunk: int = _CHUNK,
 ) -> None:
     """Does ``step`` ``count`` times.
 

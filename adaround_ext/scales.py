@@ -24,6 +24,7 @@ from adaround_ext.together import pieces
 # spread to 1 + 1/3 of it. Where the rounding makes up for the error of other weights a finer grid
 # pays, though it clips more: of 21 shares from 0.6 to 1.4 the best lay there for most rows.
 _SPREAD = 0.42
+_HALVINGS = 3
 # Of the descents by which candidates are judged. A processor has them for nothing; on a GPU, where
 # rows of the Gram matrix come from memory, the later sweeps would take half of the time, and the
 # best candidate ends its descent anyway.
@@ -41,11 +42,13 @@ def search_scales(
     """The best of ``candidates`` scales around ``grid`` for each row, then of zero points nearby.
 
     A candidate is judged by what it is for: it is rounded by GPTQ, refined and its scale refitted,
-    all in milliseconds, and the loss that remains decides. ``owners`` as in
+    all in milliseconds, and the loss that remains decides. A few are spread out; each further two
+    are below and above the best so far, half as far away as the ones before. ``owners`` as in
     :func:`adaround_ext.solution.per_owner`.
     """
-
     sweeps = _SWEEPS.on(grid.scale.device)
+    halvings = min(max((candidates - 3) // 2, 0), _HALVINGS)
+    spread_out = candidates - 2 * halvings
 
     def best_of(grids: list[QuantGrid], best: Solution | None = None) -> Solution:
         for part, together in pieces(grids, quadratic, owners):
@@ -59,7 +62,11 @@ def search_scales(
         assert best is not None
         return best
 
-    best = best_of([_scaled(grid, share, config) for share in _shares(candidates)])
+    best = best_of([_scaled(grid, share, config) for share in _shares(spread_out)])
+    away = _step(spread_out)
+    for _ in range(halvings):
+        away /= 2
+        best = best_of([_scaled(best.grid, 1 + change, config) for change in (-away, away)], best)
     if not config.symmetric:
         best = best_of([_moved(best.grid, offset) for offset in (-1, 1)], best)
     return best
@@ -193,10 +200,14 @@ def _between_groups(weight_q: Tensor, quadratic: Quadratic, n_groups: int) -> Te
 
 
 def _shares(candidates: int) -> list[float]:
-    """One of them is the scale itself: 0.88 and 1 for two, 0.76 to 1.08 for nine."""
-    step = _SPREAD / (candidates + 1.5)
+    """One of them is the scale itself: 0.88 and 1 for two, 0.81 to 1 for three."""
     below = -(-2 * (candidates - 1) // 3)
-    return [1 + step * k for k in range(-below, candidates - below)]
+    return [1 + _step(candidates) * k for k in range(-below, candidates - below)]
+
+
+def _step(candidates: int) -> float:
+    """Between neighbouring shares."""
+    return _SPREAD / (candidates + 1.5)
 
 
 def _scaled(grid: QuantGrid, share: float, config: AdaRoundConfig) -> QuantGrid:

@@ -30,7 +30,7 @@ _GRAM_SWEEP: list[dict[str, Any]] = [
     *({"preset": name} for name in ("fast", "best")),
     *({"starts": (name,)} for name in ("nearest", "gptq", "adaround")),
     {"scale": "mse"},
-    *({"scale_candidates": value} for value in (3, 17, 33)),
+    *({"scale_candidates": value} for value in (3, 5, 9, 15)),
     {"bias": "keep"},
     {"refine": False},
     *({"search_steps": value} for value in (0, 500, 8000)),
