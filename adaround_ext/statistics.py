@@ -156,10 +156,10 @@ class GramStatistics:
         """From the moments of d to those of e = W d, some rows at a time."""
         weight = torch.cat([layer.weight_matrix() for layer in self._layers]).to(self._device)
         mismatch, mean = self.mismatch, self.mismatch_mean
-        self.mismatch = mismatch.new_empty(weight.shape)
-        self.mismatch_mean = mean.new_empty(len(weight))
-        self.mismatch_energy = mean.new_empty(len(weight))
-        for begin in range(0, len(weight), _ROWS):
+        self.mismatch = mismatch.new_zeros(weight.shape)
+        self.mismatch_mean = mean.new_zeros(len(weight))
+        self.mismatch_energy = mean.new_zeros(len(weight))
+        for begin in range(0, len(weight), _ROWS) if self.has_targets else ():
             own = slice(begin, begin + _ROWS)
             rows = weight[own].double()
             self.mismatch[own] = fixed_bmm(rows[None], mismatch[None])[0]

@@ -119,9 +119,8 @@ class _Recorder(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return (
-            False  # nothing is compiled here, and torch would import its dynamo for telling it so
-        )
+        # torch would import its dynamo, only to tell it that this is not to be compiled.
+        return False
 
     def __post_init__(self) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ from adaround_ext import (
     shared_work,
     together,
 )
+from adaround_ext import solve as solve_module
 from adaround_ext.layers import matrix_layer
 from adaround_ext.per_device import PerDevice
 from adaround_ext.pose import gram_problems
@@ -137,3 +138,35 @@ def test_alike_layers_of_a_model(device: torch.device, monkeypatch: pytest.Monke
     report = quantize_(model, [torch.randn(50, 8).to(device)], **settings)
     assert [entry.name for entry in report.layers] == ["0", "1", "2", "3", "4"]
     assert calls == ([3, 1, 1] if device.type == "cuda" else [1] * 5)
+
+
+@pytest.mark.parametrize("targets", [False, True])
+def test_rows_in_parts(
+    device: torch.device, targets: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large problems are solved some rows after the other, to the same result."""
+    layers = [nn.Linear(40, rows).to(device) for rows in (50, 30)]
+    x = torch.randn(600, 40).to(device)
+    y = tuple((layer(x) * 1.1).detach() for layer in layers) if targets else None
+    settings: dict[str, Any] = {"steps": 20, "search_steps": 20, "bits": 3}
+    whole = optimize_layer(layers, x, y, **settings)
+    calls: list[int] = []
+    own = solve_module._solve_rows
+
+    def counted(problem: Problem, config: AdaRoundConfig) -> Any:
+        calls.append(len(problem.weight))
+        return own(problem, config)
+
+    monkeypatch.setattr(solve_module, "_solve_rows", counted)
+    monkeypatch.setattr(solve_module, "_WEIGHTS", 40 * 35)  # 32 rows: whole blocks of products
+    parts = optimize_layer(layers, x, y, **settings)
+    assert calls == [32, 32, 16]
+    for one, other in zip(whole, parts, strict=True):
+        if device.type == "cpu":
+            assert torch.equal(one.codes, other.codes) and torch.equal(one.scale, other.scale)
+        for name, loss in one.report.losses.items():
+            if name != "stochastic":  # drawn for the rows at hand
+                rel = 1e-6 if device.type == "cpu" else 0.05
+                assert other.report.losses[name] == pytest.approx(loss, rel=rel)
+        seconds = dict(other.report.seconds)
+        assert seconds.pop("total") == pytest.approx(sum(seconds.values()))
