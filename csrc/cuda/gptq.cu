@@ -1,6 +1,7 @@
 // gptq on CUDA: a block takes kRows rows, which share the reading of the factor. A panel of columns
 // at a time is rounded, a warp a row, a column after the other; then all threads together, twice as
-// many, tell the columns behind the panel what it missed. The sums are those of cpu/kernels_impl.h, in its order.
+// many, tell the columns behind the panel what it missed. The sums are those of cpu/kernels_impl.h,
+// in its order.
 #include <torch/csrc/stable/library.h>
 
 #include "../arguments.h"

@@ -162,8 +162,7 @@ __device__ __forceinline__ void refine_row(
 }
 
 template <bool kShared, bool kAlone, typename code_t>
-__global__ void
-    __launch_bounds__(kAlone ? kMaxThreads : kThreadsOfMany, kAlone ? 1 : kMaxBlocks)
+__global__ void __launch_bounds__(kAlone ? kMaxThreads : kThreadsOfMany, kAlone ? 1 : kMaxBlocks)
     refine_kernel(const __grid_constant__ RefinePointers<code_t> s) {
   extern __shared__ float4 row_memory[];
   __shared__ Keys keys;

@@ -35,8 +35,9 @@ struct TabuPointers {
   uint64_t seed;
 };
 
-// The row at work. mark: the code, counted from qmin, in the low 8 bits, and above them the step from
-// which the column may be changed again, at most kMaxTabuSteps + cols / 20, which 24 bits hold.
+// The row at work. mark: the code, counted from qmin, in the low 8 bits, and above them the step
+// from which the column may be changed again, at most kMaxTabuSteps + cols / 20, which 24 bits
+// hold.
 struct Row {
   static constexpr int64_t kBytes = 3 * sizeof(float) + sizeof(uint32_t);  // a column
   float* residual;
@@ -184,8 +185,8 @@ __device__ __forceinline__ void search_row(
 }
 
 template <bool kShared, int kSize, bool kAlone>
-__global__ void
-    __launch_bounds__(kAlone ? kMaxThreads : kMaxThreads / 2, kAlone ? 1 : (kShared ? kMaxBlocks : 2))
+__global__ void __launch_bounds__(
+    kAlone ? kMaxThreads : kMaxThreads / 2, kAlone ? 1 : (kShared ? kMaxBlocks : 2))
     tabu_search_kernel(const __grid_constant__ TabuPointers s) {
   extern __shared__ float4 row_memory[];
   __shared__ Messages messages;
@@ -254,8 +255,8 @@ void tabu_search_cuda(
   const int64_t bytes = Row::kBytes * cols;
   const bool wide = cols % 4 == 0 && aligned(s.gram, s.residual) && aligned(s.codes);
   const auto run = [&](auto kShared, auto kAlone) {
-    const auto launch = wide ? launch_tabu_search<kShared, 4, kAlone>
-                             : launch_tabu_search<kShared, 1, kAlone>;
+    const auto launch =
+        wide ? launch_tabu_search<kShared, 4, kAlone> : launch_tabu_search<kShared, 1, kAlone>;
     launch(s, codes, bytes, limit);
   };
   using Yes = std::true_type;

@@ -11,8 +11,8 @@
 
 namespace adaround_ext::cuda {
 
-// The shared memory that a block of this device can have beside `fixed` bytes: in whole units, since
-// the device counts with both rounded up.
+// The shared memory that a block of this device can have beside `fixed` bytes: in whole units,
+// since the device counts with both rounded up.
 inline int64_t shared_limit(const Tensor& on, size_t fixed) {
   int bytes = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(
