@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +32,11 @@ class Unit:
 
     targets: tuple[Target, ...]
 
-    @property
+    @cached_property
     def sampled(self) -> bool:
         return _objective(self.targets[0])[0] == "sampled"
 
-    @property
+    @cached_property
     def from_inputs(self) -> bool:
         """Whether the full-precision inputs stand for the outputs: less to compute and to run."""
         first = self.targets[0].matrix

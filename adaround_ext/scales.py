@@ -26,8 +26,8 @@ from adaround_ext.together import pieces
 _SPREAD = 0.42
 _HALVINGS = 3
 # Of the descents by which candidates are judged. A processor has them for nothing; on a GPU, where
-# rows of the Gram matrix come from memory, the later sweeps would take half of the time, and the
-# best candidate ends its descent anyway.
+# rows of the Gram matrix come from memory, the later sweeps change as much again as the first two,
+# and the best candidate ends its descent anyway.
 _SWEEPS = PerDevice(cpu=MAX_SWEEPS, cuda=2)
 
 

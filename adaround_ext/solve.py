@@ -140,6 +140,7 @@ def _described(
     weight, grid, objective = problem.weight, outcome.grid, problem.objective
     losses = dict(outcome.losses)
     rules = baseline_codes(weight, base, config.seed) if chosen.diagnostics else {}
+    # Losses that are only shown, so fewer digits do: see GramSolver.
     with tf32_products(weight.device, problem.kind == "gram" and config.products != "float32"):
         for name, rule in rules.items():
             losses[name] = problem.stored_losses(rule, base)

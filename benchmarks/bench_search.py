@@ -93,15 +93,15 @@ def _measure(shape: tuple[int, int], options: Options) -> list[dict[str, Any]]:
         limits = grid.qmin, grid.qmax
         ops.tabu_search_(codes, residual, problem.gram, grid.scale, *limits, _TABU_STEPS, 0)
 
+    copied = max(common.cache_bytes(device), 1 << 26)  # values, several times the cache
     calls: dict[str, Callable[[], object]] = {
         "gptq": lambda: problem.factor.codes(problem.weight, grid),
         "refine_": refine,
         "tabu_search_": tabu,
-        _COPY: common.copier(max(common.cache_bytes(device), 1 << 26), device),
+        _COPY: common.copier(copied, device),
     }
     timings = common.interleaved(calls, options)
-    copied = 8 * max(common.cache_bytes(device), 1 << 26)
-    bandwidth = copied / timings[_COPY].median
+    bandwidth = 8 * copied / timings[_COPY].median
     per_row = {
         "gptq": cols / 2 / _FACTOR_ROWS[device.type],
         "refine_": changes,
