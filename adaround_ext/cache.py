@@ -68,6 +68,7 @@ class ActivationCache:
         self._directory = directory
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._trees: dict[Hashable, tuple[list[Any], Any]] = {}
+        self._optional: dict[Hashable, str] = {}  # keys of what may be dropped, and its place
         self._files = 0
 
     def __enter__(self) -> ActivationCache:
@@ -113,6 +114,30 @@ class ActivationCache:
         held = [self._hold(leaf) if _dense(leaf) else leaf for leaf in leaves]
         self._trees[key] = held, spec
 
+    def put_if_room(self, key: Hashable, tensor: Tensor) -> bool:
+        """Copies a tensor if its own memory has room for it, until :meth:`put` needs that room.
+
+        Whether it had; ``key in cache`` says whether it is still there.
+        """
+        self.drop(key)
+        place = "memory" if tensor.device.type == "cpu" else "device"
+        if not self._fits(place, tensor.numel() * tensor.element_size()):
+            return False
+        self.put(key, tensor)
+        self._optional[key] = place
+        return True
+
+    def _fits(self, place: str, size: int) -> bool:
+        return self._used[place] + size <= self._budgets[place]
+
+    def _make_room(self, place: str, size: int) -> bool:
+        """Whether there is room, if need be without the last of what was kept only for that."""
+        for key in [key for key, where in reversed(self._optional.items()) if where == place]:
+            if self._fits(place, size):
+                break
+            self.drop(key)
+        return self._fits(place, size)
+
     def get(self, key: Hashable) -> Any:
         """The tree, its tensors copies where they were; KeyError where there is none."""
         held, spec = self._trees[key]
@@ -121,6 +146,7 @@ class ActivationCache:
 
     def drop(self, key: Hashable) -> None:
         """Forgets a tree, if it is there."""
+        self._optional.pop(key, None)
         held, _ = self._trees.pop(key, ([], None))
         for item in held:
             if isinstance(item, _Held):
@@ -156,7 +182,7 @@ class ActivationCache:
         size = flat.numel() * flat.element_size()
         places = ["memory"] if flat.device.type == "cpu" else ["device", "memory"]
         for place in places:
-            if self._used[place] + size <= self._budgets[place]:
+            if self._make_room(place, size):
                 return place
         return "file" if size else "memory"
 

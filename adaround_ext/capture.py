@@ -8,22 +8,23 @@ that turns out to change what the model does, everything runs again for every la
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn
+from functools import partial
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
 from adaround_ext.blocks import BlockCall
 from adaround_ext.cache import ActivationCache
 from adaround_ext.calibration import Calibration
+from adaround_ext.kept import Kept, Wanted
 from adaround_ext.marks import Marks
-from adaround_ext.recording import Blanks, Template, given_tensors
+from adaround_ext.recording import Recordings, Stream, other_forwards
 from adaround_ext.residence import Residence
-from adaround_ext.trace import ModuleCall, version
+from adaround_ext.trace import ModuleCall
 
-Stream = Literal["full", "quantized"]
 Context = Callable[[], AbstractContextManager[object]]
 
 
@@ -39,6 +40,11 @@ class Watch:
     outputs: frozenset[nn.Module] = frozenset()
     taken: dict[Stream, dict[nn.Module, list[Tensor]]] = field(default_factory=dict)
 
+    @property
+    def layers(self) -> frozenset[nn.Module]:
+        """All that something is taken from."""
+        return self.inputs | self.outputs
+
 
 class Replay:
     """One model on all calibration batches, block after block."""
@@ -52,23 +58,22 @@ class Replay:
         residence: Residence,
         common: int,
         seed: int,
+        units: Sequence[Wanted] = (),
     ) -> None:
-        """common: how many leading calls give the same in all streams."""
+        """common: how many leading calls give the same in all streams. units: all that are to be
+        fitted to two streams, in execution order."""
         self._residence = residence
         self._model, self._calibration, self._cache, self._seed = model, calibration, cache, seed
-        self._common = common
         self._calls = calls
         self._numbers = {(c.call.module, c.call.index): i for i, c in enumerate(calls)}
-        self._templates: dict[tuple[Stream, int, int], Template] = {}
-        self._blanks = Blanks()
+        self._recordings = Recordings(cache, common)
         self._recording: frozenset[int] = frozenset()
-        self._needed: frozenset[int] = frozenset()
+        self._kept = Kept(cache, units)
         self._ready = 0  # leading calls whose layers are all done, and that are recorded
+        self._open = 0  # the call that this pass runs in part
         self._end = 0  # of the calls that this pass runs
-        # The call whose outputs this pass records already, of the stream that does not change, and
-        # the same while a run still has to come to its end.
-        self._early: int | None = None
-        self._awaited: int | None = None
+        self._awaited: int | None = None  # a call to the end of which this run still has to come
+        self._ran: set[Stream] = set()  # in this pass
         self._left: dict[nn.Module, int] = {}  # calls that this run still has to see, by module
         self._stream: Stream = "full"
         self._batch = 0
@@ -124,17 +129,14 @@ class Replay:
         for index in range(self._ready + 1, ready):
             if self.diverged:
                 break
+            self._kept.enter(None, waiting)
             for _ in self._pass(index, index, {}, record):
                 pass
-        counts = {call.module: call.index + 1 for call in calls}  # the last of a module's counts
         until = max(call.end for call in calls)
         end = sum(c.call.begin < until for c in self._calls)
-        if "quantized" in streams and ready < len(self._calls):
-            block = self._calls[ready]
-            if block.replaceable and block.layers & waiting <= counts.keys():
-                self._early = ready  # what it gives in the full-precision stream will not change
-        yield from self._pass(ready, end, counts, streams)
-        self._early = None
+        if not self.diverged:
+            self._kept.enter(self._calls[ready] if ready < len(self._calls) else None, waiting)
+        yield from self._pass(ready, end, _counts(calls), streams)
 
     def _pass(
         self,
@@ -150,14 +152,14 @@ class Replay:
         self._reference = self._marks is None and not self._residence.moves
         if self._reference:
             self._marks = Marks(self._cache.rounds)
-        self._end = end
+        self._open, self._end = ready, end
         running = [c for c in self._calls[self._ready : end]]
         running += [c for c in self._calls[: self._ready] if not c.replaceable]
         self._residence.only(c.call.module for c in (self._calls if self.diverged else running))
         self._recording = frozenset(i for i in newly if self._calls[i].replaceable)
         users = [c for i, c in enumerate(self._calls) if i >= ready or not c.replaceable]
-        self._needed = frozenset(i for c in users for i in c.needs)
-        self.passes += len(streams)
+        self._recordings.needed = frozenset(i for c in users for i in c.needs)
+        self._ran.clear()
         for batch in self._calibration.own:
             self._streams(batch, counts, streams)
             if self._trouble and not self.diverged:
@@ -166,8 +168,10 @@ class Replay:
             yield batch
             for watch, _ in streams.values():
                 watch.taken.clear()
+        self.passes += len(self._ran)
         self._ready = ready
-        self._forget()
+        self._recordings.forget()
+        self._kept.leave()
 
     def _streams(
         self,
@@ -176,54 +180,71 @@ class Replay:
         streams: Mapping[Stream, tuple[Watch, Context]],
     ) -> None:
         for stream, (watch, context) in streams.items():
-            with context():
-                watch.taken[stream] = self._run(batch, stream, watch, counts)
+            taken = self._taken_before(batch, watch, counts) if stream == "full" else None
+            if taken is None:
+                self._ran.add(stream)
+                with context():
+                    taken = self._run(batch, stream, watch, counts)
+            watch.taken[stream] = taken
+
+    def _taken_before(
+        self, batch: int, watch: Watch, counts: Mapping[nn.Module, int]
+    ) -> dict[nn.Module, list[Tensor]] | None:
+        """What this pass wants of the full-precision stream, where no run is needed for it."""
+        recorded = all(self._recordings.has("full", batch, index) for index in self._recording)
+        if self._reference or not recorded or not watch.layers:
+            return None
+        return self._kept.take(batch, watch.layers, counts)
 
     def give_up(self, trouble: str) -> None:
         """From now on nothing is replaced. The batches before were as they should be."""
         self.diverged = trouble
-        for key in self._templates:
-            self._cache.drop(key)
-        self._templates.clear()
+        self._recordings.clear()
+        self._kept.clear()
         self._residence.only(c.call.module for c in self._calls)
 
     def _stop(self, trouble: str) -> NoReturn:
         self._trouble = trouble
         raise _Stop
 
-    def _forget(self) -> None:
-        """Drops the recordings that nothing needs, but for their shapes."""
-        for key, template in self._templates.items():
-            if key[2] not in self._needed and key in self._cache:
-                self._cache.drop(key)
-                self._templates[key] = template.without_recordings()
-
     def _run(
         self, batch: int, stream: Stream, watch: Watch, counts: Mapping[nn.Module, int]
     ) -> dict[nn.Module, list[Tensor]]:
         taken: dict[nn.Module, list[Tensor]] = defaultdict(list)
-        left = self._left = {m: counts[m] for m in watch.inputs | watch.outputs}
-        self._awaited = self._early if stream == "full" and not self.diverged else None
+        later = [unit for unit in self._kept.open if not unit.members & watch.layers]
+        ahead = later if stream == "full" and self._kept.has_room else []
+        inputs = watch.inputs.union(*(unit.inputs for unit in ahead))
+        outputs = watch.outputs.union(*(unit.outputs for unit in ahead))
+        counts = dict(counts) | _counts(call for unit in ahead for call in unit.calls)
+        left = self._left = {m: counts[m] for m in inputs | outputs}
+        whole_block = stream == "full" and len(ahead) == len(later)
+        self._awaited = self._to_record(batch) if whole_block else None
         self._batch, self._stream, self._seen = batch, stream, defaultdict(int)
         self._last, self._depth = -1, 0
-        self._blanks.next_run()
+        self._recordings.next_run()
         whole = self._reference and stream == "full"
         times: dict[nn.Module, int] = defaultdict(int)
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if stream == "full" and not self.diverged:
                 self._compare(module, times[module], _argument(args, kwargs))
-            times[module] += 1
-            if module in watch.inputs:
-                taken[module].append(_argument(args, kwargs).detach().clone())
-            if module not in watch.outputs:
+            if module in inputs:
+                take(module, _argument(args, kwargs))
+            if module not in outputs:
                 count(module)
 
         def after(module: nn.Module, args: object, output: Tensor) -> None:
-            taken[module].append(output.detach().clone())
+            take(module, output)
             count(module)
 
+        def take(module: nn.Module, value: Tensor) -> None:
+            if module in watch.layers:
+                taken[module].append(value.detach().clone())
+            else:
+                self._kept.keep(batch, module, times[module], value)
+
         def count(module: nn.Module) -> None:
+            times[module] += 1
             left[module] = left.get(module, 0) - 1
             if not whole:
                 self._stop_if_done()
@@ -231,13 +252,23 @@ class Replay:
         with ExitStack() as hooks:
             for module in {**left, **dict.fromkeys(self._waiting if whole else ())}:
                 hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
-                if module in watch.outputs:
+                if module in outputs:
                     hooks.enter_context(module.register_forward_hook(after))
             if not self.diverged:
                 hooks.enter_context(self._replaced(whole))
+                if stream == "quantized":
+                    hooks.enter_context(self._kept.playing(batch))
             with suppress(_Stop):
                 self._calibration.run(batch, self._seed + batch)  # the same draws in both streams
         return taken
+
+    def _to_record(self, batch: int) -> int | None:
+        """The open block, if its full-precision outputs can be recorded: they will not change."""
+        members = frozenset().union(*(unit.members for unit in self._kept.open))
+        if not members or self._recordings.has("full", batch, self._open):
+            return None
+        block = self._calls[self._open]
+        return self._open if block.replaceable and block.layers & self._waiting <= members else None
 
     def _stop_if_done(self) -> None:
         if self._awaited is None and not any(n > 0 for n in self._left.values()):
@@ -252,23 +283,13 @@ class Replay:
             names = {module: name for name, module in self._model.named_modules()}
             self._stop(f"{names[layer]} gets other inputs then in batch {self._batch}")
 
-    @contextmanager
-    def _replaced(self, whole: bool) -> Iterator[None]:
+    def _replaced(self, whole: bool) -> AbstractContextManager[None]:
         """Every block goes through :meth:`_wrapped`; ``whole``: also those behind the last one."""
-        modules = {c.call.module: c.call.module.__dict__.get("forward") for c in self._calls}
-        try:
-            for module in modules:
-                # Past a __setattr__ that the model's class may have.
-                module.__dict__["forward"] = self._wrapped(module, module.forward, whole)
-            yield
-        finally:
-            for module, own in modules.items():
-                module.__dict__.pop("forward", None)
-                if own is not None:
-                    module.__dict__["forward"] = own
+        modules = [call.call.module for call in self._calls]
+        return other_forwards(modules, partial(self._wrapped, whole))
 
     def _wrapped(
-        self, module: nn.Module, forward: Callable[..., Any], whole: bool
+        self, whole: bool, module: nn.Module, forward: Callable[..., Any]
     ) -> Callable[..., Any]:
         def live(*args: Any, **kwargs: Any) -> Any:
             self._depth += 1
@@ -282,26 +303,19 @@ class Replay:
             self._check_order(module, index)
             if index is not None and index >= self._end and not whole:
                 raise _Stop
-            key = self._key(-1 if index is None else index)
-            if index is not None and key in self._templates:
+            if index is not None and index < self._open and self._recorded(index):
                 for inner, calls in self._calls[index].inside.items():
                     self._seen[inner] += calls
-                kept = self._cache.get(key) if key in self._cache else []
-                return self._templates[key].play((args, kwargs), kept, self._blanks)
+                return self._recordings.play(self._stream, self._batch, index, (args, kwargs))
             self._seen[module] += 1
             if index is None or (index not in self._recording and index != self._awaited):
                 return live(*args, **kwargs)
-            given = given_tensors((args, kwargs))
-            versions = [version(t) for t in given]
-            output = live(*args, **kwargs)
-            self._templates[key], kept = Template.of(output, given, versions, index in self._needed)
-            if kept:
-                self._cache.put(key, kept)
+            output = self._recordings.record(self._stream, self._batch, index, live, args, kwargs)
             if index == self._awaited:
                 self._awaited = None
                 if not whole:
                     self._stop_if_done()
-            return self._cache.rounded(output)  # the same now as when it will be read
+            return output
 
         return replaced
 
@@ -312,13 +326,21 @@ class Replay:
         if index is not None and index > self._last and not self._depth:
             self._last = index
             done = index < self._ready and self._calls[index].replaceable
-            if not done or self._key(index) in self._templates:
+            if not done or self._recorded(index):
                 return
         name = next(c.name for c in self._calls if c.call.module is module)
         self._stop(f"{name} is called in another order or more often in batch {self._batch}")
 
-    def _key(self, index: int) -> tuple[Stream, int, int]:
-        return ("full" if index < self._common else self._stream), self._batch, index
+    def _recorded(self, index: int) -> bool:
+        return self._recordings.has(self._stream, self._batch, index)
+
+
+def _counts(calls: Iterable[ModuleCall]) -> dict[nn.Module, int]:
+    """How often each module is called up to its last of these calls."""
+    counts: dict[nn.Module, int] = {}
+    for call in calls:
+        counts[call.module] = max(counts.get(call.module, 0), call.index + 1)
+    return counts
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

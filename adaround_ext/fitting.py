@@ -15,12 +15,14 @@ from tqdm.auto import tqdm
 
 from adaround_ext.apply import swapped
 from adaround_ext.calibration import Calibration
-from adaround_ext.capture import Replay, Stream, Watch
+from adaround_ext.capture import Replay, Watch
 from adaround_ext.checkpoint import Checkpoint
 from adaround_ext.collect import Collector, Unit
 from adaround_ext.distributed import Ranks
+from adaround_ext.kept import Wanted
 from adaround_ext.mapped import Offload
 from adaround_ext.plan import Target
+from adaround_ext.recording import Stream
 from adaround_ext.report import LayerReport
 from adaround_ext.result import LayerResult, QuantizedWeight
 from adaround_ext.shared_work import owners_of, solved, solved_apart, take_alike
@@ -143,21 +145,21 @@ class Fitter:
 
     def _collect(self, collectors: list[Collector]) -> None:
         units = [collector.unit for collector in collectors]
-        every = [target for unit in units for target in unit.targets]
         inputs = _modules(unit.targets[0] for unit in units)
-        by_inputs = _modules(unit.targets[0] for unit in units if unit.from_inputs)
-        by_outputs = _modules(t for unit in units if not unit.from_inputs for t in unit.targets)
+        every = [wanted_by(unit) for unit in units]
         # Before anything is quantized both streams are the same.
         two = self.sequential and (bool(self.fitted) or self.without_quantizers is not None)
         source: Stream = "quantized" if two else "full"
         switch = self.without_quantizers or nullcontext
         streams: dict[Stream, tuple[Watch, Switch]] = {}
         if two:
+            by_inputs = frozenset().union(*(own.inputs for own in every))
+            by_outputs = frozenset().union(*(own.outputs for own in every))
             streams["full"] = Watch(by_inputs, by_outputs), switch
             streams["quantized"] = Watch(inputs=inputs), self._quantized
         else:
             streams["full"] = Watch(inputs=inputs), switch
-        calls = sorted((c for t in every for c in t.calls), key=lambda call: call.begin)
+        calls = [call for own in every for call in own.calls]
         for batch in self.replay.sweep(self._waiting, calls, streams):
             mask = self.calibration.mask(batch)
             taken = {stream: watch.taken[stream] for stream, (watch, _) in streams.items()}
@@ -238,6 +240,14 @@ class Fitter:
                 fitted = self.fitted[target]
                 self._pending[target] = fitted.weight.dequantize(target.matrix), fitted.bias
         return swapped([(t, weight, bias) for t, (weight, bias) in self._pending.items()])
+
+
+def wanted_by(unit: Unit) -> Wanted:
+    """What ``unit`` takes of the full-precision stream where there is another one."""
+    calls = sorted((c for t in unit.targets for c in t.calls), key=lambda call: call.begin)
+    if unit.from_inputs:
+        return Wanted(frozenset(unit.targets[0].modules), frozenset(), tuple(calls))
+    return Wanted(frozenset(), _modules(unit.targets), tuple(calls))
 
 
 def _modules(targets: Iterable[Target]) -> frozenset[nn.Module]:

@@ -25,7 +25,7 @@ from adaround_ext.collect import Unit, make_units, parallel_segments, sequential
 from adaround_ext.config import AdaRoundConfig, make_config
 from adaround_ext.distributed import Ranks, Reduction
 from adaround_ext.fingerprint import model_digest
-from adaround_ext.fitting import Fitter
+from adaround_ext.fitting import Fitter, wanted_by
 from adaround_ext.mapped import Offload
 from adaround_ext.memory import device_memory, free_device_memory, host_memory
 from adaround_ext.model_checks import check_module, refuse_inference
@@ -191,7 +191,8 @@ def quantize_(
         data.share(ranks)
         modules = [call.call.module for call in calls]
         residence = Residence(model, modules, device if moves else None)
-        replay = Replay(model, data, calls, cache, residence, common, config.seed)
+        every = [wanted_by(unit) for unit in units] if sequential else []
+        replay = Replay(model, data, calls, cache, residence, common, config.seed, every)
         laps["tracing"] = time.perf_counter() - started - laps["calibration"]
         fitter = Fitter(
             replay, data, segments, sequential, checkpoint, switch, cache_dir,

@@ -1,17 +1,22 @@
-"""What a block returned, kept so that it can be returned again."""
+"""What blocks returned, kept so that it can be returned again."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from adaround_ext.cache import ActivationCache
 from adaround_ext.trace import version
+
+Stream = Literal["full", "quantized"]
+_Key = tuple[Stream, int, int]
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,88 @@ class Template:
     def without_recordings(self) -> Template:
         """The template where nothing is kept any more."""
         return Template([_dropped(item) for item in self.leaves], self.spec)
+
+
+class Recordings:
+    """What block calls returned, by stream, batch and number of the call.
+
+    needed: the calls whose outputs are read later; of others only the form is kept.
+    """
+
+    def __init__(self, cache: ActivationCache, common: int) -> None:
+        """common: how many leading calls give the same in all streams."""
+        self._cache, self._common = cache, common
+        self._templates: dict[_Key, Template] = {}
+        self._blanks = Blanks()
+        self.needed: frozenset[int] = frozenset()
+
+    def _key(self, stream: Stream, batch: int, index: int) -> _Key:
+        return ("full" if index < self._common else stream), batch, index
+
+    def has(self, stream: Stream, batch: int, index: int) -> bool:
+        """Whether there is something to play."""
+        return self._key(stream, batch, index) in self._templates
+
+    def next_run(self) -> None:
+        """The model begins anew."""
+        self._blanks.next_run()
+
+    def record(
+        self,
+        stream: Stream,
+        batch: int,
+        index: int,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """What ``forward`` returns, as it will be when it is played."""
+        key = self._key(stream, batch, index)
+        given = given_tensors((args, kwargs))
+        versions = [version(t) for t in given]
+        output = forward(*args, **kwargs)
+        self._templates[key], kept = Template.of(output, given, versions, index in self.needed)
+        if kept:
+            self._cache.put(key, kept)
+        return self._cache.rounded(output)
+
+    def play(self, stream: Stream, batch: int, index: int, arguments: object) -> Any:
+        """What was returned before, for a call with these arguments."""
+        key = self._key(stream, batch, index)
+        kept = self._cache.get(key) if key in self._cache else []
+        return self._templates[key].play(arguments, kept, self._blanks)
+
+    def forget(self) -> None:
+        """Drops what nothing needs any more, but for its form."""
+        for key, template in self._templates.items():
+            if key[2] not in self.needed and key in self._cache:
+                self._cache.drop(key)
+                self._templates[key] = template.without_recordings()
+
+    def clear(self) -> None:
+        """Drops everything."""
+        for key in self._templates:
+            self._cache.drop(key)
+        self._templates.clear()
+
+
+@contextmanager
+def other_forwards(
+    modules: Iterable[nn.Module],
+    other: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]],
+) -> Iterator[None]:
+    """Each module has ``other(module, forward)`` in place of its forward; restored at the end."""
+    before = {module: module.__dict__.get("forward") for module in modules}
+    try:
+        for module in before:
+            # Past a __setattr__ that the model's class may have.
+            module.__dict__["forward"] = other(module, module.forward)
+        yield
+    finally:
+        for module, own in before.items():
+            module.__dict__.pop("forward", None)
+            if own is not None:
+                module.__dict__["forward"] = own
 
 
 def given_tensors(arguments: object) -> list[Tensor]:

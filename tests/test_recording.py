@@ -58,7 +58,7 @@ class _Block(nn.Module):
 
 
 def test_how_often_a_block_runs() -> None:
-    """What a block gives in the full-precision stream is recorded when its last layer is fitted."""
+    """One run of the full-precision stream is for all of its layers, and is recorded."""
     model = nn.Sequential(*(_Block() for _ in range(3)))
     runs = 0
 
@@ -71,6 +71,6 @@ def test_how_often_a_block_runs() -> None:
     quantize_(model, batches[:1], preset="fast", blocks=[_Block], progress=False)
     one, runs = runs, 0
     quantize_(model, batches, preset="fast", blocks=[_Block], progress=False)
-    # The first pass, which sees everything; both layers' passes, the second's in both streams; and
-    # the quantized stream through the finished block.
-    assert runs - one == 4 * (1 + 1 + 2 + 1)
+    # The first pass, which sees everything; the one in full precision; the quantized stream up to
+    # the second layer, and through the finished block.
+    assert runs - one == 4 * (1 + 1 + 1 + 1)

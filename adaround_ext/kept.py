@@ -1,0 +1,140 @@
+"""What later passes through a block would compute again, kept while memory has room for it.
+
+The full-precision stream gives the same in every pass, so one run through a block is enough for all
+of its units. In the quantized stream a layer that is done gives the same from then on, where all
+that runs before it is done too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from adaround_ext.blocks import BlockCall
+from adaround_ext.cache import ActivationCache
+from adaround_ext.recording import other_forwards
+from adaround_ext.trace import ModuleCall
+
+_Key = tuple[Literal["wanted", "output"], int, nn.Module, int]  # and batch, layer, number of call
+
+
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """The layers whose inputs or outputs a unit takes from the full-precision stream, and all
+    calls of the unit's layers, in order."""
+
+    inputs: frozenset[nn.Module]
+    outputs: frozenset[nn.Module]
+    calls: tuple[ModuleCall, ...]
+
+    @property
+    def members(self) -> frozenset[nn.Module]:
+        """The unit's layers."""
+        return frozenset(call.module for call in self.calls)
+
+
+class Kept:
+    """Of one block at a time, for each batch: what its units will want, and outputs of layers.
+
+    It changes how much runs, and nothing else: what is not kept is computed again.
+    """
+
+    def __init__(self, cache: ActivationCache, units: Sequence[Wanted]) -> None:
+        """units: all that are fitted to two streams, in execution order."""
+        self._cache, self._units = cache, units
+        self._keys: set[_Key] = set()
+        self._block: BlockCall | None = None
+        self._constant: frozenset[nn.Module] = frozenset()
+        self._room = False
+        self.open: list[Wanted] = []
+
+    def enter(self, block: BlockCall | None, waiting: set[nn.Module]) -> None:
+        """``block`` runs in part from now on, None for none; ``waiting``: layers that are not done.
+
+        ``open``: its units that are not. Outputs of layers in the block before are still played
+        until :meth:`leave`.
+        """
+        if block is not self._block:
+            self._block, self._room = block, not self._cache.rounds
+        self._constant, self.open = frozenset(), []
+        if block is None:
+            return
+        span = block.call
+        here = [unit for unit in self._units if any(span.spans(c.begin) for c in unit.calls)]
+        begins = [c.begin for unit in here if unit.members & waiting for c in unit.calls]
+        first = min(begins, default=span.end)
+        whole = [unit for unit in here if all(span.spans(c.begin) for c in unit.calls)]
+        self.open = [unit for unit in whole if unit.members & waiting]
+        done = [unit.members for unit in whole if unit.calls[-1].end <= first]
+        self._constant = frozenset().union(*done)
+
+    def leave(self) -> None:
+        """Forgets what is not of the block entered last."""
+        inside = frozenset() if self._block is None else self._block.layers
+        for key in [key for key in self._keys if key[2] not in inside]:
+            self._drop(key)
+
+    def clear(self) -> None:
+        """Forgets everything, for good."""
+        self._units = []
+        self.enter(None, set())
+        self.leave()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether nothing that this block's units will want had to be left out so far."""
+        return self._room
+
+    def keep(self, batch: int, layer: nn.Module, call: int, value: Tensor) -> None:
+        """What a unit will want of a call of ``layer``."""
+        self._room &= self._put(("wanted", batch, layer, call), value)
+
+    def take(
+        self, batch: int, layers: frozenset[nn.Module], counts: Mapping[nn.Module, int]
+    ) -> dict[nn.Module, list[Tensor]] | None:
+        """What is wanted of these layers, for the last time; None where some of it is missing."""
+        calls = [(layer, call) for layer in layers for call in range(counts[layer])]
+        keys: list[_Key] = [("wanted", batch, layer, call) for layer, call in calls]
+        if not all(key in self._cache for key in keys):
+            return None
+        found: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
+        for key in keys:
+            found[key[2]].append(self._cache.get(key))
+            self._drop(key)
+        return found
+
+    def playing(self, batch: int) -> AbstractContextManager[None]:
+        """Inside, layers of the quantized stream return what they did, or keep what they return."""
+        kept = {layer for kind, of, layer, _ in self._keys if kind == "output" and of == batch}
+
+        def other(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+            calls = 0
+
+            def played(*args: Any, **kwargs: Any) -> Any:
+                nonlocal calls
+                key: _Key = ("output", batch, layer, calls)
+                calls += 1
+                if key in self._cache:
+                    return self._cache.get(key)
+                output = forward(*args, **kwargs)
+                if layer in self._constant:
+                    self._put(key, output)
+                return output
+
+            return played
+
+        return other_forwards(kept | self._constant, other)
+
+    def _put(self, key: _Key, value: Tensor) -> bool:
+        kept = not self._cache.rounds and self._cache.put_if_room(key, value)
+        if kept:
+            self._keys.add(key)
+        return kept
+
+    def _drop(self, key: _Key) -> None:
+        self._keys.remove(key)
+        self._cache.drop(key)

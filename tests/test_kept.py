@@ -1,0 +1,108 @@
+"""What is kept within a block decides how much runs, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adaround_ext import quantize_
+from adaround_ext.cache import ActivationCache
+from tests.test_model import codes
+
+FEATURES, ROWS, BATCHES = 8, 16, 5
+ACTIVATION = FEATURES * ROWS * 4  # bytes of a batch
+
+
+class Block(nn.Module):
+    """The model writes to what its layers return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(FEATURES, FEATURES) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.c(F.relu_(self.b(self.a(x).tanh_())))
+
+
+class Loop(Block):
+    """The first layer's outputs depend on layers that come later."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = super().forward(x)
+        return x
+
+
+def products(
+    monkeypatch: pytest.MonkeyPatch, model: nn.Module, batches: int, **arguments: Any
+) -> tuple[dict[str, Tensor], int, int]:
+    """The codes, how many linear layers were computed, and how often all data passed."""
+    runs = 0
+    plain = F.linear
+
+    def counted(*args: Any) -> Tensor:
+        nonlocal runs
+        runs += 1
+        return plain(*args)
+
+    generator = torch.Generator().manual_seed(0)
+    data = [torch.randn(ROWS, FEATURES, generator=generator) for _ in range(batches)]
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "linear", counted)
+        report = quantize_(model, data, preset="fast", progress=False, **arguments)
+    return codes(model), runs, report.passes
+
+
+def per_batch(monkeypatch: pytest.MonkeyPatch, model: nn.Module, **arguments: Any) -> int:
+    _, one, _ = products(monkeypatch, copy.deepcopy(model), 1, **arguments)
+    _, several, _ = products(monkeypatch, model, BATCHES, **arguments)
+    assert (several - one) % (BATCHES - 1) == 0
+    return (several - one) // (BATCHES - 1)
+
+
+def test_every_product_is_computed_once_in_each_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(Block(), Block())
+    arguments: dict[str, Any] = {"blocks": [Block]}
+    # All of them in the first pass, which keeps the first block's; the second block's in full
+    # precision; and the quantized ones but for the last layer's, whose outputs nothing reads.
+    assert per_batch(monkeypatch, copy.deepcopy(model), **arguments) == 6 + 3 + 5
+    # A layer after the other, each anew for those behind it: the second's once and the third's
+    # twice in the first block, twice and three times in the second one; and the recording.
+    without = per_batch(monkeypatch, copy.deepcopy(model), memory_budget=0, **arguments)
+    assert without == 6 + (2 + 3) + (1 + 2) + (1 + 2 + 3) + (3 + 1 + 2)
+    # Rounded, what is kept would not be what a run gives.
+    rounded = per_batch(monkeypatch, model, cache_dtype=torch.bfloat16, **arguments)
+    assert rounded == without
+
+
+@pytest.mark.parametrize("kind", [Block, Loop])
+@pytest.mark.parametrize("room", [4, 11, 29, 1000])
+def test_as_without_room(kind: type[nn.Module], room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """room: for so many activations of a batch."""
+    model = nn.Sequential(kind(), kind())
+    other = copy.deepcopy(model)
+    expected, most, passes = products(monkeypatch, model, BATCHES, blocks=[kind], memory_budget=0)
+    budget = room * ACTIVATION
+    got, runs, own = products(monkeypatch, other, BATCHES, blocks=[kind], memory_budget=budget)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert runs <= most and (runs < most or room == 4)
+    assert (own < passes) == (room > 11)  # of both streams, where some batch has no room
+
+
+def test_room_is_taken_and_given_back() -> None:
+    with ActivationCache(ACTIVATION) as cache:
+        value = torch.randn(ROWS, FEATURES)
+        assert cache.put_if_room("a", value)
+        assert not cache.put_if_room("b", value[:1]) and "b" not in cache
+        assert torch.equal(cache.get("a"), value)
+        cache.drop("a")
+        assert cache.put_if_room("b", value[1:]) and cache.put_if_room("c", value[:1])
+        assert cache.peak == {"device": 0, "memory": ACTIVATION, "file": 0}
+        cache.put("d", value[0])  # what has to be kept comes first
+        assert "b" in cache and "c" not in cache and cache.peak["file"] == 0
