@@ -1,4 +1,4 @@
-"""quantize_ with and without room for what it keeps within a block: the same codes, how much sooner?
+"""quantize_ with and without room for what it keeps within a block: how much sooner is it done?
 
 The MiniLM encoder, every run in a process of its own. Without any memory_budget all is computed
 again, and recordings of blocks go to files; runs with and without take turns, medians are compared.
