@@ -1,8 +1,8 @@
 """What later passes through a block would compute again, kept while memory has room for it.
 
 The full-precision stream gives the same in every pass, so one run through a block is enough for all
-of its units. In the quantized stream a layer that is done gives the same from then on, where all
-that runs before it is done too.
+of its units. In the quantized stream a layer that is done gives the same from then on, if no layer
+that is not done ran before it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Kept:
         self._cache, self._units = cache, units
         self._keys: set[_Key] = set()
         self._block: BlockCall | None = None
-        self._constant: frozenset[nn.Module] = frozenset()
+        self._done: frozenset[nn.Module] = frozenset()
+        self._unfinished: frozenset[nn.Module] = frozenset()
         self._room = False
         self.open: list[Wanted] = []
 
@@ -60,17 +61,14 @@ class Kept:
         """
         if block is not self._block:
             self._block, self._room = block, not self._cache.rounds
-        self._constant, self.open = frozenset(), []
-        if block is None:
-            return
-        span = block.call
-        here = [unit for unit in self._units if any(span.spans(c.begin) for c in unit.calls)]
-        begins = [c.begin for unit in here if unit.members & waiting for c in unit.calls]
-        first = min(begins, default=span.end)
-        whole = [unit for unit in here if all(span.spans(c.begin) for c in unit.calls)]
-        self.open = [unit for unit in whole if unit.members & waiting]
-        done = [unit.members for unit in whole if unit.calls[-1].end <= first]
-        self._constant = frozenset().union(*done)
+        inside: list[Wanted] = []
+        if block is not None:
+            span = block.call
+            inside = [unit for unit in self._units if all(span.spans(c.begin) for c in unit.calls)]
+        members = frozenset().union(*(unit.members for unit in inside))
+        self.open = [unit for unit in inside if unit.members & waiting]
+        self._done = members - waiting
+        self._unfinished = frozenset() if block is None else block.layers & waiting
 
     def leave(self) -> None:
         """Forgets what is not of the block entered last."""
@@ -110,6 +108,7 @@ class Kept:
     def playing(self, batch: int) -> AbstractContextManager[None]:
         """Inside, layers of the quantized stream return what they did, or keep what they return."""
         kept = {layer for kind, of, layer, _ in self._keys if kind == "output" and of == batch}
+        same = True  # as in every run from now on
 
         def other(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
             calls = 0
@@ -118,16 +117,21 @@ class Kept:
                 nonlocal calls
                 key: _Key = ("output", batch, layer, calls)
                 calls += 1
-                if key in self._cache:
+                if same and key in self._cache:
                     return self._cache.get(key)
                 output = forward(*args, **kwargs)
-                if layer in self._constant:
+                if same and layer in self._done:
                     self._put(key, output)
                 return output
 
-            return played
+            def changing(*args: Any, **kwargs: Any) -> Any:
+                nonlocal same
+                same = False
+                return forward(*args, **kwargs)
 
-        return other_forwards(kept | self._constant, other)
+            return changing if layer in self._unfinished else played
+
+        return other_forwards(kept | self._done | self._unfinished, other)
 
     def _put(self, key: _Key, value: Tensor) -> bool:
         kept = not self._cache.rounds and self._cache.put_if_room(key, value)

@@ -106,3 +106,21 @@ def test_room_is_taken_and_given_back() -> None:
         assert cache.peak == {"device": 0, "memory": ACTIVATION, "file": 0}
         cache.put("d", value[0])  # what has to be kept comes first
         assert "b" in cache and "c" not in cache and cache.peak["file"] == 0
+
+
+class Turned(Block):
+    """Batches that begin with a positive number, not the first one, take the layers in another order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x[0, 0] > 0:
+            return x + self.b(self.a(F.relu_(self.c(x))))
+        return x + self.c(F.relu_(self.b(self.a(x))))
+
+
+def test_another_order_within_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a layer returns behind one that is not done is not kept."""
+    model = nn.Sequential(Turned(), Turned())
+    other = copy.deepcopy(model)
+    expected, most, _ = products(monkeypatch, model, BATCHES, blocks=[Turned], memory_budget=0)
+    got, runs, _ = products(monkeypatch, other, BATCHES, blocks=[Turned])
+    assert runs < most and all(torch.equal(got[name], expected[name]) for name in expected)
