@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -27,9 +28,10 @@ class _Given:
     written: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Output:
-    """A tensor: recorded, or no longer, where nothing reads it any more."""
+    """A tensor: recorded, or no longer, where nothing reads it any more. There is one object for
+    all that look alike, which is found sooner than an equal one: every block asks in every run."""
 
     recorded: bool
     shape: torch.Size
@@ -37,10 +39,17 @@ class _Output:
     dtype: torch.dtype
     device: torch.device
 
-    @classmethod
-    def of(cls, tensor: Tensor, recorded: bool) -> _Output:
+    @staticmethod
+    def of(tensor: Tensor, recorded: bool) -> _Output:
         dense = torch.empty_like(tensor, device="meta")
-        return cls(recorded, tensor.shape, dense.stride(), tensor.dtype, tensor.device)
+        return _output(recorded, tensor.shape, dense.stride(), tensor.dtype, tensor.device)
+
+    def dropped(self) -> _Output:
+        """Where it is recorded no longer."""
+        return _output(False, self.shape, self.stride, self.dtype, self.device)
+
+
+_output = lru_cache(maxsize=1 << 14)(_Output)
 
 
 class Blanks:
@@ -78,6 +87,7 @@ class Template:
 
     leaves: list[Any]
     spec: Any
+    alone: bool  # its one leaf is the output itself
 
     @staticmethod
     def of(
@@ -102,7 +112,7 @@ class Template:
                 kept += [leaf] if needed else []
             else:
                 template.append(leaf)
-        return Template(template, spec), kept
+        return Template(template, spec, len(leaves) == 1 and leaves[0] is output), kept
 
     def play(self, arguments: object, kept: Sequence[Tensor], blanks: Blanks) -> Any:
         """The outputs again, for a call with these arguments; ``blanks`` for what nothing reads."""
@@ -117,11 +127,11 @@ class Template:
                 leaves.append(tensor.copy_(next(tensors)) if item.written else tensor)
             else:
                 leaves.append(item)
-        return pytree.tree_unflatten(leaves, self.spec)
+        return leaves[0] if self.alone else pytree.tree_unflatten(leaves, self.spec)
 
     def without_recordings(self) -> Template:
         """The template where nothing is kept any more."""
-        return Template([_dropped(item) for item in self.leaves], self.spec)
+        return Template([_dropped(item) for item in self.leaves], self.spec, self.alone)
 
 
 class Recordings:
@@ -213,5 +223,5 @@ def given_tensors(arguments: object) -> list[Tensor]:
 
 def _dropped(item: object) -> object:
     if isinstance(item, _Output):
-        return dataclasses.replace(item, recorded=False)
+        return item.dropped()
     return dataclasses.replace(item, written=False) if isinstance(item, _Given) else item

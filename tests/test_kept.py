@@ -109,7 +109,7 @@ def test_room_is_taken_and_given_back() -> None:
 
 
 class Turned(Block):
-    """Batches that begin with a positive number, not the first one, take the layers in another order."""
+    """Batches that begin with a positive number take another order; the first one does not."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x[0, 0] > 0:
