@@ -68,7 +68,9 @@ class ActivationCache:
         self._directory = directory
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._trees: dict[Hashable, tuple[list[Any], Any]] = {}
-        self._optional: dict[Hashable, str] = {}  # keys of what may be dropped, and its place
+        # What may be dropped, by place: bytes by key, and their sum.
+        self._optional: dict[str, dict[Hashable, int]] = {"device": {}, "memory": {}}
+        self._spare = {"device": 0, "memory": 0}
         self._files = 0
 
     def __enter__(self) -> ActivationCache:
@@ -121,22 +123,22 @@ class ActivationCache:
         """
         self.drop(key)
         place = "memory" if tensor.device.type == "cpu" else "device"
-        if not self._fits(place, tensor.numel() * tensor.element_size()):
+        size = tensor.numel() * tensor.element_size()
+        if self._used[place] + size > self._budgets[place]:
             return False
         self.put(key, tensor)
-        self._optional[key] = place
+        self._optional[place][key] = size
+        self._spare[place] += size
         return True
 
-    def _fits(self, place: str, size: int) -> bool:
-        return self._used[place] + size <= self._budgets[place]
-
     def _make_room(self, place: str, size: int) -> bool:
-        """Whether there is room, if need be without the last of what was kept only for that."""
-        for key in [key for key, where in reversed(self._optional.items()) if where == place]:
-            if self._fits(place, size):
-                break
-            self.drop(key)
-        return self._fits(place, size)
+        """Whether there is room, if need be without the last of what may be dropped."""
+        most = self._budgets[place] - size
+        if self._used[place] - self._spare[place] > most:
+            return False
+        while self._used[place] > most:
+            self.drop(next(reversed(self._optional[place])))
+        return True
 
     def get(self, key: Hashable) -> Any:
         """The tree, its tensors copies where they were; KeyError where there is none."""
@@ -146,7 +148,8 @@ class ActivationCache:
 
     def drop(self, key: Hashable) -> None:
         """Forgets a tree, if it is there."""
-        self._optional.pop(key, None)
+        for place, keys in self._optional.items():
+            self._spare[place] -= keys.pop(key, 0)
         held, _ = self._trees.pop(key, ([], None))
         for item in held:
             if isinstance(item, _Held):

@@ -68,7 +68,7 @@ class Replay:
         self._numbers = {(c.call.module, c.call.index): i for i, c in enumerate(calls)}
         self._recordings = Recordings(cache, common)
         self._recording: frozenset[int] = frozenset()
-        self._kept = Kept(cache, units)
+        self._kept = Kept(cache, units, calls)
         self._ready = 0  # leading calls whose layers are all done, and that are recorded
         self._open = 0  # the call that this pass runs in part
         self._end = 0  # of the calls that this pass runs
@@ -216,9 +216,9 @@ class Replay:
         inputs = watch.inputs.union(*(unit.inputs for unit in ahead))
         outputs = watch.outputs.union(*(unit.outputs for unit in ahead))
         counts = dict(counts) | _counts(call for unit in ahead for call in unit.calls)
-        left = self._left = {m: counts[m] for m in inputs | outputs}
-        whole_block = stream == "full" and len(ahead) == len(later)
-        self._awaited = self._to_record(batch) if whole_block else None
+        left = self._left = {m: counts.get(m, 0) for m in inputs | outputs}
+        sees_all = stream == "full" and len(ahead) == len(later)  # what the open units want
+        self._awaited = self._to_record(batch) if sees_all else None
         self._batch, self._stream, self._seen = batch, stream, defaultdict(int)
         self._last, self._depth = -1, 0
         self._recordings.next_run()

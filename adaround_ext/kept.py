@@ -2,11 +2,12 @@
 
 The full-precision stream gives the same in every pass, so one run through a block is enough for all
 of its units. In the quantized stream a layer that is done gives the same from then on, if no layer
-that is not done ran before it.
+that is not done ran before it. That holds for layers of one block that nothing else uses.
 """
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from adaround_ext.blocks import BlockCall
 from adaround_ext.cache import ActivationCache
+from adaround_ext.prepare import is_plain
 from adaround_ext.recording import other_forwards
 from adaround_ext.trace import ModuleCall
 
@@ -43,21 +45,30 @@ class Kept:
     It changes how much runs, and nothing else: what is not kept is computed again.
     """
 
-    def __init__(self, cache: ActivationCache, units: Sequence[Wanted]) -> None:
-        """units: all that are fitted to two streams, in execution order."""
+    def __init__(
+        self, cache: ActivationCache, units: Sequence[Wanted], calls: Sequence[BlockCall]
+    ) -> None:
+        """units: all that are fitted to two streams, in execution order. calls: of all blocks."""
         self._cache, self._units = cache, units
-        self._keys: set[_Key] = set()
+        uses = Counter(layer for call in calls for layer in call.layers)
+        # Those that one call of a block has, and that do nothing but return their output.
+        self._simple = {
+            layer
+            for call in calls
+            for layer in (call.layers if call.replaceable else ())
+            if uses[layer] == 1 and is_plain(layer) and "forward" not in layer.__dict__
+        }
+        self._keys: dict[int, set[_Key]] = defaultdict(set)  # by batch
         self._block: BlockCall | None = None
-        self._done: frozenset[nn.Module] = frozenset()
-        self._unfinished: frozenset[nn.Module] = frozenset()
+        self._done: frozenset[nn.Module] = frozenset()  # of the block, those whose outputs are kept
+        self._unfinished: frozenset[nn.Module] = frozenset()  # of the block
         self._room = False
-        self.open: list[Wanted] = []
+        self.open: list[Wanted] = []  # the block's units that are not done
 
     def enter(self, block: BlockCall | None, waiting: set[nn.Module]) -> None:
         """``block`` runs in part from now on, None for none; ``waiting``: layers that are not done.
 
-        ``open``: its units that are not. Outputs of layers in the block before are still played
-        until :meth:`leave`.
+        What is kept of the block before may be played until :meth:`leave`.
         """
         if block is not self._block:
             self._block, self._room = block, not self._cache.rounds
@@ -67,14 +78,15 @@ class Kept:
             inside = [unit for unit in self._units if all(span.spans(c.begin) for c in unit.calls)]
         members = frozenset().union(*(unit.members for unit in inside))
         self.open = [unit for unit in inside if unit.members & waiting]
-        self._done = members - waiting
+        self._done = (members & self._simple) - waiting
         self._unfinished = frozenset() if block is None else block.layers & waiting
 
     def leave(self) -> None:
         """Forgets what is not of the block entered last."""
         inside = frozenset() if self._block is None else self._block.layers
-        for key in [key for key in self._keys if key[2] not in inside]:
-            self._drop(key)
+        for keys in self._keys.values():
+            for key in [key for key in keys if key[2] not in inside]:
+                self._drop(key)
 
     def clear(self) -> None:
         """Forgets everything, for good."""
@@ -95,7 +107,7 @@ class Kept:
         self, batch: int, layers: frozenset[nn.Module], counts: Mapping[nn.Module, int]
     ) -> dict[nn.Module, list[Tensor]] | None:
         """What is wanted of these layers, for the last time; None where some of it is missing."""
-        calls = [(layer, call) for layer in layers for call in range(counts[layer])]
+        calls = [(layer, call) for layer in layers for call in range(counts.get(layer, 0))]
         keys: list[_Key] = [("wanted", batch, layer, call) for layer, call in calls]
         if not all(key in self._cache for key in keys):
             return None
@@ -106,9 +118,10 @@ class Kept:
         return found
 
     def playing(self, batch: int) -> AbstractContextManager[None]:
-        """Inside, layers of the quantized stream return what they did, or keep what they return."""
-        kept = {layer for kind, of, layer, _ in self._keys if kind == "output" and of == batch}
-        same = True  # as in every run from now on
+        """Inside, done layers of the quantized stream return what they did, or keep what they
+        return; no more so in this run from where a layer is called that is not done."""
+        kept = {layer for kind, _, layer, _ in self._keys[batch] if kind == "output"}
+        same = True  # nothing has run that will change
 
         def other(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
             calls = 0
@@ -136,9 +149,9 @@ class Kept:
     def _put(self, key: _Key, value: Tensor) -> bool:
         kept = not self._cache.rounds and self._cache.put_if_room(key, value)
         if kept:
-            self._keys.add(key)
+            self._keys[key[1]].add(key)
         return kept
 
     def _drop(self, key: _Key) -> None:
-        self._keys.remove(key)
+        self._keys[key[1]].remove(key)
         self._cache.drop(key)

@@ -201,6 +201,7 @@ def quantize_(
         with residence:
             data.device = device
             fitter.run()
+        passes = max(ranks.gather(replay.passes, "the end"))  # each has its own room
         with uninterrupted():
             for target, fitted in fitter.fitted.items():
                 apply_(target, fitted.weight, fitted.bias, fitted.dequantized)
@@ -219,7 +220,7 @@ def quantize_(
         skipped=plan.skipped,
         blocks=tuple(dict.fromkeys(call.name for call in calls if len(call.layers) > 1)),
         parameters=sum(p.numel() for p in model.parameters()),
-        passes=replay.passes + (activations is not None),
+        passes=passes + (activations is not None),
         batches=data.batches,
         samples=data.samples,
         notes=tuple(data.notes + prepared.notes + plan.notes + fitter.notes),

@@ -78,7 +78,7 @@ def unlike_layers(
     suspects: dict[nn.Module, MatrixLayer] = {}
     for module in dict.fromkeys(call.module for call in trace.calls):
         own = "forward" in module.__dict__ or bool(module._forward_hooks)
-        if isinstance(module, SUPPORTED) and (own or not _is_plain(module)):
+        if isinstance(module, SUPPORTED) and (own or not is_plain(module)):
             with suppress(TypeError, ValueError):  # those are skipped anyway
                 suspects[module] = matrix_layer(module)
     found: dict[nn.Module, str] = {}
@@ -103,7 +103,8 @@ def unlike_layers(
     return found
 
 
-def _is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> bool:
+    """Whether a layer's class computes what torch's own does, and nothing beside it."""
     kind = type(module)
     if kind.forward not in _FORWARDS or isinstance(module, _ConvTransposeNd):
         return False

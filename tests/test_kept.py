@@ -81,6 +81,7 @@ def test_every_product_is_computed_once_in_each_stream(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("kind", [Block, Loop])
+# Less than recordings need, about that, room for a batch or two more, and for everything.
 @pytest.mark.parametrize("room", [4, 11, 29, 1000])
 def test_as_without_room(kind: type[nn.Module], room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """room: for so many activations of a batch."""
@@ -124,3 +125,70 @@ def test_another_order_within_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     expected, most, _ = products(monkeypatch, model, BATCHES, blocks=[Turned], memory_budget=0)
     got, runs, _ = products(monkeypatch, other, BATCHES, blocks=[Turned])
     assert runs < most and all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+class ReadsWeight(Block):
+    """The last layer's weight has an effect before that layer is called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(F.linear(self.a(x), self.c.weight).relu())
+        return x + self.c(y)
+
+
+class Saving(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        self.saved = super().forward(x)
+        return self.saved
+
+
+class LeavesOutput(Block):
+    """A layer hands its output on behind the model's back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = Saving(FEATURES, FEATURES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x).relu())
+        return x + self.c(y + self.a.saved)
+
+
+@pytest.mark.parametrize("kind", [ReadsWeight, LeavesOutput])
+def test_layers_that_do_more(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(kind(), kind())
+    other = copy.deepcopy(model)
+    expected, *_ = products(monkeypatch, model, BATCHES, blocks=[kind], memory_budget=0)
+    got, *_ = products(monkeypatch, other, BATCHES, blocks=[kind])
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+class Shared(Block):
+    """Its first layer is another block's too, and only some batches use it here."""
+
+    def __init__(self, shared: nn.Linear, always: bool) -> None:
+        super().__init__()
+        self.shared, self.always = shared, always
+
+    def forward(self, x: Tensor) -> Tensor:
+        used = self.always or bool(x[0, 0] > 0)
+        return super().forward(self.shared(x) if used else x)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_layer_of_two_blocks(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = nn.Linear(FEATURES, FEATURES)
+    model = nn.Sequential(Shared(shared, first), Shared(shared, not first))
+    other = copy.deepcopy(model)
+    expected, *_ = products(monkeypatch, model, BATCHES, blocks=[Shared], memory_budget=0)
+    got, *_ = products(monkeypatch, other, BATCHES, blocks=[Shared])
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_what_may_be_dropped_stays_where_that_is_not_enough() -> None:
+    with ActivationCache(ACTIVATION) as cache:
+        cache.put("needed", torch.randn(ROWS // 2, FEATURES))
+        assert cache.put_if_room("spare", torch.randn(ROWS // 2, FEATURES))
+        cache.put("large", torch.randn(ROWS, FEATURES))
+        assert "spare" in cache and cache.peak["file"] == ACTIVATION
+        cache.put("small", torch.randn(1, FEATURES))
+        assert "spare" not in cache and cache.peak["file"] == ACTIVATION
