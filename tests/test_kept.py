@@ -184,6 +184,44 @@ def test_a_layer_of_two_blocks(first: bool, monkeypatch: pytest.MonkeyPatch) -> 
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
+class Two(nn.Module):
+    """Two blocks with the layers ``shared`` and ``late``, which is called in the second one only:
+    so the first one is not done before. Most batches call ``shared`` in the second one too, behind
+    a layer that others call later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shared, late = nn.Linear(FEATURES, FEATURES), nn.Linear(FEATURES, FEATURES)
+        self.first, self.second = Early(shared, late), Late(shared, late)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x), again=bool(x[0, 0] > -1))  # all but the first one
+
+
+class Early(Block):
+    def __init__(self, shared: nn.Linear, late: nn.Linear) -> None:
+        super().__init__()
+        self.shared, self.late = shared, late
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.a(self.shared(x).relu())
+
+
+class Late(Early):
+    def forward(self, x: Tensor, again: bool) -> Tensor:  # type: ignore[override]
+        y = self.a(self.shared(self.b(x).relu()).relu()) if again else self.b(self.a(x).relu())
+        return x + self.late(self.c(y.relu()).relu())
+
+
+def test_a_block_that_is_done_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Two()
+    other = copy.deepcopy(model)
+    kinds = [Early, Late]
+    expected, *_ = products(monkeypatch, model, BATCHES, blocks=kinds, memory_budget=0)
+    got, *_ = products(monkeypatch, other, BATCHES, blocks=kinds)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
 def test_what_may_be_dropped_stays_where_that_is_not_enough() -> None:
     with ActivationCache(ACTIVATION) as cache:
         cache.put("needed", torch.randn(ROWS // 2, FEATURES))
