@@ -122,7 +122,7 @@ class ActivationCache:
         Whether it had; ``key in cache`` says whether it is still there.
         """
         self.drop(key)
-        place = "memory" if tensor.device.type == "cpu" else "device"
+        place = _own_place(tensor)
         size = tensor.numel() * tensor.element_size()
         if self._used[place] + size > self._budgets[place]:
             return False
@@ -161,7 +161,7 @@ class ActivationCache:
     def _place(item: _Held) -> str:
         if item.flat is None:
             return "file"
-        return "memory" if item.flat.device.type == "cpu" else "device"
+        return _own_place(item.flat)
 
     def _hold(self, tensor: Tensor) -> _Held:
         original, device = tensor.dtype, tensor.device
@@ -209,6 +209,10 @@ class ActivationCache:
             assert held.flat is not None
             flat = held.flat.to(held.device, held.original, copy=True)
         return flat.as_strided(held.shape, held.stride)
+
+
+def _own_place(tensor: Tensor) -> str:
+    return "memory" if tensor.device.type == "cpu" else "device"
 
 
 def _dense(leaf: object) -> bool:

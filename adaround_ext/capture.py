@@ -211,7 +211,8 @@ class Replay:
         self, batch: int, stream: Stream, watch: Watch, counts: Mapping[nn.Module, int]
     ) -> dict[nn.Module, list[Tensor]]:
         taken: dict[nn.Module, list[Tensor]] = defaultdict(list)
-        later = [unit for unit in self._kept.open if not unit.members & watch.layers]
+        watched = watch.layers
+        later = [unit for unit in self._kept.open if not unit.members & watched]
         ahead = later if stream == "full" and self._kept.has_room else []
         inputs = watch.inputs.union(*(unit.inputs for unit in ahead))
         outputs = watch.outputs.union(*(unit.outputs for unit in ahead))
@@ -238,7 +239,7 @@ class Replay:
             count(module)
 
         def take(module: nn.Module, value: Tensor) -> None:
-            if module in watch.layers:
+            if module in watched:
                 taken[module].append(value.detach().clone())
             else:
                 self._kept.keep(batch, module, times[module], value)

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class Wanted:
     outputs: frozenset[nn.Module]
     calls: tuple[ModuleCall, ...]
 
-    @property
+    @cached_property
     def members(self) -> frozenset[nn.Module]:
         """The unit's layers."""
         return frozenset(call.module for call in self.calls)
@@ -62,7 +63,7 @@ class Kept:
         self._block: BlockCall | None = None
         self._done: frozenset[nn.Module] = frozenset()  # of the block, those whose outputs are kept
         self._unfinished: frozenset[nn.Module] = frozenset()  # of the block
-        self._room = False
+        self.has_room = False  # nothing that the block's units will want had to be left out so far
         self.open: list[Wanted] = []  # the block's units that are not done
 
     def enter(self, block: BlockCall | None, waiting: set[nn.Module]) -> None:
@@ -71,7 +72,7 @@ class Kept:
         What is kept of the block before may be played until :meth:`leave`.
         """
         if block is not self._block:
-            self._block, self._room = block, not self._cache.rounds
+            self._block, self.has_room = block, not self._cache.rounds
         inside: list[Wanted] = []
         if block is not None:
             span = block.call
@@ -94,14 +95,9 @@ class Kept:
         self.enter(None, set())
         self.leave()
 
-    @property
-    def has_room(self) -> bool:
-        """Whether nothing that this block's units will want had to be left out so far."""
-        return self._room
-
     def keep(self, batch: int, layer: nn.Module, call: int, value: Tensor) -> None:
         """What a unit will want of a call of ``layer``."""
-        self._room &= self._put(("wanted", batch, layer, call), value)
+        self.has_room &= self._put(("wanted", batch, layer, call), value)
 
     def take(
         self, batch: int, layers: frozenset[nn.Module], counts: Mapping[nn.Module, int]

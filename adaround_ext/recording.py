@@ -30,8 +30,11 @@ class _Given:
 
 @dataclass(frozen=True, eq=False)
 class _Output:
-    """A tensor: recorded, or no longer, where nothing reads it any more. There is one object for
-    all that look alike, which is found sooner than an equal one: every block asks in every run."""
+    """A tensor: recorded, or no longer, where nothing reads it any more.
+
+    Those that look alike are one object, so that blanks are found without comparing: every block
+    asks in every run.
+    """
 
     recorded: bool
     shape: torch.Size

@@ -109,6 +109,17 @@ def test_room_is_taken_and_given_back() -> None:
         assert "b" in cache and "c" not in cache and cache.peak["file"] == 0
 
 
+def runs_with_and_without_room(
+    monkeypatch: pytest.MonkeyPatch, model: nn.Module, blocks: list[type[nn.Module]]
+) -> tuple[int, int]:
+    """How many linear layers were computed; the codes are the same."""
+    other = copy.deepcopy(model)
+    expected, most, _ = products(monkeypatch, model, BATCHES, blocks=blocks, memory_budget=0)
+    got, runs, _ = products(monkeypatch, other, BATCHES, blocks=blocks)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    return runs, most
+
+
 class Turned(Block):
     """Batches that begin with a positive number take another order; the first one does not."""
 
@@ -121,10 +132,8 @@ class Turned(Block):
 def test_another_order_within_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a layer returns behind one that is not done is not kept."""
     model = nn.Sequential(Turned(), Turned())
-    other = copy.deepcopy(model)
-    expected, most, _ = products(monkeypatch, model, BATCHES, blocks=[Turned], memory_budget=0)
-    got, runs, _ = products(monkeypatch, other, BATCHES, blocks=[Turned])
-    assert runs < most and all(torch.equal(got[name], expected[name]) for name in expected)
+    runs, most = runs_with_and_without_room(monkeypatch, model, [Turned])
+    assert runs < most
 
 
 class ReadsWeight(Block):
@@ -156,10 +165,7 @@ class LeavesOutput(Block):
 @pytest.mark.parametrize("kind", [ReadsWeight, LeavesOutput])
 def test_layers_that_do_more(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(kind(), kind())
-    other = copy.deepcopy(model)
-    expected, *_ = products(monkeypatch, model, BATCHES, blocks=[kind], memory_budget=0)
-    got, *_ = products(monkeypatch, other, BATCHES, blocks=[kind])
-    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    runs_with_and_without_room(monkeypatch, model, [kind])
 
 
 class Shared(Block):
@@ -178,10 +184,7 @@ class Shared(Block):
 def test_a_layer_of_two_blocks(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = nn.Linear(FEATURES, FEATURES)
     model = nn.Sequential(Shared(shared, first), Shared(shared, not first))
-    other = copy.deepcopy(model)
-    expected, *_ = products(monkeypatch, model, BATCHES, blocks=[Shared], memory_budget=0)
-    got, *_ = products(monkeypatch, other, BATCHES, blocks=[Shared])
-    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    runs_with_and_without_room(monkeypatch, model, [Shared])
 
 
 class Two(nn.Module):
@@ -215,11 +218,7 @@ class Late(Early):
 
 def test_a_block_that_is_done_late(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Two()
-    other = copy.deepcopy(model)
-    kinds = [Early, Late]
-    expected, *_ = products(monkeypatch, model, BATCHES, blocks=kinds, memory_budget=0)
-    got, *_ = products(monkeypatch, other, BATCHES, blocks=kinds)
-    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    runs_with_and_without_room(monkeypatch, model, [Early, Late])
 
 
 def test_what_may_be_dropped_stays_where_that_is_not_enough() -> None:
