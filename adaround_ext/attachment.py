@@ -128,16 +128,18 @@ class Observation:
 @contextmanager
 def observing(
     quantizers: Mapping[str, ActivationQuantizer],
-    select: Callable[[Tensor], Tensor] | None = None,
+    select: Callable[[str, Tensor], Tensor] | None = None,
 ) -> Iterator[Observation]:
     """Inside, these quantizers let everything through and their observers see it.
 
-    ``select`` gets each tensor and returns what is to be seen of it: the tokens that count.
+    ``select`` gets each quantizer's name and tensor, and returns what is to be seen of it: the
+    tokens that count.
     """
     observers = {name: RangeObserver(q.config, name) for name, q in quantizers.items()}
     try:
         for name, quantizer in quantizers.items():
-            quantizer.observer = partial(_observe, observers[name], select)
+            chosen = None if select is None else partial(select, name)
+            quantizer.observer = partial(_observe, observers[name], chosen)
         yield Observation(quantizers, observers)
     finally:
         for quantizer in quantizers.values():

@@ -16,11 +16,11 @@ from torch.utils import _pytree as pytree
 from adaround_ext.cache import ActivationCache
 from adaround_ext.distributed import Ranks
 from adaround_ext.fingerprint import add_tensor
+from adaround_ext.padding import MADE, PaddingMask
 from adaround_ext.random_state import gpus, seed_all
 from adaround_ext.trace import tensors
 
 ForwardFn = Callable[[nn.Module, Any], object]
-PaddingMask = str | Callable[[Any], Tensor | None] | None
 _ROWS = 32  # of a batch, where all samples come in one piece
 # Statistics are summed segment by segment: few, since ranks keep a matrix for each of theirs, and
 # more than most machines have GPUs. They begin at multiples of so many samples.
@@ -61,7 +61,8 @@ class Calibration:
         self._signature = _signature(model)
         self._own: list[Any] | None = None
         self._first_of_tuple = False
-        self._masks: dict[int, Tensor | None] = {}  # asked for on every pass
+        # By batch and name; asked for on every pass.
+        self._masks: dict[tuple[int, str], Tensor | None] = {}
         self.notes: list[str] = []
         self._sizes: list[int] = []  # samples of each batch
         self._hash = hashlib.blake2b(digest_size=16) if fingerprint else None
@@ -204,22 +205,25 @@ class Calibration:
             if batch not in self.own:
                 self._cache.drop(("batch", batch))
 
-    def mask(self, index: int) -> Tensor | None:
-        """bool [batch, tokens], True where there is no padding; None where there is none at all."""
-        if self._padding_mask is None:
-            return None
-        if index not in self._masks:
-            self._masks[index] = self._find_mask(self._padding_mask, self._item(index))
-        return self._masks[index]
+    def mask(self, index: int, name: str | None) -> Tensor | None:
+        """bool [batch, tokens], True where there is no padding; None where there is none at all.
 
-    def _find_mask(self, padding_mask: PaddingMask, item: Any) -> Tensor | None:
-        if callable(padding_mask):
-            mask = padding_mask(item)
+        name: of the model's argument, as :meth:`PaddingMasks.name_of` has it.
+        """
+        if name is None or self._padding_mask is None:
+            return None
+        if (index, name) not in self._masks:
+            self._masks[index, name] = self._find_mask(name, self._item(index))
+        return self._masks[index, name]
+
+    def _find_mask(self, name: str, item: Any) -> Tensor | None:
+        if callable(self._padding_mask):
+            mask = self._padding_mask(item) if name == MADE else None
         elif isinstance(item, Mapping):
-            mask = item.get(padding_mask)
+            mask = item.get(name)
         elif self._forward_fn is None and self._signature is not None:
             args, kwargs = self._arguments(item)
-            mask = self._signature.bind(*args, **kwargs).arguments.get(str(padding_mask))
+            mask = self._signature.bind(*args, **kwargs).arguments.get(name)
         else:
             mask = None
         if not isinstance(mask, Tensor) or mask.dim() != 2:

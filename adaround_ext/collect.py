@@ -17,6 +17,7 @@ from adaround_ext.choice import choose_objective
 from adaround_ext.data import check, check_kind, has_finite_sum, infinite
 from adaround_ext.distributed import ALONE, Ranks
 from adaround_ext.layers import MatrixLayer
+from adaround_ext.pairing import paired_rows
 from adaround_ext.plan import Target
 from adaround_ext.pose import gram_problems, sampled_problems
 from adaround_ext.precision import full_precision
@@ -42,6 +43,16 @@ class Unit:
         first = self.targets[0].matrix
         linear = isinstance(first.layer, nn.Linear) and not self.sampled
         return linear and sum(layer.rows for layer in self.layers) > first.cols
+
+    @property
+    def rows_chosen(self) -> bool:
+        """Whether the model's data decide which rows it gets: two streams may differ in them."""
+        return self.targets[0].rows_chosen
+
+    @property
+    def watches_inputs(self) -> bool:
+        """Whether it is the full-precision stream's inputs that are needed of it, not outputs."""
+        return self.from_inputs or self.rows_chosen
 
     @property
     def names(self) -> str:
@@ -124,7 +135,8 @@ class Collector:
         self.unit = unit
         self._ranks = ranks
         self.seconds = 0.0
-        self.unpaired = 0
+        self.rows = 0  # of all calls, without padding
+        self.unpaired = 0  # of them those whose targets are the layer's outputs on them
         self._sequences = 0
         # Whether a GPU's tensors are: it would have to be waited for with every batch.
         self._finite: list[tuple[str, str, Tensor]] = []
@@ -142,8 +154,9 @@ class Collector:
     ) -> None:
         """Tensors of one batch, one a call.
 
-        targets: of each layer its outputs, or where unit.from_inputs the one list of inputs that
-        give them. segment: of the data, as :class:`GramStatistics` has it.
+        targets: of each layer its outputs, or where unit.watches_inputs the one list of inputs
+        that give them; None where there is one stream. mask: of ``inputs`` as the unit's first
+        target has it. segment: of the data, as :class:`GramStatistics` has it.
         """
         started = time.perf_counter()
         with full_precision(self.unit.layers[0].weight.device):
@@ -158,32 +171,50 @@ class Collector:
         mask: Tensor | None,
         segment: int,
     ) -> None:
-        layers = self.unit.layers
-        if not isinstance(layers[0].layer, nn.Linear):
+        first = self.unit.layers[0]
+        if not isinstance(first.layer, nn.Linear):
             mask = None  # of tokens, which only a linear layer has
-        for call, x in enumerate(inputs):
-            wanted = None
+        for call, given in enumerate(inputs):
+            wanted: list[Tensor] | None = None
             if targets is not None:
-                wanted = [own[call] for own in targets if call < len(own)]
-                if len(wanted) < len(targets) or not all(self._paired(x, y) for y in wanted):
-                    self.unpaired += 1  # data-dependent shapes: the layer's own outputs then
-                    wanted = None
-            self._sequences += len(x) if x.dim() > 1 else 1
-            x = layers[0].samples(self._checked("inputs", unpadded(x, mask), batch))
-            outputs: tuple[Tensor, ...] | None = None
-            if wanted is not None and self.unit.from_inputs:
-                name = "full-precision inputs"
-                y = self._checked(name, unpadded(wanted[0], mask), batch)
-                outputs = (layers[0].samples(y),)
-            elif wanted is not None:
-                outputs = tuple(
-                    layer.output_samples(self._checked("outputs", unpadded(y, mask), batch))
-                    for layer, y in zip(layers, wanted, strict=True)
-                )
+                wanted = [values[call] for values in targets if call < len(values)]
+                if len(wanted) < len(targets) or not all(self._fits(given, y) for y in wanted):
+                    wanted = None  # data-dependent shapes
+            self._sequences += len(given) if given.dim() > 1 else 1
+            x = first.samples(self._checked("inputs", unpadded(given, mask), batch))
+            outputs = None if wanted is None else self._targets_of(x, wanted, mask, batch)
+            self.rows += len(x)
+            if targets is not None and outputs is None:
+                self.unpaired += len(x)
+            if len(x) == 0:
+                continue
             if self.unit.sampled:
                 self._keep(x, outputs)
                 continue
             self._moments().add(x, outputs, segment)
+
+    def _targets_of(
+        self, x: Tensor, wanted: list[Tensor], mask: Tensor | None, batch: int
+    ) -> tuple[Tensor, ...] | None:
+        """What the statistics take as targets for samples x; None for the layers' own outputs."""
+        layers = self.unit.layers
+        if not self.unit.watches_inputs:
+            return tuple(
+                layer.output_samples(self._checked("outputs", unpadded(y, mask), batch))
+                for layer, y in zip(layers, wanted, strict=True)
+            )
+        y = self._checked("full-precision inputs", unpadded(wanted[0], mask), batch)
+        y = layers[0].samples(y)
+        if self.unit.rows_chosen:
+            paired = paired_rows(x, y)
+            missing = len(x) - int(paired.sum())
+            if missing == len(x):
+                return None
+            self.unpaired += missing
+            y = torch.where(paired.view(-1, *[1] * (y.dim() - 1)), y, x)
+        if self.unit.from_inputs:
+            return (y,)
+        return tuple(layer.forward(y.float(), layer.weight, layer.bias) for layer in layers)
 
     def _moments(self) -> GramStatistics:
         if self._statistics is None:  # not before: the layer may have been elsewhere
@@ -193,10 +224,10 @@ class Collector:
             )
         return self._statistics
 
-    def _paired(self, x: Tensor, y: Tensor) -> bool:
+    def _fits(self, x: Tensor, y: Tensor) -> bool:
         """Whether an output [..., features] or [samples, channels, *size] fits an input."""
         layer = self.unit.layers[0]
-        if self.unit.from_inputs:
+        if self.unit.watches_inputs:
             return x.shape == y.shape
         if isinstance(layer.layer, nn.Linear):
             return x.shape[:-1] == y.shape[:-1]
@@ -228,25 +259,25 @@ class Collector:
             else:
                 kept.append(outputs[index])
 
-    def finish(self) -> None:
-        """Joins what all ranks have collected, once; ValueError where no data came."""
+    def finish(self) -> bool:
+        """Joins what all ranks have collected, once; False where no row came to any of them."""
         started = time.perf_counter()
         with self._ranks.together("statistics"):
             self._refuse_infinite()
         ranks = self._ranks
-        counts = ranks.gather((self._sequences, self.unpaired), "statistics")
-        self._sequences, self.unpaired = (sum(column) for column in zip(*counts, strict=True))
-        count = self._sequences
+        counts = ranks.gather((self._sequences, self.rows, self.unpaired), "statistics")
+        columns = zip(*counts, strict=True)
+        self._sequences, self.rows, self.unpaired = (sum(column) for column in columns)
+        if self.rows == 0:
+            return False
         if not self.unit.sampled:
             with full_precision(self.unit.layers[0].weight.device):
                 self._moments().finish()
-            count = self._moments().count
         elif ranks.size > 1:
             self._inputs = self._inputs.joined(ranks)
             self._targets = [kept.joined(ranks) for kept in self._targets]
-        if count == 0:
-            raise ValueError(f"calibration must reach {self.unit.names}, got no samples")
         self.seconds += time.perf_counter() - started
+        return True
 
     def problems(self) -> Iterator[tuple[list[int], Iterator[Problem]]]:
         """Indices of targets with the same settings, and their problems, after finish()."""
@@ -265,5 +296,6 @@ class Collector:
                 )  # fmt: skip
             else:
                 own = self._statistics.rows(torch.cat([split[i] for i in part]))
-                yield part, gram_problems(layers, own, config, reason, seconds)
+                chosen = self.unit.rows_chosen and self._statistics.has_targets
+                yield part, gram_problems(layers, own, config, reason, seconds, chosen)
             seconds = 0.0

@@ -28,6 +28,7 @@ from adaround_ext.result import LayerResult, QuantizedWeight
 from adaround_ext.shared_work import owners_of, solved, solved_apart, take_alike
 
 _logger = logging.getLogger("adaround_ext")
+_NAMED = 8  # layers in one note
 Switch = Callable[[], AbstractContextManager[object]]
 
 
@@ -67,6 +68,7 @@ class Fitter:
     seconds: dict[str, float] = field(
         default_factory=lambda: {"forward": 0.0, "statistics": 0.0, "solving": 0.0}
     )
+    skipped: dict[str, str] = field(default_factory=dict)  # layers that no row came to, and so why
     notes: list[str] = field(default_factory=list)
     resumed: int = 0
 
@@ -75,6 +77,7 @@ class Fitter:
         targets = [t for segment in self.segments for unit in segment for t in unit.targets]
         self._index = {target: i for i, target in enumerate(targets)}
         self._waiting = {module for target in targets for module in target.modules}
+        self._unpaired: dict[str, tuple[int, int]] = {}  # rows by names of units, and of all rows
         # Weights and biases of layers that are done, and still run.
         self._pending: dict[Target, tuple[Tensor, Tensor | None]] = {}
         with tqdm(
@@ -89,6 +92,10 @@ class Fitter:
                     bar.set_postfix_str(" " + ", ".join(unit.names for unit in missing))
                     results.update(self._fit(missing))
                 for unit in segment:
+                    if unit not in results:
+                        self._skip(unit)
+                        bar.update(unit.cost)
+                        continue
                     for target, result in zip(unit.targets, results[unit], strict=True):
                         self._finish(target, result)
                         report = result.report.relative
@@ -97,9 +104,11 @@ class Fitter:
                         )
                         bar.update(target.cost)
                 self._release()
+        if not self.fitted:
+            raise ValueError(f"calibration must reach {targets[0].name}, got no rows of any layer")
         if self.resumed:
             self.notes.append(f"{self.resumed} layers from checkpoint_dir")
-        self.notes += self.replay.notes()
+        self.notes += self._unpaired_notes() + self.replay.notes()
 
     def _restored(self, segment: list[Unit]) -> dict[Unit, list[LayerResult]]:
         """Results of the units that are in the checkpoint, which only the first rank has."""
@@ -161,16 +170,16 @@ class Fitter:
             streams["full"] = Watch(inputs=inputs), switch
         calls = [call for own in every for call in own.calls]
         for batch in self.replay.sweep(self._waiting, calls, streams):
-            mask = self.calibration.mask(batch)
             taken = {stream: watch.taken[stream] for stream, (watch, _) in streams.items()}
             for collector in collectors:
                 unit = collector.unit
                 x = of_calls(unit.targets[0], taken[source])
                 wanted = None
-                if two and unit.from_inputs:
+                if two and unit.watches_inputs:
                     wanted = [of_calls(unit.targets[0], taken["full"])]
                 elif two:
                     wanted = [_outputs(t, taken["full"]) for t in unit.targets]
+                mask = self.calibration.mask(batch, unit.targets[0].padding)
                 collector.add(batch, x, wanted, mask, self.calibration.segments[batch])
 
     def _solve(self, collectors: list[Collector]) -> dict[Unit, list[LayerResult]]:
@@ -178,10 +187,17 @@ class Fitter:
         results: dict[Unit, list[LayerResult]] = {}
         owners = owners_of([collector.unit for collector in collectors], self.ranks.size)
         own: list[Collector] = []
-        for batch in take_alike(collectors, self.ranks):
+        for alike in take_alike(collectors, self.ranks):
+            batch = [collector for collector in alike if collector.finish()]
             for collector in batch:
-                collector.finish()
-                self._note_unpaired(collector)
+                if collector.unpaired:
+                    counts = collector.unpaired, collector.rows
+                    self._unpaired[collector.unit.names] = counts
+            for collector in alike:
+                if collector not in batch:
+                    owners.pop(collector.unit, None)
+            if not batch:
+                continue
             first = batch[0].unit
             if first not in owners:
                 found = solved(batch, self.ranks)
@@ -197,13 +213,24 @@ class Fitter:
             results |= apart
         return results
 
-    def _note_unpaired(self, collector: Collector) -> None:
-        if collector.unpaired:
-            self.notes.append(
-                f"{collector.unit.names}: in {collector.unpaired} calls the quantized model's "
-                "inputs had another shape than the full-precision model's; its own outputs on "
-                "them were the targets"
-            )
+    def _unpaired_notes(self) -> list[str]:
+        if not self._unpaired:
+            return []
+        shares = [
+            f"{names} {rows / of_all:.0%}" for names, (rows, of_all) in self._unpaired.items()
+        ]
+        more = f" and {len(shares) - _NAMED} more" if len(shares) > _NAMED else ""
+        return [
+            "the model chooses rows by its data: for these shares of them the full-precision model "
+            "has other tokens in their place, and the layer's outputs on them were the targets: "
+            f"{', '.join(shares[:_NAMED])}{more}"
+        ]
+
+    def _skip(self, unit: Unit) -> None:
+        """Leaves a unit as it is, since nothing is known of its inputs."""
+        for target in unit.targets:
+            self.skipped[target.name] = "no row of the calibration data came to it"
+            self._waiting.difference_update(target.modules)
 
     def _save(self, unit: Unit, results: list[LayerResult]) -> None:
         with self.ranks.together("the writing of checkpoint_dir"):
@@ -245,7 +272,7 @@ class Fitter:
 def wanted_by(unit: Unit) -> Wanted:
     """What ``unit`` takes of the full-precision stream where there is another one."""
     calls = sorted((c for t in unit.targets for c in t.calls), key=lambda call: call.begin)
-    if unit.from_inputs:
+    if unit.watches_inputs:
         return Wanted(frozenset(unit.targets[0].modules), frozenset(), tuple(calls))
     return Wanted(frozenset(), _modules(unit.targets), tuple(calls))
 

@@ -18,11 +18,12 @@ from adaround_ext.apply import apply_, uninterrupted
 from adaround_ext.attachment import full_precision_activations
 from adaround_ext.blocks import BlockCall, Blocks, block_calls, find_blocks
 from adaround_ext.cache import MEMORY_BUDGET, ActivationCache
-from adaround_ext.calibration import Calibration, ForwardFn, PaddingMask, single_device
+from adaround_ext.calibration import Calibration, ForwardFn, single_device
 from adaround_ext.capture import Replay
 from adaround_ext.checkpoint import Checkpoint
 from adaround_ext.collect import Unit, make_units, parallel_segments, sequential_segments
 from adaround_ext.config import AdaRoundConfig, make_config
+from adaround_ext.dataflow import dataflow
 from adaround_ext.distributed import Ranks, Reduction
 from adaround_ext.fingerprint import model_digest
 from adaround_ext.fitting import Fitter, wanted_by
@@ -31,6 +32,7 @@ from adaround_ext.memory import device_memory, free_device_memory, host_memory
 from adaround_ext.model_checks import check_module, refuse_inference
 from adaround_ext.model_report import LayerEntry, ModelReport
 from adaround_ext.overrides import Overrides
+from adaround_ext.padding import PaddingMask, PaddingMasks
 from adaround_ext.plan import FilterFn, Plan, make_plan
 from adaround_ext.prepare import BatchNorm, prepare_, quantize_activations_, unlike_layers
 from adaround_ext.residence import Residence
@@ -162,13 +164,20 @@ def quantize_(
             prepared = prepare_(model, lambda: data.run(0), undo, batch_norm, equalize)
             seen = prepared.trace
             refused = unlike_layers(model, seen, lambda: data.run(0))
-            plan = make_plan(model, seen, config, overrides, filter_fn, activation_aware, refused)
+            flow = dataflow(seen)
+            masks = PaddingMasks(padding_mask, seen, flow)
+            plan = make_plan(
+                model, seen, config, overrides, filter_fn, activation_aware, refused, flow, masks
+            )
+            plan.notes.extend(masks.notes)
             units = make_units(plan.targets)
             calls = block_calls(model, seen, find_blocks(model, seen, blocks))
             switch, common = None, _common(calls, plan)
             if activations is not None:
                 layers = [target.matrix.layer for target in plan.targets]
-                notes = quantize_activations_(model, seen, layers, data, activations, undo)
+                notes = quantize_activations_(
+                    model, seen, layers, data, activations, undo, flow, masks
+                )
                 prepared.notes += notes
                 switch, common = partial(full_precision_activations, model), 0
         sequential = mode == "sequential"
@@ -217,7 +226,7 @@ def quantize_(
         model=type(model).__name__,
         mode=mode,
         layers=_entries(units, calls, fitter),
-        skipped=plan.skipped,
+        skipped=plan.skipped | fitter.skipped,
         blocks=tuple(dict.fromkeys(call.name for call in calls if len(call.layers) > 1)),
         parameters=sum(p.numel() for p in model.parameters()),
         passes=passes + (activations is not None),
@@ -280,6 +289,8 @@ def _entries(units: list[Unit], calls: list[BlockCall], fitter: Fitter) -> tuple
     entries = []
     for unit in units:
         for target in unit.targets:
+            if target not in fitter.fitted:
+                continue
             layer = target.matrix.layer
             entries.append(
                 LayerEntry(

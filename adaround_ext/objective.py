@@ -86,16 +86,18 @@ class GramObjective(Quadratic):
         self._constant = torch.zeros_like(self.unit)
         if statistics.has_targets:
             self._add_targets(moments, statistics)
-        # E[(w x + e)^2] is the loss of weights of 0 with nothing of it put into the bias.
-        nothing = torch.zeros_like(weight)
-        self.row_energies = self.row_losses(nothing)
-        if centred:
-            self.row_energies = self.row_energies + self.bias_change(nothing).square()
+        self.row_energies = self._energies()
         if not bool(self.row_energies.isfinite().all()):
             raise ValueError(
                 "weights, inputs and targets must be so small that float32 holds the squares of "
                 "outputs, got larger values"
             )
+
+    def _energies(self) -> Tensor:
+        """E[(w x + e)^2]: the loss of weights of 0 with nothing of it put into the bias."""
+        nothing = torch.zeros_like(self._weight)
+        energies = self.row_losses(nothing)
+        return energies + self.bias_change(nothing).square() if self.centred else energies
 
     def _add_targets(self, moments: Tensor, s: GramStatistics) -> None:
         mismatch = (s.mismatch if self.centred else s.plain_mismatch()) / self.unit[:, None]
@@ -106,7 +108,16 @@ class GramObjective(Quadratic):
         self.target = (self._weight.double() + moved.reshape(mismatch.shape)).float()
         self.gptq_factor = factor.gptq_factor()
 
-    def rows(self, part: slice) -> GramObjective:
+    def without_targets(self) -> GramObjective:
+        """The same inputs, with the layers' outputs on them as targets."""
+        plain = copy.copy(self)
+        plain.__dict__.pop("target_product", None)
+        plain.target, plain._mismatch = self._weight, None
+        plain._missed, plain._constant = map(torch.zeros_like, (self._missed, self._constant))
+        plain.row_energies = plain._energies()
+        return plain
+
+    def rows(self, part: slice | Tensor) -> GramObjective:
         """The objective of some of the rows, where all have one Gram matrix."""
         own = copy.copy(self)
         for name in ("_buffer", "target_product"):  # cached, and of all rows

@@ -12,9 +12,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from adaround_ext.config import AdaRoundConfig, check_flag
+from adaround_ext.dataflow import Dataflow
 from adaround_ext.function_preserving import extent
 from adaround_ext.layers import SUPPORTED, MatrixLayer, matrix_layer
 from adaround_ext.overrides import RESERVED, LayerSettings, Overrides
+from adaround_ext.padding import PaddingMasks
 from adaround_ext.trace import ModuleCall, Trace, Value
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -25,13 +27,19 @@ _ACTIVATIONS = {"relu": "relu", "relu_": "relu", "gelu": "gelu", "silu": "silu",
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A layer to quantize; ``tied`` are other layers that hold the same weight."""
+    """A layer to quantize; ``tied`` are other layers that hold the same weight.
+
+    rows_chosen: whether the model's data decide which rows it gets. padding: the name of the mask
+    that tells which of them are none, as :meth:`PaddingMasks.name_of` has it.
+    """
 
     name: str
     matrix: MatrixLayer
     tied: tuple[tuple[str, nn.Module], ...]
     calls: tuple[ModuleCall, ...]  # of the layer and of those tied to it, in order
     config: AdaRoundConfig
+    rows_chosen: bool = False
+    padding: str | None = None
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -64,8 +72,10 @@ def make_plan(
     filter_fn: FilterFn | None,
     activation_aware: bool,
     refused: Mapping[nn.Module, str] | None = None,
+    flow: Dataflow | None = None,
+    masks: PaddingMasks | None = None,
 ) -> Plan:
-    """refused: layers that cannot be quantized, and why.
+    """refused: layers that cannot be quantized, and why. flow, masks: of the trace.
 
     Raises ValueError and TypeError that name ``overrides``, ``filter_fn``, ``activation_aware`` or
     the layer.
@@ -102,7 +112,11 @@ def make_plan(
             activation = _activation(trace, own)
             if activation is not None:
                 settings = {**settings, "activation": activation}
-        target = Target(name, matrix, tied, tuple(own), changes.config(settings))
+        target = Target(
+            name, matrix, tied, tuple(own), changes.config(settings),
+            rows_chosen=flow is not None and any(map(flow.chooses_rows, own)),
+            padding=_padding(own, flow, masks),
+        )  # fmt: skip
         _check_groups(target)
         _check_finite(target)
         targets.append(target)
@@ -113,6 +127,14 @@ def make_plan(
             f"model must have a layer to quantize, got none ({reasons or 'no layers'})"
         )
     return Plan(targets, skipped, notes)
+
+
+def _padding(
+    calls: list[ModuleCall], flow: Dataflow | None, masks: PaddingMasks | None
+) -> str | None:
+    if flow is None or masks is None:
+        return None
+    return masks.name_of(frozenset().union(*map(flow.arguments, calls)))
 
 
 class _Layer(NamedTuple):

@@ -25,6 +25,7 @@ def gram_problems(
     config: AdaRoundConfig,
     reason: str,
     seconds: float,
+    rows_chosen: bool = False,
 ) -> Iterator[Problem]:
     """A problem for all layers together, since rows are independent and the statistics are shared.
 
@@ -52,7 +53,7 @@ def gram_problems(
         stacked = [layers[i] for i in part]
         yield Problem(
             stacked, [layer.rows for layer in stacked], weight, _biases(stacked), objective, "gram",
-            reason, statistics.count, seconds, notes,
+            reason, statistics.count, seconds, notes, rows_chosen,
         )  # fmt: skip
         started, seconds = time.perf_counter(), 0.0
 

@@ -16,10 +16,12 @@ from adaround_ext.attachment import attach, detach, observing
 from adaround_ext.batch_norm import fold_batch_norm_
 from adaround_ext.calibration import Calibration, unpadded
 from adaround_ext.config import check_flag
+from adaround_ext.dataflow import Dataflow
 from adaround_ext.equalize import equalize_
 from adaround_ext.function_preserving import HALF_TOLERANCE, TOLERANCE
 from adaround_ext.layers import SUPPORTED, MatrixLayer, matrix_layer
-from adaround_ext.placement import place
+from adaround_ext.padding import PaddingMasks
+from adaround_ext.placement import Place, place
 from adaround_ext.trace import Trace, tensors, trace
 
 BatchNorm = Literal["fold", "keep"]
@@ -48,22 +50,42 @@ def quantize_activations_(
     data: Calibration,
     config: ActivationConfig,
     undo: ExitStack,
+    flow: Dataflow,
+    masks: PaddingMasks,
 ) -> list[str]:
     """Attaches quantizers of activations, their ranges from one pass over the data; notes.
 
     ``undo`` gets what takes them out again.
     """
     placement = place(model, trace, layers)
-    quantizers = attach(placement.places, model, config)
+    places = placement.places
+    quantizers = attach(places, model, config)
     undo.callback(detach, model)
-    mask: Tensor | None = None
-    with observing(quantizers, lambda x: unpadded(x, mask)) as observation:
+    padding = {item.name: masks.name_of(_positions(model, trace, flow, item)) for item in places}
+    batch = 0
+
+    def counted(name: str, x: Tensor) -> Tensor:
+        return unpadded(x, data.mask(batch, padding[name]))
+
+    with observing(quantizers, counted) as observation:
         for batch in range(data.batches):
-            mask = data.mask(batch)
             data.run(batch)
     observation.set_ranges()
     note = f"{len(quantizers)} quantizers of activations at {config.bits} bits"
     return [note, *placement.notes]
+
+
+def _positions(model: nn.Module, trace: Trace, flow: Dataflow, place: Place) -> frozenset[str]:
+    """The model's arguments whose positions the values of a place have."""
+    modules = dict(model.named_modules())
+    values = [
+        value
+        for site in place.sites
+        for call in trace.calls_of(modules[site.module])
+        for index, value in enumerate(call.inputs if site.kind == "input" else call.outputs)
+        if index in site.tensors
+    ]
+    return frozenset().union(*(flow.inputs.get(v.storage, frozenset()) for v in values))
 
 
 def unlike_layers(

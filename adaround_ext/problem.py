@@ -21,7 +21,8 @@ from adaround_ext.solution import comparable
 class Problem:
     """Layers whose rows, stacked to weight [rows, cols], are solved under one objective.
 
-    sizes: rows of each layer. bias: float64 [rows], 0 where there is none.
+    sizes: rows of each layer. bias: float64 [rows], 0 where there is none. rows_chosen: whether
+    the model's data decided which rows the layers got, so that targets are those of some only.
     """
 
     layers: list[MatrixLayer]
@@ -34,6 +35,7 @@ class Problem:
     samples: int
     collecting_seconds: float
     notes: tuple[str, ...] = ()
+    rows_chosen: bool = False
 
     @property
     def name(self) -> str:
@@ -49,7 +51,7 @@ class Problem:
         """Of the Gram objective: how many matrices; 0 for the sampled one."""
         return len(self.objective.gram) if isinstance(self.objective, GramObjective) else 0
 
-    def rows(self, part: slice) -> Problem:
+    def rows(self, part: slice | Tensor) -> Problem:
         """The same for some rows, which own their scales and share one Gram matrix."""
         assert isinstance(self.objective, GramObjective)
         weight = self.weight[part]
@@ -155,6 +157,37 @@ class Solved:
             marks=named("marks"),
             starts=named("starts"),
             seconds={key: seconds(part.seconds[key] for part in parts) for key in first.seconds},
+        )
+
+    def with_rows(self, rows: Tensor, other: Solved, others: Tensor) -> Solved:
+        """This with ``other``'s rows in the place of some; both as marks, bool [rows].
+
+        Rows have their scales. Seconds are of both.
+        """
+
+        def put(here: Tensor, there: Tensor) -> Tensor:
+            merged = here.clone()
+            merged[rows] = there[others].to(here.dtype)
+            return merged
+
+        def named(name: str) -> dict[str, Tensor]:
+            here, there = getattr(self, name), getattr(other, name)
+            return {key: put(value, there[key]) for key, value in here.items()}
+
+        bias = None
+        if self.bias is not None and other.bias is not None:
+            bias = put(self.bias, other.bias)
+        return Solved(
+            codes=put(self.codes, other.codes),
+            scale=put(self.scale, other.scale),
+            zero_point=put(self.zero_point, other.zero_point),
+            bias=bias,
+            energy=put(self.energy, other.energy),
+            losses=named("losses"),
+            counts=named("counts"),
+            marks=named("marks"),
+            starts=named("starts"),
+            seconds={key: value + other.seconds[key] for key, value in self.seconds.items()},
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
+from itertools import zip_longest
 from math import ceil, inf, isfinite
 from typing import Any
 
@@ -16,14 +17,16 @@ from adaround_ext.apply import swapped
 from adaround_ext.assignment import check_budget
 from adaround_ext.blocks import block_calls, find_blocks
 from adaround_ext.cache import MEMORY_BUDGET, ActivationCache
-from adaround_ext.calibration import Calibration, ForwardFn, PaddingMask, single_device
+from adaround_ext.calibration import Calibration, ForwardFn, single_device
 from adaround_ext.capture import Replay, Watch
 from adaround_ext.collect import Collector, Unit, make_units, parallel_segments
 from adaround_ext.config import AdaRoundConfig, check_int, make_config
+from adaround_ext.dataflow import dataflow
 from adaround_ext.distributed import ALONE
 from adaround_ext.fitting import of_calls
 from adaround_ext.model_checks import check_module
 from adaround_ext.overrides import Overrides
+from adaround_ext.padding import PaddingMask, PaddingMasks
 from adaround_ext.plan import FilterFn, Target, make_plan
 from adaround_ext.precision import full_precision
 from adaround_ext.prepare import BatchNorm, prepare_, unlike_layers
@@ -96,7 +99,14 @@ def sensitivity(
         prepared = prepare_(model, lambda: data.run(0), undo, batch_norm, False)
         seen = prepared.trace
         refused = unlike_layers(model, seen, lambda: data.run(0))
-        plan = make_plan(model, seen, config, overrides, filter_fn, False, refused)
+        flow = dataflow(seen)
+        masks = PaddingMasks(padding_mask, seen, flow)
+        plan = make_plan(model, seen, config, overrides, filter_fn, False, refused, flow, masks)
+        padding = [
+            masks.name_of(flow.inputs.get(value.storage, frozenset()))
+            for value in seen.outputs
+            if not value.integral
+        ]
         if batches is None:
             batches = ceil(_SAMPLES * data.batches / max(data.samples, data.batches))
         batches = min(batches, data.batches)
@@ -107,18 +117,26 @@ def sensitivity(
                 model, data, calls, recordings, Residence(model, [], None), 0, config.seed
             )
             local = _quantized(replay, data, units, widths, cache, progress)
-        network = _measured(data, plan.targets, widths, cache, batches, config.seed, progress)
-    layers = tuple(target.name for target in plan.targets)
+        targets = [target for target in plan.targets if local[target.name]]
+        if not targets:
+            name = plan.targets[0].name
+            raise ValueError(f"calibration must reach {name}, got no rows of any layer")
+        network = _measured(data, padding, targets, widths, cache, batches, config.seed, progress)
+    layers = tuple(target.name for target in targets)
+    left = [target.name for target in plan.targets if target.name not in layers]
+    empty = [f"{name}: no row of the calibration data came to it" for name in left]
     return Sensitivity(
         model=type(model).__name__,
         layers=layers,
-        weights={target.name: target.matrix.weight.numel() for target in plan.targets},
+        weights={target.name: target.matrix.weight.numel() for target in targets},
         bits=widths,
         local={name: local[name] for name in layers},
         network=network,
         average_bits=average_bits,
         batches=batches,
-        notes=tuple(data.notes + prepared.notes + plan.notes + replay.notes()),
+        notes=tuple(
+            data.notes + prepared.notes + masks.notes + plan.notes + empty + replay.notes()
+        ),
     )
 
 
@@ -154,12 +172,13 @@ def _quantized(
         for segment in parallel_segments(units, MEMORY_BUDGET):
             collectors = [Collector(unit, None) for unit in segment]
             _collect(collectors, replay, data, waiting)
-            for together in take_alike(collectors, ALONE):
+            for alike in take_alike(collectors, ALONE):
+                together = [collector for collector in alike if collector.finish()]
                 for target, width, result in _solutions(together, widths):
                     parts = (result.codes, result.scale, result.zero_point, result.bias)
                     cache.put((target.name, width), parts)
                     local[target.name][width] = result.report.relative["final"]
-                done = [target for collector in together for target in collector.unit.targets]
+                done = [target for collector in alike for target in collector.unit.targets]
                 waiting.difference_update(m for target in done for m in target.modules)
                 bar.update(len(done))
     return local
@@ -172,20 +191,20 @@ def _collect(
     watch = Watch(inputs=frozenset(module for target in first for module in target.modules))
     calls = sorted((c for t in first for c in t.calls), key=lambda call: call.begin)
     for batch in replay.sweep(waiting, calls, {"full": (watch, nullcontext)}):
-        mask = data.mask(batch)
         for collector, target in zip(collectors, first, strict=True):
             x = of_calls(target, watch.taken["full"])
+            mask = data.mask(batch, target.padding)
             collector.add(batch, x, None, mask, data.segments[batch])
 
 
 def _solutions(
     batch: list[Collector], widths: tuple[int, ...]
 ) -> Iterator[tuple[Target, int, LayerResult]]:
-    """Every target at every width, each problem posed once."""
+    """Every target of finished collectors at every width, each problem posed once."""
+    if not batch:
+        return
     owners = {target.matrix: target for own in batch for target in own.unit.targets}
     device = batch[0].unit.layers[0].weight.device
-    for collector in batch:
-        collector.finish()
     for config, alike in problems_of(batch):
         layers = [layer for problem in alike for layer in problem.layers]
         for width in widths:
@@ -197,6 +216,7 @@ def _solutions(
 
 def _measured(
     data: Calibration,
+    padding: list[str | None],
     targets: list[Target],
     widths: tuple[int, ...],
     cache: ActivationCache,
@@ -204,14 +224,14 @@ def _measured(
     seed: int,
     progress: bool,
 ) -> Errors:
-    """Relative errors of the model's outputs."""
+    """Relative errors of the model's outputs; ``padding`` names the mask of each."""
     energy = 0.0
     missed: Errors = {target.name: dict.fromkeys(widths, 0.0) for target in targets}
     total = batches * len(targets) * len(widths)
     with tqdm(total=total, disable=not progress, desc="measuring", unit="run") as bar:
         for batch in range(batches):
-            mask = data.mask(batch)
-            wanted = _outputs(data, batch, mask, seed)
+            masks = [data.mask(batch, name) for name in padding]
+            wanted = _outputs(data, batch, masks, seed)
             energy += sum(_energy(y, torch.zeros_like(y)) for y in wanted)
             for target in targets:
                 for width in widths:
@@ -219,7 +239,7 @@ def _measured(
                     quantized = QuantizedWeight(codes, scale, zero_point, width)
                     weight = quantized.dequantize(target.matrix)
                     with swapped([(target, weight, bias)]):
-                        outputs = _outputs(data, batch, mask, seed)
+                        outputs = _outputs(data, batch, masks, seed)
                     if [y.shape for y in outputs] != [y.shape for y in wanted]:
                         raise ValueError(
                             "model must return tensors of the same shapes when it is quantized, "
@@ -237,15 +257,17 @@ def _measured(
     }
 
 
-def _outputs(data: Calibration, batch: int, mask: Tensor | None, seed: int) -> list[Tensor]:
+def _outputs(data: Calibration, batch: int, masks: list[Tensor | None], seed: int) -> list[Tensor]:
     """The floating-point tensors that the model returns, without padding, at least float32."""
     returned = data.run(batch, seed + batch)  # the same draws in every run
     found = [t for t in tensors(returned) if t.is_floating_point()]
     if not found:
         rule = "model must return floating-point tensors, or forward_fn must"
         raise ValueError(f"{rule}, got {type(returned).__name__} without any")
-    if mask is not None:
-        found = [t[mask.to(t.device)] if t.shape[:2] == mask.shape else t for t in found]
+    found = [
+        t if mask is None or t.shape[:2] != mask.shape else t[mask.to(t.device)]
+        for t, mask in zip_longest(found, masks[: len(found)])
+    ]
     return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in found]
 
 

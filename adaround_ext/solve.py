@@ -16,6 +16,7 @@ from adaround_ext.gram_solver import GramSolver
 from adaround_ext.grid import QuantGrid, baseline_codes, make_grid, nearest_codes, position
 from adaround_ext.layers import MatrixLayer
 from adaround_ext.objective import GramObjective
+from adaround_ext.own_inputs import no_worse_on_inputs
 from adaround_ext.precision import tf32_products
 from adaround_ext.presets import Settings, settings
 from adaround_ext.problem import Outcome, Problem, Solved, Stopwatch
@@ -77,6 +78,14 @@ def _in_parts(problem: Problem, config: AdaRoundConfig) -> Solved:
 
 
 def _solve_rows(problem: Problem, config: AdaRoundConfig) -> Solved:
+    """The problem as it is posed, or for some rows without its targets."""
+    solved = _solve_posed(problem, config)
+    if not problem.rows_chosen:
+        return solved
+    return no_worse_on_inputs(problem, solved, config, lambda rows: _solve_posed(rows, config))
+
+
+def _solve_posed(problem: Problem, config: AdaRoundConfig) -> Solved:
     """Grid, search, and what is to be said of each row."""
     chosen = settings(config, problem.kind, problem.weight.shape[1])
     watch = Stopwatch({"statistics": problem.collecting_seconds}, problem.weight.device)

@@ -117,12 +117,13 @@ class GramStatistics:
         self.covariance = self._covariance.total(self._device, list(inputs))
         self.mismatch = self._mismatch.total(self._device, list(targets))
         self._closed = []
-        if any(inputs):
-            self._join([vectors for own in segments for vectors in own])
-            if self._from_inputs:
-                self._to_outputs(self._squares.total(self._device, list(targets)) / self.count)
+        names = ", ".join(str(layer.layer) for layer in self._layers)
+        if not any(inputs):
+            raise ValueError(f"inputs of {names} must hold at least one sample, got none")
+        self._join([vectors for own in segments for vectors in own])
+        if self._from_inputs:
+            self._to_outputs(self._squares.total(self._device, list(targets)) / self.count)
         if not all(t.isfinite().all() for t in (self.covariance, self.mismatch_energy)):
-            names = ", ".join(str(layer.layer) for layer in self._layers)
             raise ValueError(
                 f"{'inputs and targets' if self.has_targets else 'inputs'} of {names} must be so "
                 "small that float32 holds their squares, got larger values"

@@ -6,6 +6,7 @@ layers, which of them share an input, what follows a layer, what a block's outpu
 
 from __future__ import annotations
 
+import inspect
 import sys
 import weakref
 from collections import defaultdict
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaround_ext.random_state import gpus, seed_all
+from adaround_ext.random_state import gpus, restored_random_state, seed_all
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Value:
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    integral: bool = False  # integers or booleans, as indices are
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +73,8 @@ class Trace:
     operators: list[OperatorCall]
     outputs: tuple[Value, ...]
     born: dict[int, int]  # when a storage was first seen
+    arguments: dict[int, str] = field(default_factory=dict)  # the model's, by storage
+    constants: frozenset[int] = frozenset()  # storages of parameters and buffers
 
     @cached_property
     def _by_module(self) -> dict[nn.Module, list[ModuleCall]]:
@@ -113,9 +117,11 @@ _Begun = tuple[int, int, int, tuple[Value, ...]]  # a call's place, index, time 
 class _Recorder(TorchDispatchMode):
     """Numbers the storages and writes every event down."""
 
+    root: nn.Module
     calls: list[ModuleCall | None] = field(default_factory=list)
     operators: list[OperatorCall] = field(default_factory=list)
     born: dict[int, int] = field(default_factory=dict)
+    arguments: dict[int, str] = field(default_factory=dict)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -129,6 +135,8 @@ class _Recorder(TorchDispatchMode):
         self._writes: dict[int, int] = defaultdict(int)
         self._count: dict[nn.Module, int] = defaultdict(int)
         self._open: dict[nn.Module, list[_Begun]] = defaultdict(list)
+        state = (*self.root.parameters(), *self.root.buffers())
+        self.constants = frozenset(self._serial(t) for t in tensors(state))
 
     def tick(self) -> int:
         self._time += 1
@@ -147,7 +155,9 @@ class _Recorder(TorchDispatchMode):
     def value(self, tensor: Tensor) -> Value:
         serial = self._serial(tensor)
         offset, shape = int(tensor.storage_offset()), tuple(tensor.shape)
-        return Value(serial, self._writes[serial], offset, shape, tuple(tensor.stride()))
+        integral = not tensor.is_floating_point() and not tensor.is_complex()
+        stride = tuple(tensor.stride())
+        return Value(serial, self._writes[serial], offset, shape, stride, integral)
 
     def values(self, tree: object) -> tuple[Value, ...]:
         return tuple(self.value(t) for t in tensors(tree))
@@ -181,12 +191,27 @@ class _Recorder(TorchDispatchMode):
         place, index = len(self.calls), self._count[module]
         self.calls.append(None)  # filled in when it ends
         self._count[module] += 1
+        if module is self.root:
+            for name, argument in _named(module, args, kwargs):
+                for tensor in tensors(argument):
+                    self.arguments.setdefault(self._serial(tensor), name)
         self._open[module].append((place, index, self.tick(), self.values((args, kwargs))))
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         place, index, begin, inputs = self._open[module].pop()
         outputs = self.values(output)
         self.calls[place] = ModuleCall(module, index, begin, self.tick(), inputs, outputs)
+
+
+def _named(module: nn.Module, args: Any, kwargs: Any) -> Iterator[tuple[str, object]]:
+    """A call's arguments by the names of the parameters that take them."""
+    try:
+        names = list(inspect.signature(module.forward).parameters)
+    except (TypeError, ValueError):
+        names = []
+    names += [f"argument {place}" for place in range(len(names), len(args))]
+    yield from zip(names, args, strict=False)
+    yield from kwargs.items()
 
 
 def tensors(tree: object) -> Iterator[Tensor]:
@@ -204,7 +229,7 @@ def version(tensor: Tensor) -> int:
 
 def trace(model: nn.Module, run: Callable[[], object]) -> Trace:
     """Watches ``run``, which calls the model once; hooks are gone afterwards, also on errors."""
-    recorder = _Recorder()
+    recorder = _Recorder(model)
     with ExitStack() as hooks:
         for module in model.modules():
             if isinstance(module, torch.jit.ScriptModule):  # takes no such hooks
@@ -216,7 +241,9 @@ def trace(model: nn.Module, run: Callable[[], object]) -> Trace:
         with recorder:
             output = run()
     calls = [call for call in recorder.calls if call is not None]
-    return Trace(calls, recorder.operators, recorder.values(output), recorder.born)
+    outputs = recorder.values(output)
+    born, named = recorder.born, recorder.arguments
+    return Trace(calls, recorder.operators, outputs, born, named, recorder.constants)
 
 
 @contextmanager
@@ -278,7 +305,7 @@ def evaluation(
         with (
             torch.inference_mode(False),
             torch.no_grad(),
-            torch.random.fork_rng([device.index for device in devices]),
+            restored_random_state(devices),
             _uncompiled(),
         ):
             for module in training:  # not model.eval(), which a class may have overridden

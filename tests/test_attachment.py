@@ -335,7 +335,7 @@ def test_observing() -> None:
     assert torch.equal(first.scale, scale)
     assert first.observer is None
     # Only what is selected counts.
-    with observing(found, select=lambda t: t[:3]) as observation:
+    with observing(found, select=lambda name, t: t[:3]) as observation:
         model(x)
     observation.set_ranges()
     wanted = float(x[:3].max() - x[:3].min()) / 255
