@@ -135,7 +135,7 @@ def _weights(trace: Trace) -> tuple[dict[nn.Module, set[Value]], set[Value]]:
     for call in trace.calls:
         if isinstance(call.module, SUPPORTED):
             span = range(bisect_right(times, call.begin), bisect_left(times, call.end))
-            read = {v for i in span for v in trace.operators[i].inputs} - set(call.inputs)
+            read = {v for i in span for v in trace.operators[i].inputs} - set(call.all_inputs)
             read -= {v for i in span for v in trace.operators[i].outputs}
             found[call.module] = found.get(call.module, set()) | read
             for i in span:
@@ -161,9 +161,9 @@ def _needs(trace: Trace, calls: list[ModuleCall]) -> list[set[int]]:
             operator = next(operators, None)
         while operator is not None and operator.time < call.end:
             operator = next(operators, None)
-        inputs = {k for value in call.inputs for k in taint.storages[value.storage]}
+        inputs = {k for value in call.all_inputs for k in taint.storages[value.storage]}
         needs.append(inputs | taint.decisions)
-        for value in call.outputs:
+        for value in call.all_outputs:
             taint.storages[value.storage] = {index} | taint.storages[value.storage]
     return needs
 
@@ -171,10 +171,12 @@ def _needs(trace: Trace, calls: list[ModuleCall]) -> list[set[int]]:
 def _replaceable(trace: Trace, call: ModuleCall) -> bool:
     inside = [op for op in trace.operators if call.spans(op.time)]
     read_later = {v.storage for op in trace.operators if op.time > call.end for v in op.inputs}
-    outputs = {value.storage for value in call.outputs}
+    outputs = {value.storage for value in call.all_outputs}
     made = {v.storage for op in inside for v in op.outputs if trace.born[v.storage] > call.begin}
     written = {s for op in inside for s in op.written if trace.born[s] < call.begin}
     # An input that was written to and is returned can be written again: capture.py does.
-    seen = {(v.storage, v.offset, v.shape, v.stride) for v in call.inputs}
-    returned = {v.storage for v in call.outputs if (v.storage, v.offset, v.shape, v.stride) in seen}
+    seen = {(v.storage, v.offset, v.shape, v.stride) for v in call.all_inputs}
+    returned = {
+        v.storage for v in call.all_outputs if (v.storage, v.offset, v.shape, v.stride) in seen
+    }
     return not ((made - outputs) | (written - returned)) & read_later

@@ -194,14 +194,17 @@ class Calibration:
         return [begin // length for begin in accumulate(sizes[:-1], initial=0)]
 
     def share(self, ranks: Ranks) -> None:
-        """Keeps whole segments for each rank; the first batch stays everywhere."""
+        """Gives whole segments to each rank."""
         sizes = [0] * (self.segments[-1] + 1)
         for segment, size in zip(self.segments, self._sizes, strict=True):
             sizes[segment] += max(size, 1)
         own = ranks.share(sizes)[ranks.rank]
         mine = [batch for batch, segment in enumerate(self.segments) if segment in own]
         self.own = range(mine[0], mine[-1] + 1) if mine else range(0)
-        for batch in range(1, self.batches):
+
+    def release(self) -> None:
+        """Forgets what other ranks run, and will not be traced."""
+        for batch in range(self.batches):
             if batch not in self.own:
                 self._cache.drop(("batch", batch))
 

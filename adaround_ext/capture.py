@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from adaround_ext.blocks import BlockCall
 from adaround_ext.cache import ActivationCache
 from adaround_ext.calibration import Calibration
+from adaround_ext.census import Census, first_marks
 from adaround_ext.kept import Kept, Wanted
 from adaround_ext.marks import Marks
 from adaround_ext.recording import Recordings, Stream, other_forwards
 from adaround_ext.residence import Residence
-from adaround_ext.trace import ModuleCall
+from adaround_ext.trace import ModuleCall, tensors
 
 Context = Callable[[], AbstractContextManager[object]]
 
@@ -58,10 +59,13 @@ class Replay:
         residence: Residence,
         common: int,
         seed: int,
+        census: Census,
         units: Sequence[Wanted] = (),
+        first: Marks | None = None,
     ) -> None:
-        """common: how many leading calls give the same in all streams. units: all that are to be
-        fitted to two streams, in execution order."""
+        """common: how many leading calls give the same in all streams. census: made by the first
+        pass. units: all that are to be fitted to two streams, in execution order. first: of an
+        earlier run of the first batch, None where that was on another device."""
         self._residence = residence
         self._model, self._calibration, self._cache, self._seed = model, calibration, cache, seed
         self._calls = calls
@@ -81,8 +85,10 @@ class Replay:
         self._last = -1  # of the calls in this run
         self._depth = 0  # blocks that are running
         self._waiting: set[nn.Module] = set()
-        self._marks: Marks | None = None
-        self._reference = False
+        self.census = census
+        self._first = first
+        self._running: Sequence[BlockCall] = calls  # in this pass
+        self._reference = False  # this pass makes the census
         self._trouble = ""
         self.diverged = ""  # why recordings cannot stand for blocks, if they cannot
         self.passes = 0
@@ -147,15 +153,12 @@ class Replay:
     ) -> Iterator[int]:
         """One pass over all batches up to block call ``end``, the first ``ready`` recorded."""
         newly = range(self._ready, ready)
-        # Once all runs as far as it goes, to see what every layer gets; not where only a part of
-        # the model can be on the device.
-        self._reference = self._marks is None and not self._residence.moves
-        if self._reference:
-            self._marks = Marks(self._cache.rounds)
+        # Once all runs as far as it goes, to see what every layer gets.
+        self._reference = self.passes == 0
         self._open, self._end = ready, end
         running = [c for c in self._calls[self._ready : end]]
         running += [c for c in self._calls[: self._ready] if not c.replaceable]
-        self._residence.only(c.call.module for c in (self._calls if self.diverged else running))
+        self._running = self._calls if self.diverged else running
         self._recording = frozenset(i for i in newly if self._calls[i].replaceable)
         users = [c for i, c in enumerate(self._calls) if i >= ready or not c.replaceable]
         self._recordings.needed = frozenset(i for c in users for i in c.needs)
@@ -165,6 +168,8 @@ class Replay:
             if self._trouble and not self.diverged:
                 self.give_up(self._trouble)
                 self._streams(batch, counts, streams)  # as if there had never been recordings
+            if self._reference and batch == self._calibration.own[0]:
+                self._check_repeats(batch, streams["full"][1])
             yield batch
             for watch, _ in streams.values():
                 watch.taken.clear()
@@ -183,6 +188,7 @@ class Replay:
             taken = self._taken_before(batch, watch, counts) if stream == "full" else None
             if taken is None:
                 self._ran.add(stream)
+                self._residence.only(c.call.module for c in self._running)
                 with context():
                     taken = self._run(batch, stream, watch, counts)
             watch.taken[stream] = taken
@@ -196,12 +202,47 @@ class Replay:
             return None
         return self._kept.take(batch, watch.layers, counts)
 
+    def _check_repeats(self, batch: int, context: Context) -> None:
+        """What differs between two runs of one batch, where two streams are to be compared."""
+        if not self._kept.units:
+            return
+        first = self._first if batch == 0 else None
+        second = self.census.marks
+        if self._cache.rounds and self._recording:  # the census saw rounded outputs
+            second = self._marks_of(batch, context)
+        first = first or self._marks_of(batch, context)
+        self.census.unrepeatable |= first.differing(second, batch)
+
+    def _marks_of(self, batch: int, context: Context) -> Marks:
+        with first_marks(self._model, batch) as marks, context(), self._brought():
+            self._calibration.run(batch, self._seed + batch)
+        return marks
+
+    def _brought(self) -> AbstractContextManager[None]:
+        """Inside, blocks come to the device as they run, as long as they run."""
+        running: list[nn.Module] = []
+
+        def other(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def brought(*args: Any, **kwargs: Any) -> Any:
+                running.append(module)
+                self._residence.only(running)
+                try:
+                    return forward(*args, **kwargs)
+                finally:
+                    running.pop()
+
+            return brought
+
+        if not self._residence.moves:
+            return nullcontext()
+        return other_forwards([call.call.module for call in self._calls], other)
+
     def give_up(self, trouble: str) -> None:
         """From now on nothing is replaced. The batches before were as they should be."""
         self.diverged = trouble
+        self._running = self._calls
         self._recordings.clear()
         self._kept.clear()
-        self._residence.only(c.call.module for c in self._calls)
 
     def _stop(self, trouble: str) -> NoReturn:
         self._trouble = trouble
@@ -227,8 +268,8 @@ class Replay:
         times: dict[nn.Module, int] = defaultdict(int)
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if stream == "full" and not self.diverged:
-                self._compare(module, times[module], _argument(args, kwargs))
+            if stream == "full":
+                self._compare(module, times[module], next(tensors((args, kwargs)), None))
             if module in inputs:
                 take(module, _argument(args, kwargs))
             if module not in outputs:
@@ -250,11 +291,15 @@ class Replay:
             if not whole:
                 self._stop_if_done()
 
+        if whole:
+            self.census.begin(batch)
         with ExitStack() as hooks:
-            for module in {**left, **dict.fromkeys(self._waiting if whole else ())}:
+            for module in {**left, **dict.fromkeys(self.census.layers if whole else ())}:
                 hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
                 if module in outputs:
                     hooks.enter_context(module.register_forward_hook(after))
+            if whole:
+                hooks.enter_context(self._brought())
             if not self.diverged:
                 hooks.enter_context(self._replaced(whole))
                 if stream == "quantized":
@@ -275,14 +320,14 @@ class Replay:
         if self._awaited is None and not any(n > 0 for n in self._left.values()):
             raise _Stop
 
-    def _compare(self, layer: nn.Module, call: int, x: Tensor) -> None:
-        if self._marks is None:
-            return
+    def _compare(self, layer: nn.Module, call: int, x: Tensor | None) -> None:
+        batch = self._batch
         if self._reference:
-            self._marks.note(self._batch, layer, call, x)
-        elif not self._marks.same(self._batch, layer, call, x):
-            names = {module: name for name, module in self._model.named_modules()}
-            self._stop(f"{names[layer]} gets other inputs then in batch {self._batch}")
+            self.census.note(batch, layer, call, x)
+            return
+        noted = self.diverged or x is None or self.census.marks.same(batch, layer, call, x)
+        if not noted:
+            self._stop(f"{self.census.layers[layer]} gets other inputs then in batch {batch}")
 
     def _replaced(self, whole: bool) -> AbstractContextManager[None]:
         """Every block goes through :meth:`_wrapped`; ``whole``: also those behind the last one."""
@@ -330,7 +375,10 @@ class Replay:
             if not done or self._recorded(index):
                 return
         name = next(c.name for c in self._calls if c.call.module is module)
-        self._stop(f"{name} is called in another order or more often in batch {self._batch}")
+        trouble = f"{name} is called in another order or more often in batch {self._batch}"
+        if not self._reference:
+            self._stop(trouble)
+        self._trouble = trouble  # when the census has seen the whole run
 
     def _recorded(self, index: int) -> bool:
         return self._recordings.has(self._stream, self._batch, index)

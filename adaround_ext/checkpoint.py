@@ -12,6 +12,7 @@ import torch
 from adaround_ext.result import LayerResult
 
 _FORMAT = "adaround_ext.checkpoint.1"
+_RECORD = "checkpoint.json"
 
 
 class Checkpoint:
@@ -25,7 +26,7 @@ class Checkpoint:
     def __init__(self, folder: str | os.PathLike[str], fingerprint: Mapping[str, object]) -> None:
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / "checkpoint.json"
+        path = self._folder / _RECORD
         own = {"format": _FORMAT, **json.loads(json.dumps(fingerprint))}
         if path.exists():
             self._compare(path, own)
@@ -39,6 +40,10 @@ class Checkpoint:
         part = path.with_suffix(".part")
         part.write_text(json.dumps(own, indent=1))
         os.replace(part, path)
+
+    def discard(self) -> None:
+        """Removes what says which run the folder is of, before there is any result."""
+        (self._folder / _RECORD).unlink()
 
     def _compare(self, path: Path, own: Mapping[str, object]) -> None:
         rule = f"checkpoint_dir must be that of the same run or empty, got {self._folder}"
@@ -63,3 +68,18 @@ class Checkpoint:
 
     def _path(self, index: int) -> Path:
         return self._folder / f"layer_{index:05d}.safetensors"
+
+
+def traced_batches(folder: str | os.PathLike[str] | None, batches: int) -> list[int]:
+    """The batches, of so many, that a run in this folder has watched; the first one without a run.
+
+    What is no list of them is left to :class:`Checkpoint` to refuse.
+    """
+    path = None if folder is None else Path(folder) / _RECORD
+    if path is None or not path.is_file():
+        return [0]
+    try:
+        traced = json.loads(path.read_text())["traced"]
+        return [batch for batch in traced if type(batch) is int and 0 <= batch < batches] or [0]
+    except (ValueError, TypeError, KeyError, OSError):
+        return [0]

@@ -35,11 +35,11 @@ class Dataflow:
 
     def chooses_rows(self, call: ModuleCall) -> bool:
         """Whether the data decided which rows this call gets."""
-        return any(value.storage in self.chosen for value in call.inputs)
+        return any(value.storage in self.chosen for value in call.all_inputs)
 
     def arguments(self, call: ModuleCall) -> frozenset[str]:
         """The model's arguments whose positions are those of the call's rows."""
-        return frozenset().union(*(self._inputs(value) for value in call.inputs))
+        return frozenset().union(*(self._inputs(value) for value in call.all_inputs))
 
     def _inputs(self, value: Value) -> frozenset[str]:
         return self.inputs.get(value.storage, frozenset())
@@ -56,7 +56,7 @@ def dataflow(trace: Trace) -> Dataflow:
         value.storage
         for call in trace.calls
         if isinstance(call.module, SUPPORTED)
-        for value in call.outputs
+        for value in call.all_outputs
     }
     made: set[int] = set()
     begun = told = False

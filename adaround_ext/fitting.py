@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from adaround_ext.apply import swapped
 from adaround_ext.calibration import Calibration
 from adaround_ext.capture import Replay, Watch
+from adaround_ext.census import NewCalls, batches_to_trace
 from adaround_ext.checkpoint import Checkpoint
 from adaround_ext.collect import Collector, Unit
 from adaround_ext.distributed import Ranks
@@ -77,6 +78,8 @@ class Fitter:
         targets = [t for segment in self.segments for unit in segment for t in unit.targets]
         self._index = {target: i for i, target in enumerate(targets)}
         self._waiting = {module for target in targets for module in target.modules}
+        self._counted = False  # whether all batches have run once, and all ranks know what ran
+        self._unrepeatable: list[str] = []  # names of units
         self._unpaired: dict[str, tuple[int, int]] = {}  # rows by names of units, and of all rows
         # Weights and biases of layers that are done, and still run.
         self._pending: dict[Target, tuple[Tensor, Tensor | None]] = {}
@@ -142,13 +145,27 @@ class Fitter:
         return results
 
     def _collect_all(self, what: str, collectors: list[Collector]) -> None:
-        """Collects; if recordings cannot stand for blocks at one rank, none uses its own."""
+        """Collects; if recordings cannot stand for blocks at one rank, none uses its own.
 
-        def collect() -> str:
+        NewCalls on the first pass, where batches have to be traced that were not.
+        """
+        census = self.replay.census
+
+        def collect() -> tuple[str, dict[int, dict[str, int]], set[str]]:
             self._collect(collectors)
-            return self.replay.diverged
+            new = {} if self._counted else census.new_calls()
+            return self.replay.diverged, new, {census.layers[m] for m in census.unrepeatable}
 
-        trouble = next((text for text in self.ranks.exchange(what, collect) if text), "")
+        troubles, *others = zip(*self.ranks.exchange(what, collect), strict=True)
+        new = {batch: counts for own in others[0] for batch, counts in own.items()}
+        if new:
+            raise NewCalls(batches_to_trace(new))
+        if not self._counted:
+            self.calibration.release()
+            unrepeatable = set().union(*others[1])
+            census.unrepeatable |= {m for m, name in census.layers.items() if name in unrepeatable}
+        self._counted = True
+        trouble = next((text for text in troubles if text), "")
         if trouble and not self.replay.diverged:
             self.replay.give_up(trouble)
 
@@ -179,6 +196,10 @@ class Fitter:
                     wanted = [of_calls(unit.targets[0], taken["full"])]
                 elif two:
                     wanted = [_outputs(t, taken["full"]) for t in unit.targets]
+                if two and not self.replay.census.unrepeatable.isdisjoint(_modules(unit.targets)):
+                    wanted = None
+                    if unit.names not in self._unrepeatable:
+                        self._unrepeatable.append(unit.names)
                 mask = self.calibration.mask(batch, unit.targets[0].padding)
                 collector.add(batch, x, wanted, mask, self.calibration.segments[batch])
 
@@ -214,17 +235,21 @@ class Fitter:
         return results
 
     def _unpaired_notes(self) -> list[str]:
-        if not self._unpaired:
-            return []
-        shares = [
-            f"{names} {rows / of_all:.0%}" for names, (rows, of_all) in self._unpaired.items()
-        ]
-        more = f" and {len(shares) - _NAMED} more" if len(shares) > _NAMED else ""
-        return [
-            "the model chooses rows by its data: for these shares of them the full-precision model "
-            "has other tokens in their place, and the layer's outputs on them were the targets: "
-            f"{', '.join(shares[:_NAMED])}{more}"
-        ]
+        notes = []
+        if self._unpaired:
+            shares = [f"{n} {rows / every:.0%}" for n, (rows, every) in self._unpaired.items()]
+            notes.append(
+                "the model chooses rows by its data: for these shares of them the full-precision "
+                "model has other tokens in their place, and the layer's outputs on them were the "
+                f"targets: {_some(shares)}"
+            )
+        if self._unrepeatable:
+            notes.append(
+                "the model does not repeat itself (random numbers of a generator of its own, or "
+                "state that runs leave behind), and the outputs of these layers on their inputs "
+                f"were the targets: {_some(self._unrepeatable)}"
+            )
+        return notes
 
     def _skip(self, unit: Unit) -> None:
         """Leaves a unit as it is, since nothing is known of its inputs."""
@@ -267,6 +292,11 @@ class Fitter:
                 fitted = self.fitted[target]
                 self._pending[target] = fitted.weight.dequantize(target.matrix), fitted.bias
         return swapped([(t, weight, bias) for t, (weight, bias) in self._pending.items()])
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{', '.join(names[:_NAMED])}{more}"
 
 
 def wanted_by(unit: Unit) -> Wanted:

@@ -50,7 +50,7 @@ class Kept:
         self, cache: ActivationCache, units: Sequence[Wanted], calls: Sequence[BlockCall]
     ) -> None:
         """units: all that are fitted to two streams, in execution order. calls: of all blocks."""
-        self._cache, self._units = cache, units
+        self._cache, self.units = cache, units
         uses = Counter(layer for call in calls for layer in call.layers)
         # Those that one call of a block has, and that do nothing but return their output.
         self._simple = {
@@ -76,7 +76,7 @@ class Kept:
         inside: list[Wanted] = []
         if block is not None:
             span = block.call
-            inside = [unit for unit in self._units if all(span.spans(c.begin) for c in unit.calls)]
+            inside = [unit for unit in self.units if all(span.spans(c.begin) for c in unit.calls)]
         members = frozenset().union(*(unit.members for unit in inside))
         self.open = [unit for unit in inside if unit.members & waiting]
         self._done = (members & self._simple) - waiting
@@ -91,7 +91,7 @@ class Kept:
 
     def clear(self) -> None:
         """Forgets everything, for good."""
-        self._units = []
+        self.units = []
         self.enter(None, set())
         self.leave()
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-_EXACT = 1e-3  # kernels that add in any order, a little amplified
-_ROUNDED = 1e-1  # recordings in 16 bits
+EXACT = 1e-3  # kernels that add in any order, a little amplified
+ROUNDED = 1e-1  # recordings in 16 bits
+REPEATED = 1e-6  # the same kernels again; noise of this size cancels out of a sum
+_Sums = tuple[int, float, float]
 
 
 class Marks:
@@ -17,9 +19,9 @@ class Marks:
     recording; where they matter, a layer behind gets something else.
     """
 
-    def __init__(self, rounded: bool) -> None:
-        self._tolerance = _ROUNDED if rounded else _EXACT
-        self._sums: dict[tuple[int, nn.Module, int], tuple[int, float, float]] = {}
+    def __init__(self, tolerance: float) -> None:
+        self._tolerance = tolerance
+        self._sums: dict[tuple[int, nn.Module, int], _Sums] = {}
 
     def note(self, batch: int, layer: nn.Module, call: int, x: Tensor) -> None:
         """What this call of a layer is to get again."""
@@ -27,20 +29,35 @@ class Marks:
 
     def same(self, batch: int, layer: nn.Module, call: int, x: Tensor) -> bool:
         """Whether it did; NaN counts as the same."""
-        noted = self._sums.get((batch, layer, call))
-        if noted is None or noted[0] != x.numel():
+        return self._agree(self._sums.get((batch, layer, call)), _sums(x))
+
+    def differing(self, other: Marks, batch: int) -> set[nn.Module]:
+        """The layers of which this and the other marks of a batch say different things."""
+        keys = {key for marks in (self, other) for key in marks._sums if key[0] == batch}
+        return {
+            layer
+            for _, layer, call in keys
+            if not self._agree(*(m._sums.get((batch, layer, call)) for m in (self, other)))
+        }
+
+    def _agree(self, noted: _Sums | None, sums: _Sums | None) -> bool:
+        if noted is None or sums is None or noted[0] != sums[0]:
             return False
-        _, total, size = _sums(x)
+        _, total, size = sums
         most = self._tolerance * noted[2]
         return not (abs(total - noted[1]) > most or abs(size - noted[2]) > most)
 
 
-def _sums(x: Tensor) -> tuple[int, float, float]:
-    """How many values, their sum, and that of their magnitudes."""
+def _sums(x: Tensor) -> _Sums:
+    """How many values, their sum, and that of their magnitudes.
+
+    The sum is weighted by row, so that rows in another order have another one.
+    """
     x = x.detach()
     # In pieces in float32, since sums of everything are slow in float64 and poor in float32.
     dims = (-2, -1) if x.dim() > 3 else (-1,)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    total = x.sum(dims, dtype=dtype).sum(dtype=torch.float64)
+    rows = x.sum(dims, dtype=dtype).flatten().double()
+    weights = torch.arange(len(rows), dtype=torch.float64, device=x.device).cos_()
     size = torch.linalg.vector_norm(x, 1, dims, dtype=dtype).sum(dtype=torch.float64)
-    return x.numel(), float(total), float(size)
+    return x.numel(), float(rows @ (1 + weights)), float(size)

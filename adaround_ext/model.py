@@ -14,16 +14,17 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from adaround_ext.activations import ActivationConfig
+from adaround_ext.analysis import Choices, Traces, analyse
 from adaround_ext.apply import apply_, uninterrupted
 from adaround_ext.attachment import full_precision_activations
-from adaround_ext.blocks import BlockCall, Blocks, block_calls, find_blocks
+from adaround_ext.blocks import BlockCall, Blocks
 from adaround_ext.cache import MEMORY_BUDGET, ActivationCache
 from adaround_ext.calibration import Calibration, ForwardFn, single_device
 from adaround_ext.capture import Replay
-from adaround_ext.checkpoint import Checkpoint
-from adaround_ext.collect import Unit, make_units, parallel_segments, sequential_segments
+from adaround_ext.census import Census, NewCalls
+from adaround_ext.checkpoint import Checkpoint, traced_batches
+from adaround_ext.collect import Unit, parallel_segments, sequential_segments
 from adaround_ext.config import AdaRoundConfig, make_config
-from adaround_ext.dataflow import dataflow
 from adaround_ext.distributed import Ranks, Reduction
 from adaround_ext.fingerprint import model_digest
 from adaround_ext.fitting import Fitter, wanted_by
@@ -32,9 +33,9 @@ from adaround_ext.memory import device_memory, free_device_memory, host_memory
 from adaround_ext.model_checks import check_module, refuse_inference
 from adaround_ext.model_report import LayerEntry, ModelReport
 from adaround_ext.overrides import Overrides
-from adaround_ext.padding import PaddingMask, PaddingMasks
-from adaround_ext.plan import FilterFn, Plan, make_plan
-from adaround_ext.prepare import BatchNorm, prepare_, quantize_activations_, unlike_layers
+from adaround_ext.padding import PaddingMask
+from adaround_ext.plan import FilterFn, Plan
+from adaround_ext.prepare import BatchNorm, prepare_, quantize_activations_
 from adaround_ext.residence import Residence
 from adaround_ext.run_record import plain_config, plain_name, run_fingerprint, versions
 from adaround_ext.trace import evaluation
@@ -160,56 +161,76 @@ def quantize_(
         laps = {"calibration": time.perf_counter() - started}
         undo = stack.enter_context(ExitStack())
         digest = model_digest(model) if told else ""
+        choices = Choices(config, overrides, filter_fn, padding_mask, activation_aware, blocks)
         with ranks.together("tracing"):
-            prepared = prepare_(model, lambda: data.run(0), undo, batch_norm, equalize)
-            seen = prepared.trace
-            refused = unlike_layers(model, seen, lambda: data.run(0))
-            flow = dataflow(seen)
-            masks = PaddingMasks(padding_mask, seen, flow)
-            plan = make_plan(
-                model, seen, config, overrides, filter_fn, activation_aware, refused, flow, masks
-            )
-            plan.notes.extend(masks.notes)
-            units = make_units(plan.targets)
-            calls = block_calls(model, seen, find_blocks(model, seen, blocks))
-            switch, common = None, _common(calls, plan)
-            if activations is not None:
-                layers = [target.matrix.layer for target in plan.targets]
-                notes = quantize_activations_(
-                    model, seen, layers, data, activations, undo, flow, masks
-                )
-                prepared.notes += notes
-                switch, common = partial(full_precision_activations, model), 0
+            run = partial(data.run, 0, config.seed)
+            prepared = prepare_(model, run, undo, batch_norm, equalize)
+            traces = Traces(model, data, {0: prepared.trace})
         sequential = mode == "sequential"
         room = max(memory_budget, device_budget)  # for statistics, which are where the layer is
-        segments = sequential_segments(units) if sequential else parallel_segments(units, room)
-        parts = {}
+        parts: dict[str, object] = {}
         if told:
-            parts = run_fingerprint(digest, data, plan, calls)
             parts |= {"mode": mode, "batch_norm": batch_norm, "equalize": equalize}
             parts |= {"cache_dtype": str(cache_dtype)}
             names = {"forward_fn": forward_fn, "padding_mask": padding_mask}
             parts |= {name: plain_name(value) for name, value in names.items()}
             parts |= {"activations": None if activations is None else activations.to_dict()}
             parts |= {"reduction": ranks.summation}
-        ranks.same(parts | {"memory_budget": memory_budget})
-        checkpoint = None
-        with ranks.together("the opening of checkpoint_dir"):
-            if checkpoint_dir is not None and ranks.first:
-                checkpoint = Checkpoint(checkpoint_dir, parts)
+        new = ranks.from_first(
+            "the reading of checkpoint_dir", lambda: traced_batches(checkpoint_dir, data.batches)
+        )
         data.share(ranks)
-        modules = [call.call.module for call in calls]
-        residence = Residence(model, modules, device if moves else None)
-        every = [wanted_by(unit) for unit in units] if sequential else []
-        replay = Replay(model, data, calls, cache, residence, common, config.seed, every)
-        laps["tracing"] = time.perf_counter() - started - laps["calibration"]
-        fitter = Fitter(
-            replay, data, segments, sequential, checkpoint, switch, cache_dir,
-            home if moves else None, progress, ranks, offload,
-        )  # fmt: skip
-        with residence:
-            data.device = device
-            fitter.run()
+        while True:
+            quantizers = undo.enter_context(ExitStack())
+            with ranks.together("tracing"):
+                traces.add(new)
+                known = analyse(model, traces, choices)
+                calls, plan, units = known.calls, known.plan, known.units
+                switch, common, notes = None, _common(calls, plan), list[str]()
+                if activations is not None:
+                    layers = [target.matrix.layer for target in plan.targets]
+                    notes = quantize_activations_(
+                        model, known.trace, layers, data, activations, quantizers, known.flow,
+                        known.masks,
+                    )  # fmt: skip
+                    switch, common = partial(full_precision_activations, model), 0
+            if sequential:
+                segments = sequential_segments(units)
+            else:
+                segments = parallel_segments(units, room)
+            if told:
+                parts |= run_fingerprint(digest, data, plan, calls)
+                parts |= {"traced": list(traces.by_batch)}
+            ranks.same(parts | {"memory_budget": memory_budget})
+            checkpoint = None
+            with ranks.together("the opening of checkpoint_dir"):
+                if checkpoint_dir is not None and ranks.first:
+                    checkpoint = Checkpoint(checkpoint_dir, parts)
+            modules = [call.call.module for call in calls]
+            residence = Residence(model, modules, device if moves else None)
+            every = [wanted_by(unit) for unit in units] if sequential else []
+            census = Census(model, known.trace, cache.rounds)
+            replay = Replay(
+                model, data, calls, cache, residence, common, config.seed, census, every,
+                None if moves else prepared.marks,
+            )  # fmt: skip
+            laps["tracing"] = time.perf_counter() - started - laps["calibration"]
+            fitter = Fitter(
+                replay, data, segments, sequential, checkpoint, switch, cache_dir,
+                home if moves else None, progress, ranks, offload,
+            )  # fmt: skip
+            try:
+                with residence:
+                    data.device = device
+                    fitter.run()
+                break
+            except NewCalls as found:
+                new, data.device = found.batches, home
+                quantizers.close()
+                replay.give_up("")
+                if checkpoint is not None:
+                    checkpoint.discard()
+        prepared.notes += notes
         passes = max(ranks.gather(replay.passes, "the end"))  # each has its own room
         with uninterrupted():
             for target, fitted in fitter.fitted.items():

@@ -1,7 +1,7 @@
 """The last word of the inputs that a layer gets, where its targets may be other tokens' outputs.
 
 Targets of the full-precision stream make up for errors of the layers before, which is worth some
-error of the layer itself. Where only some rows have a partner there, it may cost more than it gives.
+error of the layer itself. Where only some rows have a partner there, it may cost more than that.
 """
 
 from __future__ import annotations

@@ -15,11 +15,13 @@ from adaround_ext.activations import ActivationConfig
 from adaround_ext.attachment import attach, detach, observing
 from adaround_ext.batch_norm import fold_batch_norm_
 from adaround_ext.calibration import Calibration, unpadded
+from adaround_ext.census import first_marks
 from adaround_ext.config import check_flag
 from adaround_ext.dataflow import Dataflow
 from adaround_ext.equalize import equalize_
 from adaround_ext.function_preserving import HALF_TOLERANCE, TOLERANCE
 from adaround_ext.layers import SUPPORTED, MatrixLayer, matrix_layer
+from adaround_ext.marks import Marks
 from adaround_ext.padding import PaddingMasks
 from adaround_ext.placement import Place, place
 from adaround_ext.trace import Trace, tensors, trace
@@ -40,7 +42,19 @@ class Prepared:
     """The model's last trace, and what was done to it."""
 
     trace: Trace
+    marks: Marks  # of that run
     notes: list[str] = field(default_factory=list)
+
+    @staticmethod
+    def of(model: nn.Module, run: Callable[[], object]) -> Prepared:
+        """Watches a run on the first batch."""
+        with first_marks(model, 0) as marks:
+            return Prepared(trace(model, run), marks)
+
+    def again(self, model: nn.Module, run: Callable[[], object]) -> None:
+        """Watches another run, of the model as it is now."""
+        later = Prepared.of(model, run)
+        self.trace, self.marks = later.trace, later.marks
 
 
 def quantize_activations_(
@@ -168,13 +182,13 @@ def prepare_(
     equalized are noted with the reason. ValueError that names ``equalize``.
     """
     check_flag("equalize", equalize)
-    prepared = Prepared(trace(model, run))
+    prepared = Prepared.of(model, run)
     if batch_norm == "fold":
         folded = fold_batch_norm_(model, prepared.trace, run)
         undo.callback(folded.undo)
         if folded.pairs:
             prepared.notes.append(f"{len(folded.pairs)} batch norms folded into their layers")
-            prepared.trace = trace(model, run)
+            prepared.again(model, run)
         prepared.notes += [f"{name} not folded: {why}" for name, why in folded.skipped.items()]
     if equalize:
         equalized = equalize_(model, prepared.trace, run)
@@ -183,4 +197,6 @@ def prepare_(
         prepared.notes.append(f"equalized: {pairs or 'no layers'}")
         reasons = Counter(equalized.skipped.values())
         prepared.notes += [f"{count} layers not equalized: {why}" for why, count in reasons.items()]
+        if equalized.pairs:
+            prepared.again(model, run)
     return prepared

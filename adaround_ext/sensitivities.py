@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from itertools import zip_longest
 from math import ceil, inf, isfinite
 from typing import Any
@@ -13,23 +14,23 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from adaround_ext.analysis import Choices, Traces, analyse
 from adaround_ext.apply import swapped
 from adaround_ext.assignment import check_budget
-from adaround_ext.blocks import block_calls, find_blocks
 from adaround_ext.cache import MEMORY_BUDGET, ActivationCache
 from adaround_ext.calibration import Calibration, ForwardFn, single_device
 from adaround_ext.capture import Replay, Watch
-from adaround_ext.collect import Collector, Unit, make_units, parallel_segments
+from adaround_ext.census import Census, NewCalls, batches_to_trace
+from adaround_ext.collect import Collector, Unit, parallel_segments
 from adaround_ext.config import AdaRoundConfig, check_int, make_config
-from adaround_ext.dataflow import dataflow
 from adaround_ext.distributed import ALONE
 from adaround_ext.fitting import of_calls
 from adaround_ext.model_checks import check_module
 from adaround_ext.overrides import Overrides
-from adaround_ext.padding import PaddingMask, PaddingMasks
-from adaround_ext.plan import FilterFn, Target, make_plan
+from adaround_ext.padding import PaddingMask
+from adaround_ext.plan import FilterFn, Target
 from adaround_ext.precision import full_precision
-from adaround_ext.prepare import BatchNorm, prepare_, unlike_layers
+from adaround_ext.prepare import BatchNorm, prepare_
 from adaround_ext.residence import Residence
 from adaround_ext.result import LayerResult, QuantizedWeight
 from adaround_ext.sensitivity_report import Errors, Sensitivity
@@ -96,27 +97,32 @@ def sensitivity(
         data = Calibration(
             model, calibration, forward_fn, padding_mask, cache, single_device(model)
         )
-        prepared = prepare_(model, lambda: data.run(0), undo, batch_norm, False)
-        seen = prepared.trace
-        refused = unlike_layers(model, seen, lambda: data.run(0))
-        flow = dataflow(seen)
-        masks = PaddingMasks(padding_mask, seen, flow)
-        plan = make_plan(model, seen, config, overrides, filter_fn, False, refused, flow, masks)
-        padding = [
-            masks.name_of(flow.inputs.get(value.storage, frozenset()))
-            for value in seen.outputs
-            if not value.integral
-        ]
+        run = partial(data.run, 0, config.seed)
+        prepared = prepare_(model, run, undo, batch_norm, False)
+        traces = Traces(model, data, {0: prepared.trace})
+        choices = Choices(config, overrides, filter_fn, padding_mask)
         if batches is None:
             batches = ceil(_SAMPLES * data.batches / max(data.samples, data.batches))
         batches = min(batches, data.batches)
-        units = make_units(plan.targets)
-        with ActivationCache(MEMORY_BUDGET) as recordings:
-            calls = block_calls(model, seen, find_blocks(model, seen, None))
-            replay = Replay(
-                model, data, calls, recordings, Residence(model, [], None), 0, config.seed
-            )
-            local = _quantized(replay, data, units, widths, cache, progress)
+        local = None
+        while local is None:
+            known = analyse(model, traces, choices)
+            with ActivationCache(MEMORY_BUDGET) as recordings:
+                census = Census(model, known.trace, recordings.rounds)
+                replay = Replay(
+                    model, data, known.calls, recordings, Residence(model, [], None), 0,
+                    config.seed, census,
+                )  # fmt: skip
+                try:
+                    local = _quantized(replay, data, known.units, widths, cache, progress)
+                except NewCalls as new:
+                    traces.add(new.batches)
+        plan = known.plan
+        padding = [
+            known.masks.name_of(known.flow.inputs.get(value.storage, frozenset()))
+            for value in prepared.trace.outputs
+            if not value.integral
+        ]
         targets = [target for target in plan.targets if local[target.name]]
         if not targets:
             name = plan.targets[0].name
@@ -134,9 +140,7 @@ def sensitivity(
         network=network,
         average_bits=average_bits,
         batches=batches,
-        notes=tuple(
-            data.notes + prepared.notes + masks.notes + plan.notes + empty + replay.notes()
-        ),
+        notes=tuple(data.notes + prepared.notes + plan.notes + empty + replay.notes()),
     )
 
 
@@ -172,6 +176,9 @@ def _quantized(
         for segment in parallel_segments(units, MEMORY_BUDGET):
             collectors = [Collector(unit, None) for unit in segment]
             _collect(collectors, replay, data, waiting)
+            new = replay.census.new_calls()
+            if new:
+                raise NewCalls(batches_to_trace(new))
             for alike in take_alike(collectors, ALONE):
                 together = [collector for collector in alike if collector.finish()]
                 for target, width, result in _solutions(together, widths):

@@ -39,7 +39,10 @@ class Value:
 
 @dataclass(frozen=True, eq=False)
 class ModuleCall:
-    """One call of a module. ``index`` counts this module's calls, from 0."""
+    """One call of a module. ``index`` counts this module's calls, from 0.
+
+    repeats: the same call in traces of other batches, see :mod:`adaround_ext.merged`.
+    """
 
     module: nn.Module
     index: int
@@ -47,6 +50,19 @@ class ModuleCall:
     end: int
     inputs: tuple[Value, ...]  # all tensors among the arguments
     outputs: tuple[Value, ...]
+    repeats: tuple[ModuleCall, ...] = ()
+
+    @property
+    def all_inputs(self) -> Iterator[Value]:
+        """Of the call and its repeats."""
+        for call in (self, *self.repeats):
+            yield from call.inputs
+
+    @property
+    def all_outputs(self) -> Iterator[Value]:
+        """Of the call and its repeats."""
+        for call in (self, *self.repeats):
+            yield from call.outputs
 
     def spans(self, time: int) -> bool:
         """Whether something that happened then was part of this call."""
