@@ -8,11 +8,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from adaround_ext.layers import SUPPORTED
 from adaround_ext.marks import EXACT, REPEATED, ROUNDED, Marks
-from adaround_ext.trace import Trace, tensors
+from adaround_ext.trace import Trace, tensors, unwatched
 
 
 class NewCalls(Exception):
@@ -88,7 +87,7 @@ def first_marks(model: nn.Module, batch: int) -> Iterator[Marks]:
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = next(tensors((args, kwargs)), None)
         if x is not None:
-            with _disable_current_modes():
+            with unwatched():
                 marks.note(batch, module, counts[module], x)
         counts[module] += 1
 

@@ -12,6 +12,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -126,6 +127,19 @@ class Trace:
         return readers[0] if len(readers) == 1 else None
 
 
+_unwatched: ContextVar[bool] = ContextVar("unwatched", default=False)
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Inside, a trace sees nothing."""
+    token = _unwatched.set(True)
+    try:
+        yield
+    finally:
+        _unwatched.reset(token)
+
+
 _Begun = tuple[int, int, int, tuple[Value, ...]]  # a call's place, index, time and inputs
 
 
@@ -182,7 +196,8 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not self.calls:  # what prepares the model's inputs is no part of it
+        # What prepares the model's inputs is no part of it.
+        if not self.calls or _unwatched.get():
             return func(*args, **kwargs)
         leaves = pytree.tree_leaves((args, kwargs))
         inputs = self.values(leaves)
