@@ -76,9 +76,9 @@ def dataflow(trace: Trace) -> Dataflow:
         name = operator.name.split(".")[1]
         told |= depends and name in _READING
         chosen = any(storage in flow.chosen for storage in read) or (told and depends)
-        if not chosen and not _is_pointwise(operator):
+        if not chosen and not _is_pointwise(operator) and _picks(operator, name):
             # Indices that come from nowhere were made in Python or NumPy, perhaps of activations.
-            foreign = begun and any(map(is_foreign, operator.inputs)) and name not in _HANDING_ON
+            foreign = begun and any(map(is_foreign, operator.inputs))
             picked = any(v.integral and v.storage in active for v in operator.inputs)
             chosen = foreign or picked or (depends and name in _ORDERING)
         rows = _rows_of(operator, name, flow)
@@ -92,6 +92,11 @@ def dataflow(trace: Trace) -> Dataflow:
         if name not in _HANDING_ON or not any(map(is_foreign, operator.inputs)):
             made |= changed
     return flow
+
+
+def _picks(operator: OperatorCall, name: str) -> bool:
+    """Whether it may take rows by indices: what gives indices again is followed further."""
+    return name not in _HANDING_ON and not all(value.integral for value in operator.outputs)
 
 
 def _rows_of(operator: OperatorCall, name: str, flow: Dataflow) -> frozenset[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 
@@ -75,8 +75,8 @@ def _moved(trace: Trace, by: int) -> Trace:
 
 
 def _places(known: dict[_Key, ModuleCall], other: Trace) -> Callable[[int], int]:
-    """From times in another trace to times in the first: soon after the last event that both have
-    in one order."""
+    """From times in another trace to times in the first: right before the next event that both have
+    in one order, so behind what the first has alone, as the experts of a mixture come."""
     events = []
     for call in other.calls:
         twin = known.get((call.module, call.index))
@@ -89,8 +89,8 @@ def _places(known: dict[_Key, ModuleCall], other: Trace) -> Callable[[int], int]
             here.append(twin_time)
 
     def place(time: int) -> int:
-        last = bisect_right(there, time) - 1
-        return here[last] + time - there[last]
+        following = min(bisect_left(there, time), len(there) - 1)
+        return here[following] + time - there[following]
 
     return place
 

@@ -19,7 +19,7 @@ class PaddingMasks:
     """The masks [batch, tokens] of one model by the positions that they belong to.
 
     padding_mask: as :func:`adaround_ext.quantize_` has it. A mask "decoder_" + padding_mask is of
-    the arguments whose names begin with "decoder_", and so for every prefix; padding_mask itself is
+    the arguments whose names begin with "decoder", and so for every prefix; padding_mask itself is
     of the others of its shape: without the targets ("labels") and what has another argument's name
     with a prefix. ``notes`` says where that leaves a choice.
     """
@@ -37,7 +37,7 @@ class PaddingMasks:
         for mask in masks:
             prefix = self._prefix(mask)
             for group in groups:
-                if prefix and any(name.startswith(prefix) for name in group):
+                if prefix and any(f"{name}_".startswith(prefix) for name in group):
                     self._masks[group] = mask
         rest = [
             group

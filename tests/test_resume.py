@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,11 @@ def batches() -> list[Tensor]:
 
 
 def interrupted(
-    model: nn.Module, after: int, monkeypatch: pytest.MonkeyPatch, **arguments: Any
+    model: nn.Module,
+    after: int,
+    monkeypatch: pytest.MonkeyPatch,
+    data: Iterable[Any] | None = None,
+    **arguments: Any,
 ) -> None:
     """quantize_ that ends when ``after`` layers have been written."""
     saved = 0
@@ -48,7 +53,7 @@ def interrupted(
 
     with monkeypatch.context() as patch, pytest.raises(_Killed):
         patch.setattr(checkpoint.Checkpoint, "save", counted)
-        quantize_(model, batches(), **FAST, **arguments)
+        quantize_(model, batches() if data is None else data, **FAST | arguments)
 
 
 @pytest.mark.parametrize("after", [1, 2, 4, 7])
