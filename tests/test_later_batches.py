@@ -70,12 +70,15 @@ def with_pictures(*batches: bool) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("mode", ["sequential", "parallel"])
+@pytest.mark.parametrize("device", [None, "cpu:0"], ids=["here", "block by block"])
 @pytest.mark.parametrize("batches", [(False, True, False, True), (True, False, False)])
-def test_a_tower_that_some_batches_call(batches: tuple[bool, ...], mode: str) -> None:
+def test_a_tower_that_some_batches_call(
+    batches: tuple[bool, ...], device: str | None, mode: str
+) -> None:
     torch.manual_seed(0)
     model, data = Towers(), with_pictures(*batches)
     full = copy.deepcopy(model)
-    report = quantize_(model, data, mode=mode, **FAST)
+    report = quantize_(model, data, mode=mode, device=device, **FAST)
     assert not report.skipped
     counts = {layer.name: layer.report.samples for layer in report.layers}
     assert counts["picture.0"] == counts["picture.2"] == 32 * sum(batches)
