@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
@@ -214,28 +214,9 @@ class Replay:
         self.census.unrepeatable |= first.differing(second, batch)
 
     def _marks_of(self, batch: int, context: Context) -> Marks:
-        with first_marks(self._model, batch) as marks, context(), self._brought():
+        with first_marks(self._model, batch) as marks, context(), self._residence.while_running():
             self._calibration.run(batch, self._seed + batch)
         return marks
-
-    def _brought(self) -> AbstractContextManager[None]:
-        """Inside, blocks come to the device as they run, as long as they run."""
-        running: list[nn.Module] = []
-
-        def other(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-            def brought(*args: Any, **kwargs: Any) -> Any:
-                running.append(module)
-                self._residence.only(running)
-                try:
-                    return forward(*args, **kwargs)
-                finally:
-                    running.pop()
-
-            return brought
-
-        if not self._residence.moves:
-            return nullcontext()
-        return other_forwards([call.call.module for call in self._calls], other)
 
     def give_up(self, trouble: str) -> None:
         """From now on nothing is replaced. The batches before were as they should be."""
@@ -299,7 +280,7 @@ class Replay:
                 if module in outputs:
                     hooks.enter_context(module.register_forward_hook(after))
             if whole:
-                hooks.enter_context(self._brought())
+                hooks.enter_context(self._residence.while_running())
             if not self.diverged:
                 hooks.enter_context(self._replaced(whole))
                 if stream == "quantized":

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from adaround_ext.recording import other_forwards
 
 
 class Residence:
@@ -61,6 +65,23 @@ class Residence:
         ids = {id(t) for t in wanted}
         self._send_home([key for key in self._home if key in self._own and key not in ids])
         self._bring(wanted)
+
+    def while_running(self) -> AbstractContextManager[None]:
+        """Inside, blocks come to the device as they run, and leave it for the next one."""
+        running: list[nn.Module] = []
+
+        def other(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def brought(*args: Any, **kwargs: Any) -> Any:
+                running.append(module)
+                self.only(running)
+                try:
+                    return forward(*args, **kwargs)
+                finally:
+                    running.pop()
+
+            return brought
+
+        return other_forwards(self._blocks, other) if self.moves else nullcontext()
 
     def _bring(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:

@@ -38,6 +38,25 @@ def wide() -> nn.Module:
     )
 
 
+class Sorted(nn.Module):
+    """Rows in the order of the data; a second layer that only later batches have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(40, 40), nn.Linear(40, 87)
+        self.last, self.late = nn.Linear(87, 3), nn.Linear(40, 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if len(x) > 16:
+            x = x + self.late(torch.tanh(x))
+        return self.last(torch.relu(self.second(x[x[:, 0].argsort()])))
+
+
+def sizes() -> list[Tensor]:
+    return [torch.randn(n, 40) + 0.5 for n in (16, 16, 8, 16, 24, 16, 16, 17)]
+
+
 def rows(count: int = 11) -> list[Tensor]:
     return [torch.randn(16, 40) + 0.5 for _ in range(count)]
 
@@ -63,6 +82,7 @@ CASES: dict[str, Case] = {
     "activations": (models.ResidualNet, images, {"activations": ActivationConfig()}),
     "activation aware": (models.ResidualNet, images, {"activation_aware": True, "steps": 20}),
     "routes": (models.Experts, lambda: [torch.randn(24, 8) for _ in range(5)], {}),
+    "chosen rows": (Sorted, sizes, {"bits": 8}),
     "rounded recordings": (
         models.ResidualNet,
         images,
