@@ -48,7 +48,8 @@ class AdaRoundConfig:
     sampled, "mse"), "mse" (of least squared weight error), "min_max" or a tensor: [1, 1] for
     per_tensor, else [rows or 1, n_groups] or, without groups, [rows]. scale_candidates*: how many
     scales "gram" tries for each row, all but a few near the best so far. scale_dtype: the dtype
-    that scales are stored in; they are rounded to it before they are used.
+    that scales are stored in; they are rounded to it before they are used, and the report notes
+    where that costs digits.
     bias: "refit" puts the mean error of the outputs into biases that exist, "create" also makes one
     where the layer has none, "keep" leaves biases alone, as the sampled objective always does (the
     report notes where "refit" was asked for).
