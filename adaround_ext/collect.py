@@ -101,8 +101,8 @@ def make_units(targets: Iterable[Target]) -> list[Unit]:
 
 
 def _objective(target: Target) -> tuple[str, str]:
-    """Which objective, and why, for data that come batch by batch."""
-    return choose_objective(target.config, [target.matrix], ())
+    """Which objective, and why."""
+    return choose_objective(target.config)
 
 
 def sequential_segments(units: Sequence[Unit]) -> list[list[Unit]]:

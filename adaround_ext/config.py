@@ -48,12 +48,15 @@ class AdaRoundConfig:
     sampled, "mse"), "mse" (of least squared weight error), "min_max" or a tensor: [1, 1] for
     per_tensor, else [rows or 1, n_groups] or, without groups, [rows]. scale_candidates*: how many
     scales "gram" tries for each row, all but a few near the best so far. scale_dtype: the dtype
-    that scales are stored in; they are rounded to it before they are used.
+    that scales are stored in; they are rounded to it before they are used, and the report notes
+    where that costs digits.
     bias: "refit" puts the mean error of the outputs into biases that exist, "create" also makes one
-    where the layer has none, "keep" leaves biases alone, as the sampled objective always does.
+    where the layer has none, "keep" leaves biases alone, as the sampled objective always does (the
+    report notes where "refit" was asked for).
 
     The loss. objective: "gram" (exact for a loss without activation function), "sampled"
-    (minibatches through the layer and ``activation``), or "auto". activation: None, "relu",
+    (minibatches through the layer and ``activation``), or "auto": "sampled" with an activation
+    function, else "gram". activation: None, "relu",
     "relu6", "gelu", "silu" or a callable that works elementwise. positions: for convolutions, the
     number of output positions per sample that the Gram objective looks at; None is all. damping:
     share of the median of G's diagonal that is added to the diagonal, against overfitting; None is
@@ -72,7 +75,7 @@ class AdaRoundConfig:
     products: the arithmetic of its matrix products: "float32", "bfloat16", "tf32" (on CUDA,
     elsewhere float32), or "auto", which is bfloat16 where the processor has it. On CUDA the search
     for scales takes TF32, unless this is "float32". batch_size: samples a step of the sampled
-    objective.
+    objective; of a linear layer a sample is 32 tokens, whatever the shape of its inputs.
 
     seed: of everything that is drawn. progress: show a bar.
     """

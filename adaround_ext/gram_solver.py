@@ -19,6 +19,8 @@ from adaround_ext.refine import descend, improvable, search_all
 from adaround_ext.scales import refit_scales, search_group_scales, search_scales
 from adaround_ext.solution import Solution
 
+_SEEDS = 1 << 63  # of the tabu search
+
 
 class GramSolver:
     """One problem under its Gram objective; :meth:`solve` is the whole way."""
@@ -52,7 +54,7 @@ class GramSolver:
         for name in self.chosen.starts:
             solutions.append(self._start(name, grid, found))
             watch.lap("annealing" if name == "adaround" else "search")
-        solutions = self._searched(solutions)
+        solutions = self._searched(solutions, 0)
         best = solutions[0]
         winner = torch.zeros(len(self.problem.weight), dtype=torch.int64, device=grid.scale.device)
         for index, solution in enumerate(solutions[1:], 1):
@@ -119,15 +121,16 @@ class GramSolver:
             self.losses["hard"] = self.problem.stored_losses(annealed.codes, grid)
         return annealed.codes
 
-    def _searched(self, solutions: list[Solution]) -> list[Solution]:
-        steps, seed = self.chosen.search_steps, self.config.seed
-        return search_all(solutions, self.objective, steps, seed)
+    def _searched(self, solutions: list[Solution], turn: int) -> list[Solution]:
+        """Other walks in each turn: where a refit changed nothing, the same would end the same."""
+        seed = (self.config.seed + turn) % _SEEDS
+        return search_all(solutions, self.objective, self.chosen.search_steps, seed)
 
     def _rounds(self, best: Solution) -> Solution:
         """Scales refitted to the codes and codes searched on the new scales, while that helps."""
-        for _ in range(self.chosen.rounds):
+        for turn in range(1, self.chosen.rounds + 1):
             refitted = refit_scales(best, self.objective, self.owners, self.config)
-            (searched,) = self._searched([refitted])
+            (searched,) = self._searched([refitted], turn)
             after = best.better(searched, self.owners)
             if not bool((after.losses < best.losses).any()):
                 break

@@ -58,7 +58,8 @@ def make_grid(weight: Tensor, config: AdaRoundConfig) -> QuantGrid:
     "min_max": s = max|w| / qmax, or (max - min) / (qmax - qmin) with z = round(qmin - min / s).
     "mse": of 55 shares of that range the one with the least sum (w_q - w)^2 under rounding to
     nearest. "gram" starts from the best of 21 (scales.py). Scales are rounded to ``scale_dtype``
-    first. A run of zeros gets scale 1. Raises ValueError where group_size does not divide the
+    first, and the one above the whole range is tried too where that has fewer digits than float32.
+    A run of zeros gets scale 1. Raises ValueError where group_size does not divide the
     columns or a given scale does not fit.
     """
     rows, cols = weight.shape
@@ -155,9 +156,39 @@ def _zero_point(low: Tensor, scale: Tensor, qmin: int, qmax: int, symmetric: boo
 
 
 def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """As the dtype that is exported has it; kept normal and finite there."""
+    """As the dtype that is exported has it; kept above 0 and finite there.
+
+    Below a dtype's smallest normal number scales have fewer digits, but are no worse than others of
+    that size. float32's own limit holds for all, since arithmetic is in float32.
+    """
     limits = torch.finfo(dtype)
-    return scale.clamp(limits.smallest_normal, limits.max).to(dtype).float()
+    least = max(limits.smallest_normal * limits.eps, torch.finfo(torch.float32).smallest_normal)
+    return scale.clamp(least, limits.max).to(dtype).float()
+
+
+def next_scale(scale: Tensor, dtype: torch.dtype, up: bool) -> Tensor:
+    """The dtype's next number above or below each of its own, the same one at its ends."""
+    bits = torch.int16 if dtype.itemsize == 2 else torch.int32
+    neighbour = (scale.to(dtype).view(bits) + (1 if up else -1)).view(dtype)
+    return stored_scale(neighbour.float(), dtype)
+
+
+def scale_notes(scale: Tensor, dtype: torch.dtype) -> tuple[str, ...]:
+    """What the dtype costs that scales are stored in."""
+    limits, name = torch.finfo(dtype), str(dtype).removeprefix("torch.")
+    small, large = int((scale < limits.smallest_normal).sum()), int((scale == limits.max).sum())
+    found = []
+    if small:
+        found.append(
+            f"{small} of {scale.numel()} scales are below {name}'s smallest normal number, where "
+            "it has fewer digits"
+        )
+    if large:
+        found.append(
+            f"{large} of {scale.numel()} scales are {name}'s largest number: larger weights than "
+            "their grids hold are clipped"
+        )
+    return tuple(found)
 
 
 def _search(runs: Tensor, qmin: int, qmax: int, config: AdaRoundConfig) -> tuple[Tensor, Tensor]:
@@ -192,6 +223,9 @@ def _search(runs: Tensor, qmin: int, qmax: int, config: AdaRoundConfig) -> tuple
         only_start = config.scale == "gram"  # which looks around it by itself
         for share in _COARSE[::2] if only_start else _COARSE:
             consider(torch.full_like(full, share))
+        if config.scale_dtype != torch.float32:  # which may have rounded the whole range down
+            above = next_scale(at(torch.ones_like(full))[0], config.scale_dtype, up=True)
+            consider(torch.where(zeros, torch.ones_like(full), above / full))
         centre = best_share
         for offset in () if only_start else _FINE:
             consider(centre + offset)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaround_ext.config import AdaRoundConfig
 from adaround_ext.layers import MatrixLayer
@@ -15,6 +15,9 @@ from adaround_ext.problem import Problem
 from adaround_ext.products import annealing_dtype
 from adaround_ext.statistics import GramStatistics
 
+# Of a linear layer's inputs, a sample of a minibatch: as many whatever the inputs' shape, since the
+# tokens of a sequence are drawn apart from each other anyway.
+_TOKENS = 32
 # Damping of the Gram matrix against overfitting: docs/tuning.md.
 _DAMPING, _MOST_DAMPING = 5.0, 0.3
 
@@ -69,10 +72,11 @@ def sampled_problems(
 ) -> Iterator[Problem]:
     """A problem a layer, on the same inputs, which stay in memory.
 
-    ``samples`` counts what a minibatch is drawn of: sequences, each of several inputs, or images.
+    ``samples``: how many the caller gave, sequences or images.
     """
     started = time.perf_counter()
-    batch = config.batch_size * max(1, len(inputs) // samples)  # all tokens of that many sequences
+    linear = isinstance(layers[0].layer, nn.Linear)
+    batch = config.batch_size * (min(_TOKENS, len(inputs)) if linear else 1)
     for index, layer in enumerate(layers):
         weight = layer.weight_matrix().float()
         if targets is None:
@@ -86,7 +90,7 @@ def sampled_problems(
         seconds += time.perf_counter() - started
         yield Problem(
             [layer], [layer.rows], weight, _biases([layer]), objective, "sampled", reason, samples,
-            seconds,
+            seconds, _bias_notes(layer, config),
         )  # fmt: skip
         started, seconds = time.perf_counter(), 0.0
 
@@ -120,6 +124,12 @@ def _activation(config: AdaRoundConfig) -> Callable[[Tensor], Tensor] | None:
 def _centred(layer: MatrixLayer, config: AdaRoundConfig) -> bool:
     """Whether the layer will have a bias that may change."""
     return config.bias == "create" or (config.bias == "refit" and layer.bias is not None)
+
+
+def _bias_notes(layer: MatrixLayer, config: AdaRoundConfig) -> tuple[str, ...]:
+    """Of the sampled objective."""
+    stays = layer.bias is not None and config.bias == "refit"
+    return ("the bias stays as it is: only the Gram form refits it",) if stays else ()
 
 
 def _parts(layers: list[MatrixLayer], config: AdaRoundConfig) -> list[list[int]]:

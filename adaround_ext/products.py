@@ -21,6 +21,7 @@ _SUM = {torch.float32: 512, torch.float64: 128}
 # of TF32.
 _LARGE, _LARGE_SUM = 1 << 33, 512
 _TF32_UNIT = 1 << 13  # of a float32's bits as a number: what TF32 does not have is less
+_TF32_END = 2.0**128 - 2.0**116  # from here on rounding to nearest would give infinity
 
 
 def fixed_bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -71,13 +72,18 @@ def _three_products(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
 
 
 def _in_two(x: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 x as the sum of two numbers of TF32; infinity is (infinity, 0), NaN twice NaN."""
     upper = _to_tf32(x)
-    return upper, _to_tf32(x - upper)
+    return upper, _to_tf32((x - upper).masked_fill_(x.isinf(), 0))
 
 
 def _to_tf32(x: Tensor) -> Tensor:
-    """Rounded to nearest; the products themselves would cut the bits off."""
-    return ((x.view(torch.int32) + _TF32_UNIT // 2) & -_TF32_UNIT).view(torch.float32)
+    """Rounded to nearest, the largest numbers towards 0; the products themselves would cut the
+    bits off."""
+    # Bits of what is not finite would carry into the sign: CUDA's NaN, 0x7fffffff, into a zero's.
+    rounds = x.abs() < _TF32_END
+    bits = x.view(torch.int32).add(rounds, alpha=_TF32_UNIT // 2).bitwise_and_(-_TF32_UNIT)
+    return bits.view(torch.float32).masked_fill_(x.isnan(), torch.nan)
 
 
 @contextmanager

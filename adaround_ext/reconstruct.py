@@ -76,7 +76,7 @@ def optimize_layer(
     modules: list[nn.Module] = [layer] if isinstance(layer, nn.Module) else list(layer)
     layers = [matrix_layer(module) for module in modules]
     _check_layers(layers)
-    objective, reason = choose_objective(config, layers, inputs)
+    objective, reason = choose_objective(config)
     problems = _gram_problems if objective == "gram" else _sampled_problems
     with full_precision(layers[0].weight.device):
         found: dict[MatrixLayer, LayerResult] = {}

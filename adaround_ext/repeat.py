@@ -75,6 +75,16 @@ def _captured(
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
+    if reason := _capture(graph, step, chunk):
+        text = f"steps are launched one by one, since {reason}"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return None
+    return graph
+
+
+def _capture(graph: torch.cuda.CUDAGraph, step: Callable[[], None], chunk: int) -> str:
+    """What prevented it; empty where nothing did."""
+    reason = ""
     try:
         # torch.cuda.graph would also collect garbage and empty the allocator's cache each time.
         # Other threads may use CUDA meanwhile.
@@ -82,10 +92,17 @@ def _captured(
         try:
             for _ in range(chunk):
                 step()
+        except RuntimeError as error:
+            reason = _reason(error)  # as text: the error itself would hold on to the step's memory
+            raise
         finally:
-            graph.capture_end()
+            graph.capture_end()  # raises an error of its own where the capture has failed
     except RuntimeError as error:
-        text = f"steps are launched one by one, since they do not fit into a CUDA graph: {error}"
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
-        return None
-    return graph
+        return reason or _reason(error)
+    return ""
+
+
+def _reason(error: RuntimeError) -> str:
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+        return f"memory ran out while they were captured in a CUDA graph: {error}"
+    return f"they do not fit into a CUDA graph: {error}"

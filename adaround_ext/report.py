@@ -26,7 +26,8 @@ class LayerReport:
     fallback_rows: rows in which rounding to nearest was better and was kept.
     improvable_rows: rows in which a change of a single code would lower the (damped) loss: 0
     certifies a minimum. None for the sampled objective.
-    reason: why this objective was chosen. notes: what is unusual about the calibration data.
+    reason: why this objective was chosen. notes: what is unusual about the calibration data, the
+    scales or the bias.
     seconds: of each part and in total, of all layers that were solved together.
     """
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from adaround_ext import ops
 from adaround_ext.config import AdaRoundConfig
 from adaround_ext.gptq import GptqFactor, OrderedCholesky
-from adaround_ext.grid import QuantGrid, stored_scale
+from adaround_ext.grid import QuantGrid, next_scale, stored_scale
 from adaround_ext.per_device import PerDevice
 from adaround_ext.products import fixed_bmm, one_thread
 from adaround_ext.quadratic import Quadratic
@@ -213,6 +213,9 @@ def _step(candidates: int) -> float:
 def _scaled(grid: QuantGrid, share: float, config: AdaRoundConfig) -> QuantGrid:
     """The grid shrunk or stretched about its middle, as far as whole zero points allow."""
     scale = stored_scale(grid.scale * share, config.scale_dtype)
+    if share != 1 and config.scale_dtype != torch.float32:  # no candidate twice
+        neighbour = next_scale(grid.scale, config.scale_dtype, share > 1)
+        scale = torch.where(scale == grid.scale, neighbour, scale)
     if config.symmetric:
         return replace(grid, scale=scale)
     middle = (grid.qmin + grid.qmax) / 2

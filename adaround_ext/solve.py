@@ -13,7 +13,14 @@ from adaround_ext.anneal import anneal
 from adaround_ext.config import AdaRoundConfig
 from adaround_ext.distributed import ALONE, Ranks
 from adaround_ext.gram_solver import GramSolver
-from adaround_ext.grid import QuantGrid, baseline_codes, make_grid, nearest_codes, position
+from adaround_ext.grid import (
+    QuantGrid,
+    baseline_codes,
+    make_grid,
+    nearest_codes,
+    position,
+    scale_notes,
+)
 from adaround_ext.layers import MatrixLayer
 from adaround_ext.objective import GramObjective
 from adaround_ext.own_inputs import no_worse_on_inputs
@@ -215,7 +222,7 @@ def _results(
             energy=float(solved.energy[rows].sum()),
             fallback_rows=int(solved.marks["fallback"][rows].sum()),
             improvable_rows=None if improvable is None else int(improvable[rows].sum()),
-            notes=problem.notes,
+            notes=problem.notes + scale_notes(solved.scale[kept], config.scale_dtype),
             seconds=dict(solved.seconds),
             **{mark: counts.get(mark, 0) / weights for mark in ("undecided", "flipped", "clipped")},
         )

@@ -167,5 +167,12 @@ def test_layers_with_and_without_a_bias_together(
 
 def test_sampled_objective_leaves_biases_alone(device: torch.device) -> None:
     layer, x, _ = make("linear", device, False)
+    without = copy.deepcopy(layer)
+    without.bias = None
+    said = ("the bias stays as it is: only the Gram form refits it",)
     for settings in ({"objective": "sampled"}, {"activation": "relu"}):
-        assert optimize_layer(layer, x, steps=3, **settings).bias is None
+        refit = optimize_layer(layer, x, steps=3, **settings)
+        assert (refit.bias, refit.report.notes) == (None, said)
+        for one, bias in ((layer, "keep"), (without, "refit")):
+            result = optimize_layer(one, x, steps=3, bias=bias, **settings)
+            assert (result.bias, result.report.notes) == (None, ())

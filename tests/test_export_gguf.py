@@ -89,6 +89,28 @@ def test_what_gguf_dequantizes(tmp_path: Path, bits: int, granularity: str) -> N
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("largest", [3e-4, 3e-5, 2e-6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_small_weights(tmp_path: Path, bits: int, largest: float, dtype: torch.dtype) -> None:
+    """Whose scales are below float16's smallest normal number, down to the smallest of all."""
+    layer = nn.Linear(64, 96, bias=False)
+    layer.weight.data *= largest / layer.weight.abs().max()
+    layer = layer.to(dtype)
+    before = layer.weight.detach().float().clone()
+    x = 100 * torch.randn(512, 64).to(dtype)  # so that float16 has digits for the outputs
+    model = quantized(nn.Sequential(layer), x, bits=bits, **GROUPS)
+    scale = layer.quantized_weight.scale
+    assert bool((scale < torch.finfo(torch.float16).smallest_normal).all())
+    after = layer.weight.detach().float()
+    assert float((after - before).norm() / before.norm()) < (0.15 if bits == 4 else 0.02)
+    export_gguf(model, tmp_path / "model")
+    (tensor,) = read(tmp_path / "model").values()
+    assert tensor.tensor_type.name == ("Q4_0" if bits == 4 else "Q8_0")
+    values = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+    assert torch.equal(values.to(dtype), layer.weight)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 def test_the_bytes_of_their_quantization(tmp_path: Path, bits: int) -> None:
     """Where a block's largest weight lies as gguf's own rounding wants it, it finds our codes."""
     scale = torch.rand(16, 4).half().float() + 0.5

@@ -119,6 +119,20 @@ def test_scales_take_the_shortest_exact_dtype(tmp_path: Path) -> None:
         assert tensors["scale/0"].dtype == dtype
 
 
+def test_scales_below_the_smallest_normal_number(tmp_path: Path) -> None:
+    def make() -> tuple[nn.Module, Tensor]:
+        layer = nn.Linear(16, 8)
+        layer.weight.data *= 1e-3
+        return nn.Sequential(layer), torch.randn(64, 16)
+
+    model, x = make()
+    quantized(model, x, bits=4, scale_dtype=torch.float16)
+    assert float(model[0].quantized_weight.scale.max()) < 2**-14
+    save_quantized(model, tmp_path / "saved")
+    assert safetensors.torch.load_file(tmp_path / "saved" / FILE)["scale/0"].dtype == torch.float16
+    assert_same(load_quantized(tmp_path / "saved", fresh(make)), model)
+
+
 class Reused(nn.Module):
     """A convolution and its batch norm, reached by two names."""
 

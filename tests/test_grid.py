@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from adaround_ext import AdaRoundConfig, grid, optimize_layer
-from adaround_ext.grid import QuantGrid, baseline_codes, make_grid, nearest_codes, quant_range
+from adaround_ext.grid import (
+    QuantGrid,
+    baseline_codes,
+    make_grid,
+    nearest_codes,
+    next_scale,
+    quant_range,
+    scale_notes,
+    stored_scale,
+)
 from adaround_ext.per_device import PerDevice
 from adaround_ext.reference import dequantize, expand_grid
 
@@ -240,11 +249,84 @@ def test_scales_are_stored_exactly(
         torch.testing.assert_close(got.scale, exact.scale, rtol=1e-2, atol=0)
 
 
-def test_scale_stays_normal_and_finite_where_stored(device: torch.device) -> None:
-    weight = torch.tensor([[1e-9, -2e-9], [1e9, -2e9]], device=device)
-    got = build(weight, scale="min_max", scale_dtype=torch.float16)
-    limits = torch.finfo(torch.float16)
-    assert got.scale.view(-1).tolist() == [limits.smallest_normal, limits.max]
+HALVES = [torch.float16, torch.bfloat16]
+TINY = 2.0**-24  # float16's smallest number
+
+
+@pytest.mark.parametrize(
+    ("dtype", "least"),
+    [
+        (torch.float16, TINY),
+        (torch.bfloat16, 2.0**-126),  # float32's smallest normal number, too
+        (torch.float32, 2.0**-126),
+    ],
+    ids=str,
+)
+def test_scale_stays_above_zero_and_finite_where_stored(
+    device: torch.device, dtype: torch.dtype, least: float
+) -> None:
+    most = torch.finfo(dtype).max
+    for large in (torch.float32, torch.float64):
+        given = torch.tensor([1e-44, least / 3, least, 1.5, most], dtype=large, device=device)
+        kept = stored_scale(given, dtype)
+        assert (kept.dtype, kept.tolist()) == (torch.float32, [least, least, least, 1.5, most])
+    more = torch.tensor([3.5e38, 1e300, torch.inf], dtype=torch.float64, device=device)
+    assert stored_scale(more, dtype).tolist() == [most] * 3
+
+
+def test_scales_below_the_smallest_normal_number(device: torch.device) -> None:
+    """Rounded to float16 as every other."""
+    count = 1 << 10
+    wanted = TINY * torch.arange(1, count, dtype=torch.float64, device=device)
+    for by in (0.51, 0.75, 1.0, 1.25, 1.49):
+        near = wanted + (by - 1) * TINY
+        assert torch.equal(stored_scale(near, torch.float16).double(), wanted)
+        weight = 7 * near.float()[:, None] * torch.tensor([[1.0, -0.3]], device=device)
+        got = build(weight, scale="min_max", scale_dtype=torch.float16)
+        assert torch.equal(got.scale[:, 0].double(), wanted)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_next_scale(device: torch.device, dtype: torch.dtype) -> None:
+    """Of every number that a scale can be, in order."""
+    bits = torch.arange(1, 1 << 15, dtype=torch.int16).view(dtype).float()
+    numbers = bits[bits.isfinite() & (bits >= torch.finfo(torch.float32).smallest_normal)]
+    numbers = numbers.to(device)
+    up, down = (next_scale(numbers, dtype, way) for way in (True, False))
+    assert torch.equal(up[:-1], numbers[1:]) and torch.equal(down[1:], numbers[:-1])
+    assert (up[-1], down[0]) == (numbers[-1], numbers[0])
+
+
+def test_next_scale_of_float32(device: torch.device) -> None:
+    scale = torch.tensor([1.0, 1e-30], device=device)
+    for way, end in ((True, torch.inf), (False, 0.0)):
+        towards = torch.full_like(scale, end)
+        assert torch.equal(next_scale(scale, torch.float32, way), scale.nextafter(towards))
+
+
+def test_a_scale_that_was_rounded_down_clips_less(device: torch.device) -> None:
+    """1.4 of float16's smallest number is 1: the largest weights would be clipped by 2/7."""
+    weight = torch.linspace(-127 * 1.4 * TINY, 127 * 1.4 * TINY, 64, device=device)[None]
+    errors = {}
+    for scale in ("min_max", "mse", "gram"):
+        got = build(weight, bits=8, scale=scale, scale_dtype=torch.float16)
+        assert float(got.scale) == (TINY if scale == "min_max" else 2 * TINY)
+        errors[scale] = float(nearest_error(weight, got))
+    assert errors["mse"] == errors["gram"] < 0.01 * errors["min_max"]
+
+
+def test_notes_of_scales() -> None:
+    normal, tiny, huge = 2.0**-14, 2.0**-15, 65504.0
+    small = "{} scales are below float16's smallest normal number, where it has fewer digits"
+    large = "{} scales are float16's largest number: larger weights than their grids hold are"
+    for values, found in (
+        ([normal, 1.0, 60000.0], []),
+        ([tiny, TINY, normal], [small.format("2 of 3")]),
+        ([huge, 1.0], [large.format("1 of 2") + " clipped"]),
+        ([tiny, huge], [small.format("1 of 2"), large.format("1 of 2") + " clipped"]),
+    ):
+        assert list(scale_notes(torch.tensor([values]), torch.float16)) == found
+        assert scale_notes(torch.tensor([values]), torch.bfloat16) == ()
 
 
 @both_kinds

@@ -19,7 +19,7 @@ from problems import (
 )
 from torch import Tensor, nn
 
-from adaround_ext import AdaRoundConfig, LayerResult, optimize_layer
+from adaround_ext import AdaRoundConfig, LayerResult, gram_solver, optimize_layer, refine
 from adaround_ext.presets import settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -170,6 +170,26 @@ def test_short_rows_are_searched_for_fewer_steps(preset: Any, most: int) -> None
     assert [own.search_steps for own in found] == [-(-most // 128), most // 2, most, most]
     given = AdaRoundConfig(preset=preset, search_steps=77)
     assert settings(given, "gram", 1).search_steps == 77
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**63 - 2])
+def test_each_round_searches_on_other_walks(
+    device: torch.device, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same walk from where the last one ended, on the same scales, would end there again."""
+    drawn: list[int] = []
+
+    def search_all(*arguments: Any) -> Any:
+        drawn.append(arguments[-1])
+        return refine.search_all(*arguments)
+
+    monkeypatch.setattr(gram_solver, "search_all", search_all)
+    layer, x = make_layer("linear", device)
+    result = optimize_layer(layer, x, seed=seed, rounds=3, **FEW)
+    assert drawn == [(seed + turn) % 2**63 for turn in range(len(drawn))]
+    assert 1 < len(drawn) <= 4
+    again = optimize_layer(layer, x, seed=seed, rounds=3, **FEW)
+    assert torch.equal(result.codes, again.codes)
 
 
 def test_the_report_has_the_steps_that_were_made(device: torch.device) -> None:

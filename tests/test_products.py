@@ -35,6 +35,65 @@ def test_a_number_in_two(device: torch.device) -> None:
         assert bool((part.contiguous().view(torch.int32) % (1 << 13) == 0).all())
 
 
+BITS = {
+    "cuda-nan": 0x7FFFFFFF,
+    "negative-cuda-nan": 0xFFFFFFFF,
+    "nan": 0x7FC00000,
+    "negative-nan": 0xFFC00000,
+    "signalling-nan": 0x7F800001,
+    "largest-signalling-nan": 0x7FBFFFFF,
+    "infinity": 0x7F800000,
+    "negative-infinity": 0xFF800000,
+    "largest": 0x7F7FFFFF,
+    "negative-largest": 0xFF7FFFFF,
+    "first-towards-zero": 0x7F7FF000,
+    "last-to-nearest": 0x7F7FEFFF,
+    "one-and-a-half-unit": 0x3F801000,
+    "smallest-normal": 0x00800000,
+    "zero": 0x00000000,
+    "negative-zero": 0x80000000,
+}
+
+
+def _of_bits(bits: int, device: torch.device) -> Tensor:
+    signed = bits - (1 << 32) if bits >= 1 << 31 else bits
+    return torch.tensor([signed], dtype=torch.int32, device=device).view(torch.float32)
+
+
+@pytest.mark.parametrize("bits", BITS.values(), ids=BITS.keys())
+def test_every_kind_of_number_in_two(device: torch.device, bits: int) -> None:
+    x = _of_bits(bits, device)
+    upper, rest = products._in_two(x)
+    if bool(x.isnan()):
+        assert bool(upper.isnan())
+        assert bool(rest.isnan())
+    elif bool(x.isinf()):
+        assert torch.equal(upper, x)
+        assert float(rest) == 0
+    else:
+        exact = x.double()
+        for part in (upper, rest):
+            assert bool(part.isfinite())
+            assert int(part.view(torch.int32)) % (1 << 13) == 0
+        assert float((upper.double() + rest - exact).abs()) <= 2**-22 * float(exact.abs())
+        assert torch.equal(upper.signbit(), x.signbit())
+
+
+@pytest.mark.parametrize("bits", [b for b in BITS.values() if b & 0x7F800000 == 0x7F800000])
+@pytest.mark.parametrize("factor", ["a", "b"])
+def test_what_is_not_finite_stays_so_in_a_product(
+    device: torch.device, bits: int, factor: str
+) -> None:
+    """So that a guard that asks for NaN or infinity sees it."""
+    a, b = torch.ones(1, 3, 4, device=device), torch.full((1, 4, 2), 0.3, device=device)
+    {"a": a, "b": b}[factor][0, 1, 1] = _of_bits(bits, device)
+    with full_precision(device):
+        got = products._three_products(a, b, None)
+    touched = torch.zeros(1, 3, 2, dtype=torch.bool, device=device)
+    touched[(0, 1) if factor == "a" else (0, slice(None), 1)] = True
+    assert torch.equal(~got.isfinite(), touched)
+
+
 @pytest.mark.parametrize("given", [False, True], ids=["new", "out"])
 def test_three_products(device: torch.device, given: bool) -> None:
     a, b = _make(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,9 +19,9 @@ from problems import (
     stored,
 )
 from test_data import WatchedStream
-from torch import nn
+from torch import Tensor, nn
 
-from adaround_ext import AdaRoundConfig, choice, optimize_layer
+from adaround_ext import AdaRoundConfig, optimize_layer, reconstruct
 from adaround_ext.grid import make_grid
 from adaround_ext.layers import matrix_layer
 
@@ -173,19 +174,108 @@ def test_gram_objective_streams(layer: nn.Module, shape: tuple[int, ...]) -> Non
     source = WatchedStream(20, *shape)
     report = optimize_layer(layer, source, steps=1).report
     assert report.objective == "gram"
-    assert "stream" in report.reason
     assert source.most <= 3
 
 
-def test_auto_weighs_the_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "_ALWAYS_FINE", 0.0)
+class Taken(Exception):
+    """The objective that was about to be collected for."""
+
+
+@pytest.mark.parametrize("preset", ["fast", "balanced", "best"])
+@pytest.mark.parametrize(
+    ("cols", "shape"),
+    [
+        (1536, (10_178, 1536)),
+        (1536, (262_144, 1536)),
+        (4096, (65_536, 4096)),
+        (14_336, (512, 14_336)),
+        (14_336, (16, 2048, 14_336)),
+        (14_336, (14_336,)),
+    ],
+    ids=str,
+)
+def test_no_price_leaves_the_exact_objective(
+    monkeypatch: pytest.MonkeyPatch, preset: str, cols: int, shape: tuple[int, ...]
+) -> None:
+    """Sampling is for activation functions, and for those who ask for it."""
+
+    def take(name: str) -> Callable[..., Any]:
+        def problems(*_: object) -> Any:
+            raise Taken(name)
+
+        return problems
+
+    for name in ("gram", "sampled"):
+        monkeypatch.setattr(reconstruct, f"_{name}_problems", take(name))
+    layer = nn.Linear(cols, 64)
+    x = torch.zeros(()).expand(shape)  # takes no memory
+    for settings, objective in (
+        ({}, "gram"),
+        ({"objective": "sampled"}, "sampled"),
+        ({"activation": "gelu"}, "sampled"),
+    ):
+        with pytest.raises(Taken, match=f"^{objective}$"):
+            optimize_layer(layer, x, preset=preset, **settings)
+
+
+def test_the_reason_for_the_objective() -> None:
     layer, x = make_layer("conv")
-    for may_cost, objective in ((1e30, "gram"), (1e-30, "sampled")):
-        monkeypatch.setattr(choice, "_GRAM_MAY_COST", may_cost)
-        report = optimize_layer(layer, x, steps=1).report
-        assert report.objective == objective
-        assert "flop" in report.reason
-        assert optimize_layer(layer, x, steps=1, objective="gram").report.reason == "as set"
+    for settings, objective, reason in (
+        ({}, "gram", "no activation function, so the Gram form is exact"),
+        ({"activation": "relu"}, "sampled", "the activation function is part of the loss"),
+        ({"objective": "gram"}, "gram", "as set"),
+        ({"objective": "sampled"}, "sampled", "as set"),
+    ):
+        report = optimize_layer(layer, x, steps=1, **settings).report
+        assert (report.objective, report.reason) == (objective, reason)
+
+
+SHAPES: dict[str, Callable[[Tensor], Any]] = {
+    "sequences": lambda x: x.view(20, 30, -1),
+    "few-long-sequences": lambda x: x.view(2, 300, -1),
+    "four-dimensions": lambda x: x.view(4, 5, 30, -1),
+    "one-sequence": lambda x: x[None],
+    "batches": lambda x: list(x.split(70)),
+    "batches-of-sequences": lambda x: list(x.view(20, 30, -1).split(3)),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"preset": "fast"},
+        {"preset": "balanced"},
+        {"preset": "best"},
+        {"preset": "best", "granularity": "per_group", "group_size": 8, "symmetric": False},
+        {"bias": "create"},
+        {"positions": 5},
+        {"activation": "relu"},
+        {"objective": "sampled"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_the_shape_of_the_inputs_changes_nothing(
+    device: torch.device, shape: str, settings: dict[str, Any], asymmetric: bool
+) -> None:
+    """Codes, bias, search and certificate: tokens are tokens, however they are stacked."""
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 8).to(device)
+    x = torch.randn(600, 16).to(device).cumsum(1)
+    y = layer(1.1 * x).detach() if asymmetric else None
+    few = {"steps": 30, "search_steps": 40, "bits": 3, **settings}
+    flat = optimize_layer(layer, x, y, **few)
+    change = SHAPES[shape]
+    other = optimize_layer(layer, change(x), None if y is None else change(y), **few)
+    assert torch.equal(flat.codes, other.codes)
+    assert torch.equal(flat.scale, other.scale)
+    assert (flat.bias is None) == (other.bias is None)
+    if flat.bias is not None:
+        assert torch.equal(flat.bias, other.bias)
+    one, two = flat.report, other.report
+    assert (one.objective, one.reason, one.notes) == (two.objective, two.reason, two.notes)
+    assert (one.losses, one.improvable_rows) == (two.losses, two.improvable_rows)
 
 
 @both_objectives

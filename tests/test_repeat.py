@@ -19,10 +19,13 @@ from tests.conftest import DEVICES
 COUNTS = [0, 1, 99, 102, 103, 127, 128, 153, 300, 500]
 
 
-class Recorder:
-    """Stands in for torch.cuda's streams and graphs; ``fails`` makes captures fail."""
+NOT_PERMITTED = RuntimeError("operation not permitted when stream is capturing")
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> None:
+
+class Recorder:
+    """Stands in for torch.cuda's streams and graphs; with ``fails`` no step can be captured."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: Exception | None = None) -> None:
         self.fails = fails
         self.recording = False
         self.recorded = self.done = self.replays = 0
@@ -34,7 +37,7 @@ class Recorder:
 
     def step(self) -> None:
         if self.recording and self.fails:
-            raise RuntimeError("operation not permitted when stream is capturing")
+            raise self.fails
         if self.recording:
             self.recorded += 1
         else:
@@ -52,6 +55,8 @@ class Recorder:
 
     def capture_end(self) -> None:
         self.recording = False
+        if self.fails:
+            raise RuntimeError("operation failed due to a previous error during capture")
 
     def replay(self) -> None:
         assert not self.recording
@@ -86,13 +91,52 @@ def test_one_large_step_a_graph(count: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_steps_that_cannot_be_captured(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = Recorder(monkeypatch, fails=True)
-    warned = pytest.warns(RuntimeWarning, match="launched one by one.*is capturing")
+    cuda = Recorder(monkeypatch, NOT_PERMITTED)
+    warned = pytest.warns(RuntimeWarning, match="one by one.*do not fit.*is capturing")
     told = [0]
     with warned if count >= 103 else nullcontext():
         repeat.repeat(cuda.step, count, torch.device("cuda"), None, told.append)
     assert cuda.done == sum(told) == count
     assert not cuda.recording
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: out of memory"),  # of a library, or of the native ops
+    ],
+    ids=["allocator", "driver"],
+)
+@pytest.mark.parametrize("handled", [False, True])
+def test_memory_that_runs_out_is_called_that(
+    error: Exception, handled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever else is being handled, and whatever ending the capture says."""
+    cuda = Recorder(monkeypatch, error)
+
+    def solve() -> None:
+        repeat.repeat(cuda.step, 300, torch.device("cuda"))
+
+    with pytest.warns(RuntimeWarning, match=r"one by one, since memory ran out .*out of memory"):
+        if handled:
+            try:
+                raise KeyError("an earlier failure of the caller's")
+            except KeyError:
+                solve()
+        else:
+            solve()
+    assert cuda.done == 300
+
+
+@pytest.mark.parametrize("handled", ["CUDA out of memory", "something else"])
+def test_other_failures_are_not(handled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Recorder(monkeypatch, NOT_PERMITTED)
+    with pytest.warns(RuntimeWarning, match="since they do not fit into a CUDA graph: oper"):
+        try:
+            raise RuntimeError(handled)
+        except RuntimeError:
+            repeat.repeat(cuda.step, 300, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("count", COUNTS)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaround_ext import AdaRoundConfig, optimize_layer, reference
+from adaround_ext import AdaRoundConfig, optimize_layer, reference, scales
 from adaround_ext.data import batches
 from adaround_ext.gptq import GptqFactor
-from adaround_ext.grid import QuantGrid, make_grid, nearest_codes
+from adaround_ext.grid import QuantGrid, make_grid, nearest_codes, stored_scale
 from adaround_ext.layers import MatrixLayer, matrix_layer
 from adaround_ext.objective import GramObjective
 from adaround_ext.refine import descend
@@ -207,3 +207,85 @@ def test_scales_of_a_result(device: torch.device, name: str, symmetric: bool) ->
         finals[scale] = result.report.losses["final"]
     # A single scale for a matrix this small: which of several is best depends on a few codes.
     assert finals["gram"] < finals["mse"] * (1.05 if name == "tensor" else 1)
+
+
+def coarsely_nearest(weight: Tensor, bits: int, dtype: torch.dtype, group_size: int) -> Tensor:
+    """Rounded to nearest on the grid that llama.cpp stores: max |w| / qmax in ``dtype``.
+
+    Where that is 0 nothing is left of the weights.
+    """
+    limit = 2 ** (bits - 1)
+    groups = weight.reshape(-1, group_size)
+    scale = groups.abs().amax(1, keepdim=True) / (limit - 1)
+    scale = scale.clamp(max=torch.finfo(dtype).max).to(dtype).float()
+    codes = (groups / scale.clamp(min=1e-30)).round().clamp(-limit, limit - 1)
+    return (codes * scale).view_as(weight)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("group_size", [16, 64])
+@pytest.mark.parametrize("largest", [1e6, 1.0, 1e-2, 3e-4, 3e-5, 1e-5, 3e-6, 2e-7])
+@pytest.mark.parametrize("cubed", [False, True])
+def test_no_worse_than_nearest_whatever_the_dtype_holds(
+    device: torch.device, bits: int, dtype: torch.dtype, group_size: int, largest: float,
+    cubed: bool,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 24, bias=False)
+    weight = torch.randn(24, 64) ** (3 if cubed else 1)
+    layer.weight.data = weight * (largest / weight.abs().max())
+    layer, x = layer.to(device), torch.randn(300, 64).to(device)
+    result = optimize_layer(
+        layer, x, bits=bits, preset="fast", granularity="per_group", group_size=group_size,
+        scale_dtype=dtype,
+    )  # fmt: skip
+    assert torch.equal(result.scale, result.scale.to(dtype).float())
+    assert bool((result.scale > 0).all())
+    weight = layer.weight.detach()
+    losses = [
+        float((x.double() @ (rounded - weight).double().T).square().sum())
+        for rounded in (result.weight_q, coarsely_nearest(weight, bits, dtype, group_size))
+    ]
+    assert losses[0] < losses[1]
+    limits = torch.finfo(dtype)
+    coarse = bool((result.scale < limits.smallest_normal).any())
+    clipped = bool((result.scale == limits.max).any())
+    notes = " ".join(result.report.notes)
+    assert ("smallest normal" in notes, "largest number" in notes) == (coarse, clipped)
+    if dtype == torch.float16:
+        scale = largest / (2 ** (bits - 1) - 1)
+        assert coarse or scale > limits.smallest_normal
+        assert clipped == (scale > limits.max)
+
+
+def test_few_digits_are_used_well(device: torch.device) -> None:
+    """8 bits whose scales have two or three of them: near what float32 scales give."""
+    layer = nn.Linear(64, 24, bias=False).to(device)
+    layer.weight.data *= 1e-5 / layer.weight.abs().max()
+    x = torch.randn(300, 64).to(device)
+    errors = {
+        dtype: optimize_layer(layer, x, bits=8, preset="fast", scale_dtype=dtype).report.relative
+        for dtype in (torch.float16, torch.float32)
+    }
+    half, single = (errors[dtype]["final"] for dtype in (torch.float16, torch.float32))
+    assert single < half < 5 * single < 1e-3
+
+
+@both_kinds
+@pytest.mark.parametrize("size", [1e-7, 1e-6, 1e-5, 1e-3, 1.0], ids=str)
+def test_no_candidate_is_tried_twice_in_a_row(
+    device: torch.device, symmetric: bool, size: float
+) -> None:
+    """Shares so near 1 that float16 has no number between."""
+    config = AdaRoundConfig(scale_dtype=torch.float16, symmetric=symmetric)
+    scale = stored_scale(size * torch.linspace(1, 2, 9, device=device)[:, None], torch.float16)
+    zero_point = torch.full((9, 1), 0 if symmetric else 8, dtype=torch.int32, device=device)
+    qmin, qmax = (-8, 7) if symmetric else (0, 15)
+    grid = QuantGrid(scale, zero_point, qmin, qmax)
+    smallest = 2.0**-24
+    for share in (0.9999, 0.99):
+        below, above = (scales._scaled(grid, s, config).scale for s in (share, 1 / share))
+        assert bool(((below < scale) | (scale == smallest)).all())
+        assert bool((above > scale).all())
+    assert torch.equal(scales._scaled(grid, 1.0, config).scale, scale)
