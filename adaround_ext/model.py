@@ -28,7 +28,7 @@ from adaround_ext.fingerprint import model_digest
 from adaround_ext.fitting import Fitter, wanted_by
 from adaround_ext.mapped import Offload
 from adaround_ext.memory import device_memory, free_device_memory, host_memory
-from adaround_ext.model_checks import check_module, refuse_inference
+from adaround_ext.model_checks import check_devices, check_module, refuse_inference
 from adaround_ext.model_report import LayerEntry, ModelReport
 from adaround_ext.overrides import Overrides
 from adaround_ext.plan import FilterFn, Plan, make_plan
@@ -138,6 +138,7 @@ def quantize_(
     with ExitStack() as stack:
         home = single_device(model)
         device = home if device is None else _device(device)
+        check_devices(model, device)
         free = free_device_memory(device)
         if device_budget is None or free == 0:
             device_budget = free // _SHARE

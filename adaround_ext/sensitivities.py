@@ -22,7 +22,7 @@ from adaround_ext.collect import Collector, Unit, make_units, parallel_segments
 from adaround_ext.config import AdaRoundConfig, check_int, make_config
 from adaround_ext.distributed import ALONE
 from adaround_ext.fitting import of_calls
-from adaround_ext.model_checks import check_module
+from adaround_ext.model_checks import check_devices, check_module
 from adaround_ext.overrides import Overrides
 from adaround_ext.plan import FilterFn, Target, make_plan
 from adaround_ext.precision import full_precision
@@ -76,6 +76,7 @@ def sensitivity(
     model returns no floating-point tensor, none but zeros, or other shapes when it is quantized.
     """
     check_module(model)
+    check_devices(model)
     widths = _widths(bits)
     config = make_config(AdaRoundConfig(preset="fast") if config is None else config, settings)
     if average_bits is not None:
