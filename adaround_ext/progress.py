@@ -20,6 +20,7 @@ class FittingBar(tqdm):  # type: ignore[type-arg]
 
     def __init__(self, costs: Sequence[float], shown: bool) -> None:
         """costs: of each layer, about proportional to the time that solving it takes."""
+        self._waiting = len(costs)
         self._each = 0.5 / max(1, len(costs))
         self._by_cost = 0.5 / (sum(costs) or 1.0)
         self._text = ""
@@ -34,7 +35,8 @@ class FittingBar(tqdm):  # type: ignore[type-arg]
 
     def finish(self, name: str, cost: float, report: LayerReport, restored: bool) -> None:
         """Counts a layer; of one from a checkpoint nothing can be told about time."""
-        share = self._each + self._by_cost * cost
+        self._waiting -= 1
+        share = self._each + self._by_cost * cost if self._waiting else 1 - self.n
         if restored:
             self._before += share
         relative = report.relative

@@ -20,6 +20,7 @@ from adaround_ext.calibration import Calibration, ForwardFn, PaddingMask, single
 from adaround_ext.capture import Replay, Watch
 from adaround_ext.collect import Collector, Unit, make_units, parallel_segments
 from adaround_ext.config import AdaRoundConfig, check_int, make_config
+from adaround_ext.coverage import few_quantized
 from adaround_ext.distributed import ALONE
 from adaround_ext.fitting import of_calls
 from adaround_ext.model_checks import check_devices, check_module
@@ -110,6 +111,8 @@ def sensitivity(
             local = _quantized(replay, data, units, widths, cache, progress)
         network = _measured(data, plan.targets, widths, cache, batches, config.seed, progress)
     layers = tuple(target.name for target in plan.targets)
+    weights = [target.matrix.layer.get_parameter("weight") for target in plan.targets]
+    few = few_quantized(model, weights, plan.skipped)
     return Sensitivity(
         model=type(model).__name__,
         layers=layers,
@@ -119,7 +122,7 @@ def sensitivity(
         network=network,
         average_bits=average_bits,
         batches=batches,
-        notes=tuple(data.notes + prepared.notes + plan.notes + replay.notes()),
+        notes=tuple(few + data.notes + prepared.notes + plan.notes + replay.notes()),
     )
 
 
