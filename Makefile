@@ -67,7 +67,7 @@ build: $(DONE)/build  ## the native libraries, in place
 
 wheel: $(DONE)/wheel  ## sdist, and from it a wheel for other machines, in dist
 	rm -rf dist build/wheel
-	$(BIN)/python -m build --no-isolation --outdir build/wheel
+	TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-all} $(BIN)/python -m build --no-isolation --outdir build/wheel
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check_wheel.sh build/wheel/*.whl dist
 	cp build/wheel/*.tar.gz dist
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import traceback
@@ -54,19 +55,26 @@ def _process_as_before() -> Iterator[None]:
     path = list(sys.path)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     bars = _progress_bars()
+    logger = logging.getLogger("adaround_ext")
+    logger.addFilter(_no_warning)  # the summary has it
     try:
         with torch.random.fork_rng(list(devices)):
             yield
     finally:
+        logger.removeFilter(_no_warning)
         sys.path[:] = path
         if bars != _progress_bars():
             sys.modules["transformers.utils.logging"].enable_progress_bar()
 
 
+def _no_warning(record: logging.LogRecord) -> bool:
+    return record.levelno != logging.WARNING
+
+
 def _progress_bars() -> bool:
     """Whether transformers shows them, which --quiet switches off."""
-    logging = sys.modules.get("transformers.utils.logging")
-    return logging is None or logging.is_progress_bar_enabled()
+    module = sys.modules.get("transformers.utils.logging")
+    return module is None or module.is_progress_bar_enabled()
 
 
 def _line(error: Exception) -> str:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from adaround_ext.apply import swapped
 from adaround_ext.calibration import Calibration
@@ -23,6 +22,7 @@ from adaround_ext.distributed import Ranks
 from adaround_ext.kept import Wanted
 from adaround_ext.mapped import Offload
 from adaround_ext.plan import Target
+from adaround_ext.progress import FittingBar
 from adaround_ext.recording import Stream
 from adaround_ext.report import LayerReport
 from adaround_ext.result import LayerResult, QuantizedWeight
@@ -83,16 +83,14 @@ class Fitter:
         self._unpaired: dict[str, tuple[int, int]] = {}  # rows by names of units, and of all rows
         # Weights and biases of layers that are done, and still run.
         self._pending: dict[Target, tuple[Tensor, Tensor | None]] = {}
-        with tqdm(
-            total=sum(target.cost for target in targets),
-            disable=not (self.progress and self.ranks.first),
-            bar_format="{percentage:3.0f}% |{bar}| {elapsed} < {remaining}{postfix}",
-        ) as bar:
+        shown = self.progress and self.ranks.first
+        with FittingBar([target.cost for target in targets], shown) as bar:
             for segment in self.segments:
                 results = self._restored(segment)
-                missing = [unit for unit in segment if unit not in results]
+                restored = set(results)
+                missing = [unit for unit in segment if unit not in restored]
                 if missing:
-                    bar.set_postfix_str(" " + ", ".join(unit.names for unit in missing))
+                    bar.begin([target.name for unit in missing for target in unit.targets])
                     results.update(self._fit(missing))
                 for unit in segment:
                     if unit not in results:
@@ -101,11 +99,7 @@ class Fitter:
                         continue
                     for target, result in zip(unit.targets, results[unit], strict=True):
                         self._finish(target, result)
-                        report = result.report.relative
-                        bar.set_postfix_str(
-                            f" {target.name}: {report['nearest']:.3g} -> {report['final']:.3g}"
-                        )
-                        bar.update(target.cost)
+                        bar.finish(target.name, target.cost, result.report, unit in restored)
                 self._release()
         if not self.fitted:
             raise ValueError(f"calibration must reach {targets[0].name}, got no rows of any layer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -25,12 +26,13 @@ from adaround_ext.census import Census, NewCalls
 from adaround_ext.checkpoint import Checkpoint, traced_batches
 from adaround_ext.collect import Unit, parallel_segments, sequential_segments
 from adaround_ext.config import AdaRoundConfig, make_config
+from adaround_ext.coverage import few_quantized
 from adaround_ext.distributed import Ranks, Reduction
 from adaround_ext.fingerprint import model_digest
 from adaround_ext.fitting import Fitter, wanted_by
 from adaround_ext.mapped import Offload
 from adaround_ext.memory import device_memory, free_device_memory, host_memory
-from adaround_ext.model_checks import check_module, refuse_inference
+from adaround_ext.model_checks import check_devices, check_module, refuse_inference
 from adaround_ext.model_report import LayerEntry, ModelReport
 from adaround_ext.overrides import Overrides
 from adaround_ext.padding import PaddingMask
@@ -40,6 +42,7 @@ from adaround_ext.residence import Residence
 from adaround_ext.run_record import plain_config, plain_name, run_fingerprint, versions
 from adaround_ext.trace import evaluation
 
+_logger = logging.getLogger("adaround_ext")
 _MODES = ("sequential", "parallel")
 _BATCH_NORM = ("fold", "keep")
 _SHARE = 4  # of a GPU's free memory one in so many bytes is for what is kept
@@ -141,6 +144,7 @@ def quantize_(
     with ExitStack() as stack:
         home = single_device(model)
         device = home if device is None else _device(device)
+        check_devices(model, device)
         free = free_device_memory(device)
         if device_budget is None or free == 0:
             device_budget = free // _SHARE
@@ -243,6 +247,10 @@ def quantize_(
         memory["device_peak"] = device_memory(device)
     else:
         del memory["cache_device"]
+    weights = [target.matrix.layer.get_parameter("weight") for target in plan.targets]
+    few = few_quantized(model, weights, plan.skipped)
+    for note in few if ranks.first else ():
+        _logger.warning("%s", note)
     return ModelReport(
         model=type(model).__name__,
         mode=mode,
@@ -253,7 +261,7 @@ def quantize_(
         passes=passes + (activations is not None),
         batches=data.batches,
         samples=data.samples,
-        notes=tuple(data.notes + prepared.notes + plan.notes + fitter.notes),
+        notes=(*few, *data.notes, *prepared.notes, *plan.notes, *fitter.notes),
         seconds=laps,
         memory=memory,
         versions=versions(),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
+
+from adaround_ext.native import check_device
 
 
 def check_module(model: object) -> None:
@@ -18,3 +21,11 @@ def refuse_inference(tensors: Iterable[tuple[str, Tensor]]) -> None:
     for name, tensor in tensors:
         if tensor.is_inference():
             raise ValueError(f"model must not be made in inference_mode, as {name} was")
+
+
+def check_devices(model: nn.Module, device: torch.device | None = None) -> None:
+    """ValueError for a parameter's device, or that to work on, for which there are no kernels."""
+    if device is not None:
+        check_device("device", device)
+    for name, parameter in model.named_parameters():
+        check_device(name, parameter.device)

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaround_ext.config import AdaRoundConfig
+from adaround_ext.coverage import told_first
 from adaround_ext.json_values import check_keys, check_type, read_value, write_atomically
 from adaround_ext.report import LayerReport
-from adaround_ext.report_plot import as_bytes, as_count, as_percent, as_time
+from adaround_ext.report_plot import as_bytes, as_count, as_percent, as_shape, as_time
+from adaround_ext.wording import warning_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,6 +74,19 @@ class LayerEntry:
         each = _SCALE_BITS[self.config["scale_dtype"]] + (0 if self.config["symmetric"] else bits)
         return bits * self.weights + scales * each if self.weights else 0
 
+    @property
+    def granularity(self) -> str:
+        """What has a scale: "tensor", "channel", or so many "columns"."""
+        names = {"per_tensor": "tensor", "per_channel": "channel"}
+        columns = f"{self.config['group_size']} columns"
+        return names.get(self.config["granularity"], columns)
+
+    def __repr__(self) -> str:
+        return (
+            f"LayerEntry({self.name}: {self.kind} {as_shape(self.shape)}, {self.config['bits']} "
+            f"bits, a scale per {self.granularity}, {self.report.change})"
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelReport:
@@ -127,6 +142,11 @@ class ModelReport:
     def nearest_error(self) -> float:
         """The same for rounding to nearest."""
         return self._mean("nearest")
+
+    @property
+    def warning(self) -> str | None:
+        """What to know first: most parameters were not quantized, and why; None if they were."""
+        return told_first(self.notes, self.quantized_parameters, self.parameters)
 
     @property
     def flipped(self) -> float:
@@ -203,12 +223,28 @@ class ModelReport:
             write_atomically(Path(path), text)
         return text
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        return f"ModelReport({self._title()}, error {self._error_line()}; print it for more)"
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from adaround_ext.report_notebook import model_fragment
+
+        return model_fragment(self)
+
+    def _title(self) -> str:
         count = len(self.layers)
-        stored = sum(entry.storage_bits for entry in self._stored())
-        lines = [
+        return (
             f"{self.model}: {count} layer{'s' * (count != 1)} at {self.average_bits:.2f} bits a "
-            f"weight ({self.mode}, seed {self.seed})",
+            f"weight"
+        )
+
+    def __str__(self) -> str:
+        stored = sum(entry.storage_bits for entry in self._stored())
+        lines = [f"{self._title()} ({self.mode}, seed {self.seed})"]
+        if self.warning is not None:
+            lines += warning_lines(self.warning)
+        lines += [
             f"  weights      {as_count(self.quantized_parameters)} of "
             f"{as_count(self.parameters)} parameters, {as_bytes(stored / 8)} with scales",
             f"  calibration  {self.samples} samples in {self.batches} batches, "
@@ -237,9 +273,9 @@ class ModelReport:
                 f"(nearest {as_percent(relative['nearest'])})"
             )
         if self.skipped:
-            lines.append(f"  skipped      {len(self.skipped)}, see skipped")
+            lines.append(f"  skipped      {len(self.skipped)}, see report.skipped")
         if self.notes:
-            lines.append(f"  notes        {len(self.notes)}, see notes")
+            lines.append(f"  notes        {len(self.notes)}, see report.notes")
         return "\n".join(lines)
 
     def _error_line(self) -> str:

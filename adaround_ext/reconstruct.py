@@ -14,6 +14,7 @@ from adaround_ext import data
 from adaround_ext.choice import choose_objective
 from adaround_ext.config import AdaRoundConfig, make_config
 from adaround_ext.layers import MatrixLayer, matrix_layer
+from adaround_ext.native import check_device
 from adaround_ext.pose import gram_problems, sampled_problems
 from adaround_ext.precision import full_precision
 from adaround_ext.problem import Problem
@@ -93,6 +94,7 @@ def _check_layers(layers: list[MatrixLayer]) -> None:
         raise ValueError("layer must be a module or at least one of them, got an empty sequence")
     for layer in layers:
         weight = layer.weight
+        check_device(f"weight of {_name([layer])}", weight.device)
         bad = weight.numel() - int(torch.isfinite(weight).sum())
         if bad:
             raise ValueError(

@@ -76,6 +76,21 @@ class LayerReport:
         """:meth:`to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
+    @property
+    def change(self) -> str:
+        """The relative error of rounding to nearest and the final one, in words."""
+        relative = self.relative
+        return f"error {relative['nearest']:.3g} -> {relative['final']:.3g}"
+
+    def __repr__(self) -> str:
+        return f"LayerReport({self.objective}, {self.preset}, {self.bits} bits, {self.change})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from adaround_ext.report_notebook import layer_fragment
+
+        return layer_fragment(self)
+
     def __str__(self) -> str:
         relative = self.relative
         return (

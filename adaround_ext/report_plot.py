@@ -64,6 +64,11 @@ def as_count(count: int) -> str:
     return f"{_three_digits(count / scale)} {unit}"
 
 
+def as_shape(shape: Sequence[int]) -> str:
+    """As 384x1536."""
+    return "x".join(map(str, shape)) or "scalar"
+
+
 def _three_digits(value: float) -> str:
     return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:,.0f}"
 

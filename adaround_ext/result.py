@@ -19,6 +19,7 @@ from adaround_ext import ops
 from adaround_ext.fingerprint import add_tensor
 from adaround_ext.layers import MatrixLayer
 from adaround_ext.report import LayerReport
+from adaround_ext.report_plot import as_shape
 
 _FORMAT = "adaround_ext.layer.3"
 
@@ -54,6 +55,9 @@ class QuantizedWeight:
     zero_point: Tensor
     bits: int
 
+    def __repr__(self) -> str:
+        return f"QuantizedWeight({_grid(self.codes, self.scale, self.bits)})"
+
     def to(self, device: torch.device) -> QuantizedWeight:
         """The same with its tensors on ``device``."""
         names = ("codes", "scale", "zero_point")
@@ -81,6 +85,14 @@ class LayerResult:
     zero_point: Tensor
     bias: Tensor | None
     report: LayerReport
+
+    def __repr__(self) -> str:
+        grid = _grid(self.codes, self.scale, self.report.bits)
+        return f"LayerResult(weight {as_shape(self.weight_q.shape)}: {grid}, {self.report.change})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return self.report._repr_html_()
 
     def apply_(self, layer: nn.Module) -> None:
         """Writes weight_q (and a new bias) into ``layer``; ValueError where it does not fit.
@@ -150,6 +162,14 @@ class LayerResult:
         names = ("weight_q", "codes", "scale", "zero_point")
         tensors = {name: getattr(self, name) for name in names}
         return tensors if self.bias is None else tensors | {"bias": self.bias}
+
+
+def _grid(codes: Tensor, scale: Tensor, bits: int) -> str:
+    """In words: how many codes of how many bits, and what has a scale."""
+    (rows, cols), groups = codes.shape, scale.shape[1]
+    each = f"{cols // groups} columns" if groups > 1 else "channel"
+    each = "tensor" if scale.numel() == 1 and rows > 1 else each
+    return f"{as_shape((rows, cols))} codes of {bits} bits, a scale per {each}"
 
 
 def _digest(tensors: Mapping[str, Tensor], report: str) -> str:

@@ -23,9 +23,10 @@ from adaround_ext.capture import Replay, Watch
 from adaround_ext.census import Census, NewCalls, batches_to_trace
 from adaround_ext.collect import Collector, Unit, parallel_segments
 from adaround_ext.config import AdaRoundConfig, check_int, make_config
+from adaround_ext.coverage import few_quantized
 from adaround_ext.distributed import ALONE
 from adaround_ext.fitting import of_calls
-from adaround_ext.model_checks import check_module
+from adaround_ext.model_checks import check_devices, check_module
 from adaround_ext.overrides import Overrides
 from adaround_ext.padding import PaddingMask
 from adaround_ext.plan import FilterFn, Target
@@ -80,6 +81,7 @@ def sensitivity(
     model returns no floating-point tensor, none but zeros, or other shapes when it is quantized.
     """
     check_module(model)
+    check_devices(model)
     widths = _widths(bits)
     config = make_config(AdaRoundConfig(preset="fast") if config is None else config, settings)
     if average_bits is not None:
@@ -129,8 +131,10 @@ def sensitivity(
             raise ValueError(f"calibration must reach {name}, got no rows of any layer")
         network = _measured(data, padding, targets, widths, cache, batches, config.seed, progress)
     layers = tuple(target.name for target in targets)
-    left = [target.name for target in plan.targets if target.name not in layers]
-    empty = [f"{name}: no row of the calibration data came to it" for name in left]
+    reason = "no row of the calibration data came to it"
+    empty = {target.name: reason for target in plan.targets if target.name not in layers}
+    weights = [target.matrix.layer.get_parameter("weight") for target in targets]
+    few = few_quantized(model, weights, plan.skipped | empty)
     return Sensitivity(
         model=type(model).__name__,
         layers=layers,
@@ -140,7 +144,14 @@ def sensitivity(
         network=network,
         average_bits=average_bits,
         batches=batches,
-        notes=tuple(data.notes + prepared.notes + plan.notes + empty + replay.notes()),
+        notes=tuple(
+            few
+            + data.notes
+            + prepared.notes
+            + plan.notes
+            + [f"{name}: {why}" for name, why in empty.items()]
+            + replay.notes()
+        ),
     )
 
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaround_ext.assignment import assign_bits, check_budget
+from adaround_ext.coverage import FEW
 from adaround_ext.json_values import check_keys, read_value, write_atomically
 from adaround_ext.report_plot import FAINT, INK, as_count, as_percent
+from adaround_ext.wording import warning_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -147,6 +149,19 @@ class Sensitivity:
         """
         return _draw(self, path)
 
+    def __repr__(self) -> str:
+        count, bits = len(self.layers), ", ".join(map(str, self.bits))
+        return (
+            f"Sensitivity({self.model}: {count} layer{'s' * (count != 1)} at {bits} bits; "
+            "print it for more)"
+        )
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from adaround_ext.report_notebook import sensitivity_fragment
+
+        return sensitivity_fragment(self)
+
     def __str__(self) -> str:
         chosen = None if self.average_bits is None else self.suggest()
         rows = [["layer", "weights", *(f"{b} bits" for b in self.bits)]]
@@ -158,6 +173,9 @@ class Sensitivity:
                 row.append(str(cell))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [f"{self.model}: error of the outputs with one layer quantized, worst layers first"]
+        few = [note for note in self.notes if note.startswith(FEW)]
+        for note in few:
+            lines += warning_lines(note)
         for name, *cells in rows:
             padded = (c.rjust(w) for c, w in zip(cells, widths[1:], strict=True))
             lines.append("  ".join(["", name.ljust(widths[0]), *padded]))
@@ -166,6 +184,8 @@ class Sensitivity:
                 f"  chosen for at most {self.average_bits:g} bits a weight: errors sum up to "
                 f"{as_percent(self.predicted(chosen))}"
             )
+        if len(self.notes) > len(few):
+            lines.append(f"  notes: {len(self.notes)}, see its notes")
         return "\n".join(lines)
 
 

@@ -22,6 +22,8 @@ extensions = [
     "outside_pages",
 ]
 exclude_patterns = ["extensions"]
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 
 # Markdown as GitHub reads it: $ and $$ are math, links go to the headings' names.
 myst_enable_extensions = ["dollarmath"]

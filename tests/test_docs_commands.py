@@ -65,7 +65,7 @@ def _check_make(arguments: list[str]) -> None:
 
 def _check_extras(words: list[str]) -> None:
     project = documents.read("pyproject.toml")
-    for group in re.findall(r"adaround_ext\[([a-z,-]+)\]", " ".join(words)):
+    for group in re.findall(r"(?:adaround_ext|\.)\[([a-z,-]+)\]", " ".join(words)):
         for extra in group.split(","):
             assert re.search(rf"^{extra} = \[", project, re.M), f"there is no extra {extra}"
 

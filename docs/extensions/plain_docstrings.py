@@ -17,17 +17,23 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util.nodes import make_refnode
 
-# What reStructuredText has its own meaning for and the docstrings use as such: ``code``, :role:`x`.
-_MARKED = re.compile(r"(``.+?``|:[a-z]+:`.+?`)")
+# What reStructuredText has its own meaning for and the docstrings use as such: ``code``, :role:`x`,
+# also over the end of a line, and `code` as in Markdown.
+_MARKED = re.compile(r"(``(?:(?!\n\n).)+?``|:[a-z]+:`[^`]+?`|(?<!`)`[^`\n]+`(?!`))", re.S)
 _SPECIAL = re.compile(r"[*|\\`]|(?<=\w)_(?=\W|$)")
 
 
-def escaped(line: str) -> str:
-    """The line with everything but code and roles as it stands."""
-    parts = _MARKED.split(line)
+def escaped(text: str) -> str:
+    """The text with everything but code and roles as it stands."""
+    parts = _MARKED.split(text)
     return "".join(
-        part if index % 2 else _SPECIAL.sub(r"\\\g<0>", part) for index, part in enumerate(parts)
+        _marked(part) if index % 2 else _SPECIAL.sub(r"\\\g<0>", part)
+        for index, part in enumerate(parts)
     )
+
+
+def _marked(part: str) -> str:
+    return f"`{part}`" if re.match("`[^`]", part) else part
 
 
 def arguments(obj: Any) -> re.Pattern[str] | None:
@@ -48,7 +54,7 @@ def process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: li
     """Names of arguments in bold; a line that begins with one begins a paragraph."""
     item = arguments(obj) if what in ("class", "function", "method") else None
     found: list[str] = []
-    for line in map(escaped, lines):
+    for line in escaped("\n".join(lines)).split("\n"):
         if item is None:
             found.append(line)
             continue
