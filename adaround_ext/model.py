@@ -22,13 +22,14 @@ from adaround_ext.calibration import Calibration, ForwardFn, PaddingMask, single
 from adaround_ext.capture import Replay
 from adaround_ext.checkpoint import Checkpoint
 from adaround_ext.collect import Unit, make_units, parallel_segments, sequential_segments
-from adaround_ext.config import AdaRoundConfig, make_config
+from adaround_ext.config import AdaRoundConfig
 from adaround_ext.distributed import Ranks, Reduction
+from adaround_ext.export_goal import Goal
 from adaround_ext.fingerprint import model_digest
 from adaround_ext.fitting import Fitter, wanted_by
 from adaround_ext.mapped import Offload
 from adaround_ext.memory import device_memory, free_device_memory, host_memory
-from adaround_ext.model_checks import check_module, refuse_inference
+from adaround_ext.model_checks import check_module, device_here, refuse_inference
 from adaround_ext.model_report import LayerEntry, ModelReport
 from adaround_ext.overrides import Overrides
 from adaround_ext.plan import FilterFn, Plan, make_plan
@@ -66,6 +67,7 @@ def quantize_(
     offload_dir: str | None = None,
     process_group: dist.ProcessGroup | None = None,
     reduction: Reduction = "ordered",
+    export_for: str | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> ModelReport:
@@ -121,6 +123,10 @@ def quantize_(
     reduction: "ordered": the codes are those of one process with as many threads, bit by bit.
     "fast": statistics are summed by one all-reduce, with less memory (a matrix a layer and rank
     instead of up to 16 over all ranks) and other last bits for other numbers of ranks.
+    export_for: "onnxruntime", "openvino", "tensorrt", "vllm", "transformers" or "gguf": what that
+    format takes is chosen before anything is optimised (grid, groups, dtype of scales, layers left
+    alone), where settings and overrides leave it open; what cannot end there is refused then.
+    A bfloat16 model becomes float32 for the first three. :data:`EXPORT_TARGETS` says more.
     progress: show a bar.
 
     The model is run in eval mode without gradients. It changes only at the very end, so after an
@@ -129,15 +135,19 @@ def quantize_(
     Returns a :class:`ModelReport`: every layer in numbers, and what was skipped, with the reason.
     Raises TypeError and ValueError that name the argument or layer, the rule and what came.
     """
-    config = make_config(config, settings)
     _check(model, mode, batch_norm, activations)
+    goal = Goal(export_for, model)
+    config = goal.config(config, settings)
+    goal.check_activations(activations)
+    batch_norm = goal.batch_norm(batch_norm)
     _check_budgets(memory_budget, device_budget)
     ranks = Ranks(process_group, reduction)
     started = time.perf_counter()
     host_before, _ = host_memory()
     with ExitStack() as stack:
+        stack.enter_context(goal.widened())
         home = single_device(model)
-        device = home if device is None else _device(device)
+        device = home if device is None else device_here(device)
         free = free_device_memory(device)
         if device_budget is None or free == 0:
             device_budget = free // _SHARE
@@ -161,8 +171,10 @@ def quantize_(
         with ranks.together("tracing"):
             prepared = prepare_(model, lambda: data.run(0), undo, batch_norm, equalize)
             seen = prepared.trace
-            refused = unlike_layers(model, seen, lambda: data.run(0))
-            plan = make_plan(model, seen, config, overrides, filter_fn, activation_aware, refused)
+            refused = unlike_layers(model, seen, lambda: data.run(0)) | goal.refused()
+            changes = goal.overrides(overrides), filter_fn, activation_aware
+            plan = make_plan(model, seen, config, *changes, refused, goal.settings)
+            goal.check(plan.targets)
             units = make_units(plan.targets)
             calls = block_calls(model, seen, find_blocks(model, seen, blocks))
             switch, common = None, _common(calls, plan)
@@ -223,7 +235,7 @@ def quantize_(
         passes=passes + (activations is not None),
         batches=data.batches,
         samples=data.samples,
-        notes=tuple(data.notes + prepared.notes + plan.notes + fitter.notes),
+        notes=tuple(goal.notes + data.notes + prepared.notes + plan.notes + fitter.notes),
         seconds=laps,
         memory=memory,
         versions=versions(),
@@ -253,17 +265,6 @@ def _check_budgets(memory: object, device: object) -> None:
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"{name} must be a number of bytes, got {value!r}")
-
-
-def _device(device: torch.device | str) -> torch.device:
-    """``device`` as torch knows it, ValueError where there is none that holds data."""
-    try:
-        found = torch.empty(1, device=device).device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"device must be one of this machine, got {device!r}: {error}") from error
-    if found.type == "meta":
-        raise ValueError(f"device must hold data, got {device!r}")
-    return found
 
 
 def _common(calls: list[BlockCall], plan: Plan) -> int:

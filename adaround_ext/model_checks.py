@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 
@@ -18,3 +19,14 @@ def refuse_inference(tensors: Iterable[tuple[str, Tensor]]) -> None:
     for name, tensor in tensors:
         if tensor.is_inference():
             raise ValueError(f"model must not be made in inference_mode, as {name} was")
+
+
+def device_here(device: torch.device | str) -> torch.device:
+    """``device`` as torch knows it, ValueError where there is none that holds data."""
+    try:
+        found = torch.empty(1, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device must be one of this machine, got {device!r}: {error}") from error
+    if found.type == "meta":
+        raise ValueError(f"device must hold data, got {device!r}")
+    return found
