@@ -15,18 +15,13 @@ from torch import Tensor, nn
 
 from adaround_ext.activations import ActivationConfig
 from adaround_ext.config import SCALE_DTYPES, AdaRoundConfig, make_config
-from adaround_ext.export import compressed_tensors, gguf
 from adaround_ext.export.hugging_face import check_alike, skeleton
-from adaround_ext.export.layers import QuantizedLayer, refuse
-from adaround_ext.export.onnx_targets import TARGETS
-from adaround_ext.export.onnx_weights import stored_weight
+from adaround_ext.export_checks import check_layers
 from adaround_ext.export_targets import ExportTarget, export_target
-from adaround_ext.grid import quant_range
-from adaround_ext.layers import SUPPORTED, MatrixLayer
+from adaround_ext.layers import SUPPORTED
 from adaround_ext.overrides import Overrides
 from adaround_ext.plan import Target
 from adaround_ext.prepare import BatchNorm
-from adaround_ext.result import QuantizedWeight
 
 _GRID = ("symmetric", "narrow_range", "granularity", "group_size", "scale_dtype")
 
@@ -149,6 +144,12 @@ class Goal:
                 found[module] = f"{target.name}: {reason}"
         return found
 
+    def left_names(self) -> set[str]:
+        """Layers that stay as they are, by their names as patterns."""
+        left = self.refused()
+        names = {name for name, module in self._model.named_modules() if module in left}
+        return {escape(name) for name in names | set(self.heads())}
+
     def _owners(self) -> Counter[int]:
         """How many modules have each parameter."""
         modules = self._model.modules()
@@ -166,7 +167,7 @@ class Goal:
             return f"its columns must be whole blocks of {target.columns}, got {layer.in_features}"
         if target.pretrained and owners > 1:
             return f"packed weights cannot be shared, got that of {owners} modules"
-        if weight.dtype not in dtypes:
+        if _dtype_there(target, weight) not in dtypes:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             return f"its dtype must be {names or 'one that it has'}, got {weight.dtype}"
         return None
@@ -177,7 +178,7 @@ class Goal:
         if target is None:
             return dict(given)
         asked = self._asked | set(given)
-        dtype = layer.get_parameter("weight").dtype
+        dtype = _dtype_there(target, layer.get_parameter("weight"))
         bits = given.get("bits", config.bits)
         found: dict[str, Any] = {}
         if isinstance(layer, nn.Linear):
@@ -213,39 +214,14 @@ class Goal:
 
     def check(self, targets: Sequence[Target]) -> None:
         """ValueError naming the layers whose settings the target cannot hold, and why."""
-        goal = self._target
-        if goal is None:
-            return
-        layers = [_stand_in(target) for target in targets]
-        refuse(f"export_for={goal.name!r}", layers, lambda layer: self._obstacle(goal, layer))
-        grids = {(t.config.bits, t.config.symmetric, t.config.group_size) for t in targets}
-        unsigned = [layer.name for layer in layers if not layer.symmetric]
-        if goal.pretrained and len(grids) > 1 and unsigned:
-            rule = f"layers must all be symmetric, or share their settings, for {goal.name}"
-            raise ValueError(f"{rule}, got other settings beside asymmetric {unsigned[0]}")
+        if self._target is not None:
+            check_layers(self._target, self._model, targets)
 
-    def _obstacle(self, goal: ExportTarget, layer: QuantizedLayer) -> str | None:
-        """Why the format, at the settings of the stand-in, refuses a layer."""
-        if not layer.symmetric and layer.bits not in goal.asymmetric:
-            return f"it has no asymmetric codes of {layer.bits} bits; quantize with symmetric=True"
-        if goal.format == "gguf":
-            return gguf.obstacle(layer)
-        if goal.format == "compressed-tensors":
-            return compressed_tensors.obstacle(layer, self._model.dtype)  # type: ignore[arg-type]
-        runtime = TARGETS[goal.runtime]
-        reason = runtime.refuses_layer(layer, plain=True)
-        if reason is not None or (layer.granularity != "per_group" and layer.bits < 8):
-            return reason
-        try:
-            stored = stored_weight(
-                layer,
-                transpose=isinstance(layer.module, nn.Linear),
-                centred=not runtime.zero_points and not layer.symmetric,
-                blocks=runtime.linear_blocks,
-            )
-        except ValueError as error:  # it has no form
-            return str(error)
-        return runtime.refuses_weight(layer, stored)
+
+def _dtype_there(target: ExportTarget, weight: Tensor) -> torch.dtype:
+    """That of a weight when it is quantized."""
+    widened = weight.dtype == torch.bfloat16 and torch.bfloat16 not in target.dtypes
+    return torch.float32 if widened else weight.dtype
 
 
 def _merges_weights(model: Any) -> bool:
@@ -263,33 +239,3 @@ def _tensors(model: nn.Module) -> list[Tensor]:
     parameters = list(model.parameters())
     gradients = [p.grad for p in parameters if p.grad is not None]
     return [*gradients, *parameters, *model.buffers()]
-
-
-def _stand_in(target: Target) -> QuantizedLayer:
-    """A layer with the settings of ``target``, as if it was quantized, of the hardest values.
-
-    Codes are the lowest, scales have all digits of their dtype. Nothing takes memory; a Linear has
-    but two rows.
-    """
-    config, matrix = target.config, target.matrix
-    if isinstance(matrix.layer, nn.Linear):
-        matrix = MatrixLayer(matrix.layer, min(matrix.rows, 2), matrix.cols)
-    qmin, _ = quant_range(config.bits, config.symmetric, config.narrow_range)
-    limits = torch.finfo(config.scale_dtype)
-    kind = torch.int8 if config.symmetric else torch.uint8
-    groups = 1 if config.group_size is None else matrix.cols // config.group_size
-    shape = (1 if config.granularity == "per_tensor" else matrix.rows, groups)
-    codes = torch.full((1, 1), qmin, dtype=kind, device="cpu")
-    scale = torch.full((1, 1), (2 - limits.eps) * limits.tiny, dtype=torch.float32, device="cpu")
-    zero_point = torch.zeros(1, 1, dtype=torch.int32, device="cpu")
-    return QuantizedLayer(
-        target.name,
-        (target.name, *(name for name, _ in target.tied)),
-        matrix,
-        QuantizedWeight(
-            codes.expand(matrix.rows, matrix.cols),
-            scale.expand(shape),
-            zero_point.expand(shape),
-            config.bits,
-        ),
-    )

@@ -25,6 +25,7 @@ from adaround_ext.collect import Unit, make_units, parallel_segments, sequential
 from adaround_ext.config import AdaRoundConfig
 from adaround_ext.distributed import Ranks, Reduction
 from adaround_ext.export_goal import Goal
+from adaround_ext.files import path_from
 from adaround_ext.fingerprint import model_digest
 from adaround_ext.fitting import Fitter, wanted_by
 from adaround_ext.mapped import Offload
@@ -138,6 +139,7 @@ def quantize_(
     _check(model, mode, batch_norm, activations)
     goal = Goal(export_for, model)
     config = goal.config(config, settings)
+    cache_dir = None if cache_dir is None else str(path_from(cache_dir))
     goal.check_activations(activations)
     batch_norm = goal.batch_norm(batch_norm)
     _check_budgets(memory_budget, device_budget)
