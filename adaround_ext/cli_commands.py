@@ -27,6 +27,7 @@ from adaround_ext.export_goal import Goal
 from adaround_ext.export_targets import EXPORT_TARGETS
 from adaround_ext.layers import SUPPORTED
 from adaround_ext.model import quantize_
+from adaround_ext.model_checks import device_here
 from adaround_ext.model_report import ModelReport
 from adaround_ext.native import build_info
 from adaround_ext.plan import make_plan
@@ -149,6 +150,8 @@ def _check_options(args: Namespace) -> None:
     if args.checkpoint_dir is not None and Path(args.checkpoint_dir).is_file():
         got = f"got the file {args.checkpoint_dir}"
         raise ValueError(f"--checkpoint-dir must be a directory, {got}")
+    if args.device is not None:
+        device_here(args.device)
     if args.export_for is not None:
         EXPORT_TARGETS[args.export_for].check_packages()
     check_data(args.data)

@@ -143,6 +143,9 @@ def settings(
     if args.scale_dtype is not None:
         chosen["scale_dtype"] = DTYPES[args.scale_dtype]
     config = make_config(None, chosen)
+    if args.export_for is not None:
+        target = EXPORT_TARGETS[args.export_for]
+        target.check_config(make_config(None, target.choices | chosen))
     changes: dict[str, dict[str, Any] | str] = {}
     for pattern, change in args.changes:
         before = changes.pop(pattern, None)
@@ -164,11 +167,14 @@ def activations(args: argparse.Namespace) -> ActivationConfig | None:
         if args.activation_symmetric or args.activation_ranges is not None:
             raise ValueError("--activation-bits must be given with options of activations")
         return None
-    return ActivationConfig(
+    config = ActivationConfig(
         bits=args.activation_bits,
         symmetric=args.activation_symmetric or bool(target and not target.activation_zero_points),
         ranges=args.activation_ranges or "mse",
     )
+    if target is not None:
+        target.check_activations(config)
+    return config
 
 
 # What Python calls settings, in messages, and what the command line has for them.
@@ -182,7 +188,7 @@ _IN_PYTHON = (
     (r"scale_dtype=(?:torch\.)?(\w+)", r"--scale-dtype \1"),
     (r"narrow_range=True", "--narrow-range"),
     (r"^export_for=", "--for "),
-    (r"\b(checkpoint_dir|cache_dir|memory_budget|average_bits|scale_dtype|export_for)"
+    (r"\b(device|checkpoint_dir|cache_dir|memory_budget|average_bits|scale_dtype|export_for)"
      r"(?= (?:must|needs))", lambda match: f"--{match[1].replace('_', '-')}"),
 )  # fmt: skip
 

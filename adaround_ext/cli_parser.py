@@ -100,7 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
     add.add_sensitivity(command)
     add.add_model(command, needs_data=True)
     add.add_grid(command, bits=False)
-    command.set_defaults(steps=None)
+    command.set_defaults(steps=None, export_for=None)
 
     command = _command(found, "inspect", "what would be quantized", _INSPECT, _INSPECT_EXAMPLES)
     add.add_target(command)

@@ -69,9 +69,8 @@ class Goal:
         plain = AdaRoundConfig()
         changed = {name for name in _GRID if getattr(made, name) != getattr(plain, name)}
         self._asked = changed | set(settings)
-        only = self._target.scale_dtype
-        if only is not None and "scale_dtype" not in self._asked:
-            made = self._config = dataclasses.replace(made, scale_dtype=only)
+        left = {n: v for n, v in self._target.choices.items() if n not in self._asked}
+        made = self._config = dataclasses.replace(made, **left)
         self._target.check_config(made)
         return made
 

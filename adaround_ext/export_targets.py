@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -56,6 +56,11 @@ class ExportTarget:
     def check_packages(self) -> None:
         """ImportError, with what to install, where the format cannot be written."""
         need(f"exporting for {self.name}", self.extra, *self.packages)
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """Settings of all layers, which the caller's come after."""
+        return {} if self.scale_dtype is None else {"scale_dtype": self.scale_dtype}
 
     def check_config(self, config: AdaRoundConfig) -> None:
         """ValueError for settings that no layer can have there."""
