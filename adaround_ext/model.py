@@ -25,7 +25,6 @@ from adaround_ext.collect import Unit, make_units, parallel_segments, sequential
 from adaround_ext.config import AdaRoundConfig
 from adaround_ext.distributed import Ranks, Reduction
 from adaround_ext.export_goal import Goal
-from adaround_ext.files import path_from
 from adaround_ext.fingerprint import model_digest
 from adaround_ext.fitting import Fitter, wanted_by
 from adaround_ext.mapped import Offload
@@ -127,19 +126,19 @@ def quantize_(
     export_for: "onnxruntime", "openvino", "tensorrt", "vllm", "transformers" or "gguf": what that
     format takes is chosen before anything is optimised (grid, groups, dtype of scales, layers left
     alone), where settings and overrides leave it open; what cannot end there is refused then.
-    A bfloat16 model becomes float32 for the first three. :data:`EXPORT_TARGETS` says more.
+    A bfloat16 model becomes float32 for the first three.
     progress: show a bar.
 
     The model is run in eval mode without gradients. It changes only at the very end, so after an
     error it is as it was; parameters keep their identity, and tied weights stay tied. Each
     quantized module gets ``quantized_weight`` (:class:`QuantizedWeight`), the codes for export.
     Returns a :class:`ModelReport`: every layer in numbers, and what was skipped, with the reason.
-    Raises TypeError and ValueError that name the argument or layer, the rule and what came.
+    Raises TypeError and ValueError that name the argument or layer, the rule and what came;
+    ImportError where what writes the format of ``export_for`` is missing.
     """
     _check(model, mode, batch_norm, activations)
     goal = Goal(export_for, model)
     config = goal.config(config, settings)
-    cache_dir = None if cache_dir is None else str(path_from(cache_dir))
     goal.check_activations(activations)
     batch_norm = goal.batch_norm(batch_norm)
     _check_budgets(memory_budget, device_budget)
