@@ -154,7 +154,9 @@ def _example(args: Namespace, source: Source) -> Any:
 
 def _with_mask(source: Source, batch: Any) -> Any:
     """Token ids with the attention mask that goes with them, where the model takes one."""
-    if not source.pretrained or not isinstance(batch, Mapping) or "attention_mask" in batch:
+    if not source.pretrained or not isinstance(batch, Mapping):
+        return batch
+    if "input_ids" not in batch or "attention_mask" in batch:
         return batch
     if "attention_mask" not in inspect.signature(source.model.forward).parameters:
         return batch

@@ -183,13 +183,22 @@ _IN_PYTHON = (
      r"by --group-size, or --override '\1=group_size:-1'"),
     (r"""granularity=["']per_group["'], group_size=(\d+)""", r"--group-size \1"),
     (r"""granularity=["']per_channel["']""", "--group-size -1"),
+    (r"an even group_size", "an even --group-size"),
     (r"symmetric=True for activations", "--activation-symmetric"),
     (r"with symmetric=True", "without --asymmetric"),
+    (r"^symmetric must be True (for .*), got False", r"--asymmetric must be left out \1"),
+    (r"^activations must be None (for .*), got .*", r"--activation-bits must be left out \1"),
+    (r"^activations must be symmetric (for .*), got .*",
+     r"--activation-symmetric must be given \1"),
+    (r"^activations must be of", "--activation-bits must be"),
     (r"scale_dtype=(?:torch\.)?(\w+)", r"--scale-dtype \1"),
     (r"narrow_range=True", "--narrow-range"),
+    (r"; convert the model before it is quantized", "; quantize with --dtype float32"),
+    (r', but for others="float",', ""),
     (r"^export_for=", "--for "),
-    (r"\b(device|checkpoint_dir|cache_dir|memory_budget|average_bits|scale_dtype|export_for)"
-     r"(?= (?:must|needs))", lambda match: f"--{match[1].replace('_', '-')}"),
+    (r"^(bits|steps|seed|device|scale_dtype|average_bits)(?= must)|"
+     r"\b(checkpoint_dir|cache_dir|memory_budget)\b",
+     lambda match: f"--{match[0].replace('_', '-')}"),
 )  # fmt: skip
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from adaround_ext.cli_models import NAME, NamedModel, Source, imported, load_model, name_model
 from adaround_ext.cli_options import DTYPES
+from adaround_ext.conversion import converted
+from adaround_ext.export_targets import EXPORT_TARGETS
 from adaround_ext.model_checks import device_here
 
 __all__ = [
@@ -80,8 +82,13 @@ def load_inputs(args: Namespace) -> tuple[Source, Iterable[Any]]:
         sizes = {name: getattr(args, name) for name in ("nsamples", "seqlen", "batch_size")}
         batches = name_data(args.data, named, **sizes)
     dtype = None if args.dtype is None else DTYPES[args.dtype]
+    target = None if args.export_for is None else EXPORT_TARGETS[args.export_for]
+    if dtype is None and target is not None and torch.bfloat16 not in target.dtypes:
+        # As quantize_ would make it, but without a copy in bfloat16 first.
+        found = getattr(named.config, "dtype", None)
+        dtype = torch.float32 if found == torch.bfloat16 else None
     source = named.load(dtype, device, args.quiet)
-    return source, batches()
+    return source, in_dtype_of(source, batches())
 
 
 def load_data(
@@ -89,7 +96,18 @@ def load_data(
 ) -> Iterable[Any]:
     """The batches of :func:`name_data` for a model in memory."""
     sizes = {"nsamples": nsamples, "seqlen": seqlen, "batch_size": batch_size}
-    return name_data(name, source.named, **sizes)()
+    return in_dtype_of(source, name_data(name, source.named, **sizes)())
+
+
+def in_dtype_of(source: Source, batches: Iterable[Any]) -> Iterable[Any]:
+    """Floating-point tensors as a half-precision model of transformers takes them.
+
+    A loader need not know the dtype of the files.
+    """
+    dtype = getattr(source.model, "dtype", None) if source.pretrained else None
+    if dtype not in (torch.float16, torch.bfloat16):
+        return batches
+    return converted(batches, (torch.float32, torch.float64), dtype)
 
 
 def text_windows(tokenizer: Any, text: str, count: int, length: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from glob import escape
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from adaround_ext.activations import ActivationConfig
 from adaround_ext.config import SCALE_DTYPES, AdaRoundConfig, make_config
+from adaround_ext.conversion import converted
 from adaround_ext.export.hugging_face import check_alike, skeleton
 from adaround_ext.export_checks import check_layers
 from adaround_ext.export_targets import ExportTarget, export_target
@@ -102,6 +103,12 @@ class Goal:
             for tensor, data in before:
                 tensor.data = data
             raise
+
+    def batches(self, calibration: Iterable[Any]) -> Iterable[Any]:
+        """As the model takes them now: bfloat16 as float32 where it was made so."""
+        if not self.notes or not isinstance(calibration, Iterable):  # what is none is refused later
+            return calibration
+        return converted(calibration, (torch.bfloat16,), torch.float32)
 
     def overrides(self, overrides: Overrides | None) -> Overrides | None:
         """The caller's, after the target's: to leave the output embedding alone."""

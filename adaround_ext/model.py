@@ -123,10 +123,9 @@ def quantize_(
     reduction: "ordered": the codes are those of one process with as many threads, bit by bit.
     "fast": statistics are summed by one all-reduce, with less memory (a matrix a layer and rank
     instead of up to 16 over all ranks) and other last bits for other numbers of ranks.
-    export_for: "onnxruntime", "openvino", "tensorrt", "vllm", "transformers" or "gguf": what that
-    format takes is chosen before anything is optimised (grid, groups, dtype of scales, layers left
-    alone), where settings and overrides leave it open; what cannot end there is refused then.
-    A bfloat16 model becomes float32 for the first three.
+    export_for: "onnxruntime", "openvino", "tensorrt" (these make a bfloat16 model float32), "vllm",
+    "transformers" or "gguf": grid, groups, dtype of scales and layers left alone are chosen for it,
+    where settings and overrides leave them open, and what cannot end there is refused, at once.
     progress: show a bar.
 
     The model is run in eval mode without gradients. It changes only at the very end, so after an
@@ -165,7 +164,8 @@ def quantize_(
             raise ValueError(f"device must be None for a model on several devices, got {device}")
         told = checkpoint_dir is not None or ranks.size > 1
         with ranks.together("the reading of calibration"):
-            data = Calibration(model, calibration, forward_fn, padding_mask, cache, home, told)
+            batches = goal.batches(calibration)
+            data = Calibration(model, batches, forward_fn, padding_mask, cache, home, told)
         laps = {"calibration": time.perf_counter() - started}
         undo = stack.enter_context(ExitStack())
         digest = model_digest(model) if told else ""

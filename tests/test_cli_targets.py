@@ -43,15 +43,49 @@ def test_files_keep_their_dtype(dtype: torch.dtype, run: Run, text: Path, folder
         assert json.loads(Path("out/config.json").read_text())["dtype"] == str(wanted)[6:]
 
 
+VISION = """
+import torch
+
+def pictures():
+    generator = torch.Generator().manual_seed(5)
+    return [{"pixel_values": torch.randn(2, 3, 8, 8, generator=generator)} for _ in range(2)]
+"""
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["vllm", "onnxruntime", None])
+def test_loaders_need_not_know_the_dtype(
+    name: str | None, dtype: torch.dtype, run: Run, folder: Path
+) -> None:
+    sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 32, "intermediate_size": 64}
+    save_model(folder / "vit", "ViTModel", dtype, **sizes)
+    (folder / "vision_of_the_cli.py").write_text(VISION)
+    data = ["--data", "vision_of_the_cli:pictures"]
+    target = [] if name is None else ["--for", name]
+    status, _, err = run("quantize", "vit", *data, *target, "--output", "out", *FAST)
+    assert status == 0, err
+    assert run("export", "out", "--for", name or "transformers", *data, "--quiet")[0] == int(
+        not name
+    )
+    if name is None:  # its scales are float32
+        return
+    status, out, err = run("verify", "out", *data, "--json")
+    assert (status, json.loads(out)["ok"]) == (0, True), err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--for", "llama.cpp"], "invalid choice: 'llama.cpp'"),
-        (["--for", "gguf", "--asymmetric"], "symmetric must be True for gguf, got False"),
+        (["--for", "gguf", "--asymmetric"], "--asymmetric must be left out for gguf"),
         (["--for", "gguf", "--scale-dtype", "bfloat16"], "must be torch.float16 for gguf"),
         (["--for", "gguf", "--group-size", 16], "group_size must be a multiple of 32 for gguf"),
-        (["--for", "vllm", "--asymmetric", "--bits", 5], "unless bits are one of 4, 8"),
-        (["--for", "vllm", "--activation-bits", 8], "activations must be None for vllm"),
+        (
+            ["--for", "vllm", "--asymmetric", "--bits", 5],
+            "left out for vllm unless bits are one of 4, 8",
+        ),
+        (["--for", "vllm", "--activation-bits", 8], "--activation-bits must be left out for vllm"),
+        (["--for", "openvino", "--activation-bits", 9], "--activation-bits must be at most 8 bits"),
         (["--activation-symmetric"], "--activation-bits must be given with options of activations"),
         (["--activation-bits", 17], "bits must be from 2 to 16, got 17"),
     ],
@@ -93,6 +127,7 @@ def test_inspect_shows_what_a_target_chooses(run: Run, llama: Path) -> None:
         ("gguf", ["--group-size", 16, "--scale-dtype", "float16"], "--group-size 32"),
         ("gguf", ["--group-size", 32, "--asymmetric"], "without --asymmetric"),
         ("onnx --target tensorrt", ["--dtype", "float32", "--bits", 8], "--narrow-range"),
+        ("onnx", [], "quantize with --dtype float32"),
         ("onnx --target qnn", ["--dtype", "float32", "--group-size", 16], "--group-size -1"),
     ],
 )

@@ -220,6 +220,19 @@ def test_missing_packages_are_said_first(monkeypatch: pytest.MonkeyPatch) -> Non
             quantize_(convolutions(), images(), export_for=name, **FAST)
 
 
+@pytest.mark.parametrize("kind", ["list", "tensor", "mapping", "generator"])
+def test_bfloat16_batches_go_with_their_model(kind: str, tmp_path: Path) -> None:
+    model = convolutions().bfloat16()
+    x = torch.cat(images()).bfloat16()
+    batches: dict[str, Any] = {
+        "list": [x[:8], (x[8:],)], "tensor": x, "mapping": {"input": x},
+        "generator": (part for part in x.split(4)),
+    }  # fmt: skip
+    report = quantize_(model, batches[kind], export_for="onnxruntime", **FAST)
+    assert report.samples == 16 and model[0].weight.dtype == torch.float32
+    assert exported(model, "onnxruntime", images()[0], tmp_path / "there")
+
+
 def test_tied_weights_and_what_shares_memory_stay_so(tmp_path: Path) -> None:
     model = llama(tmp_path, torch.bfloat16, tie_word_embeddings=True)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
