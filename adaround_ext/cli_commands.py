@@ -64,7 +64,7 @@ def quantize(args: Namespace) -> Output:
                 reduction=args.reduction,
                 export_for=args.export_for,
                 progress=not args.quiet,
-                **args.settings,
+                **_scales_of(source, args) | args.settings,
             )
         if folder is None:  # one rank writes, and says what
             return None, ""
@@ -139,6 +139,13 @@ def _own_device(args: Namespace) -> torch.device:
         torch.cuda.set_device(device)
         args.device = str(device)
     return device
+
+
+def _scales_of(source: Source, args: Namespace) -> dict[str, Any]:
+    """Without a target, scales as transformers loads them: in a half-precision model's dtype."""
+    dtype = getattr(source.model, "dtype", None) if source.pretrained else None
+    half = args.export_for is None and dtype in (torch.float16, torch.bfloat16)
+    return {"scale_dtype": dtype} if half else {}
 
 
 def _check_options(args: Namespace) -> None:
