@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from adaround_ext.config import check_int, check_number, fail, refuse_unknown
 from adaround_ext.grid import quant_range
 
-_RANGES = ("mse", "min_max", "percentile")
+RANGES = ("mse", "min_max", "percentile")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +35,8 @@ class ActivationConfig:
         check_int("bits", self.bits, 2, 16)
         if not isinstance(self.symmetric, bool):
             fail("symmetric", "True or False", self.symmetric)
-        if self.ranges not in _RANGES:
-            fail("ranges", ", ".join(_RANGES), self.ranges)
+        if self.ranges not in RANGES:
+            fail("ranges", ", ".join(RANGES), self.ranges)
         check_number("percentile", self.percentile, 50.0, 100.0)
 
     def to_dict(self) -> dict[str, Any]:

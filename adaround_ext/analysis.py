@@ -13,6 +13,7 @@ from adaround_ext.calibration import Calibration
 from adaround_ext.collect import Unit, make_units
 from adaround_ext.config import AdaRoundConfig
 from adaround_ext.dataflow import Dataflow, dataflow
+from adaround_ext.export_goal import Goal
 from adaround_ext.merged import merge_traces
 from adaround_ext.overrides import Overrides
 from adaround_ext.padding import PaddingMask, PaddingMasks
@@ -31,6 +32,7 @@ class Choices:
     padding_mask: PaddingMask
     activation_aware: bool = False
     blocks: Blocks = None
+    goal: Goal | None = None
 
 
 @dataclass
@@ -75,9 +77,13 @@ def analyse(model: nn.Module, traces: Traces, choices: Choices) -> Analysis:
     seen = traces.merged()
     flow = dataflow(seen)
     masks = PaddingMasks(choices.padding_mask, seen, flow)
+    refused, complete = traces.unlike_layers(), None
+    if choices.goal is not None:
+        refused |= choices.goal.refused()
+        complete = choices.goal.settings
     plan = make_plan(
         model, seen, choices.config, choices.overrides, choices.filter_fn,
-        choices.activation_aware, traces.unlike_layers(), flow, masks,
+        choices.activation_aware, refused, flow, masks, complete,
     )  # fmt: skip
     plan.notes.extend(masks.notes)
     later = [str(batch) for batch in traces.by_batch if batch != 0]
@@ -86,5 +92,7 @@ def analyse(model: nn.Module, traces: Traces, choices: Choices) -> Analysis:
             f"in calibration batches {', '.join(later)} layers run that do not run in the first "
             "one, or more often"
         )
+    if choices.goal is not None:
+        choices.goal.check(plan.targets)
     calls = block_calls(model, seen, find_blocks(model, seen, choices.blocks))
     return Analysis(seen, flow, masks, plan, make_units(plan.targets), calls)

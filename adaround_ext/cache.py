@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from adaround_ext.distributed import Ranks
+from adaround_ext.files import path_from
 
 MEMORY_BUDGET = 1 << 28  # bytes, where the caller says nothing
 
@@ -57,7 +58,8 @@ class ActivationCache:
     ) -> None:
         if not isinstance(directory, (str, os.PathLike, NoneType)):
             raise TypeError(f"cache_dir must be a path or None, got {directory!r}")
-        if directory is not None and not os.path.isdir(directory):
+        self._directory = None if directory is None else path_from(directory)
+        if self._directory is not None and not self._directory.is_dir():
             raise ValueError(f"cache_dir must be a folder that exists, got {str(directory)!r}")
         if dtype not in (None, torch.bfloat16, torch.float16):
             raise ValueError(f"cache_dtype must be bfloat16, float16 or None, got {dtype!r}")
@@ -65,7 +67,6 @@ class ActivationCache:
         self._used = {"device": 0, "memory": 0, "file": 0}
         self.peak = dict(self._used)  # most bytes at any time
         self._dtype = dtype
-        self._directory = directory
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._trees: dict[Hashable, tuple[list[Any], Any]] = {}
         # What may be dropped, by place: bytes by key, and their sum.
@@ -222,9 +223,9 @@ def _dense(leaf: object) -> bool:
 class GrowingTensor:
     """A tensor [n, ...] that grows in its first dimension: in memory or, if told, in a file."""
 
-    def __init__(self, folder: str | None) -> None:
+    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
         """folder: of the file, or None for memory; the file is gone with the tensor."""
-        self._folder = folder
+        self._folder = None if folder is None else path_from(folder)
         self._parts: list[Tensor] = []
         self._file: Any = None
         self._rows = 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from adaround_ext.files import path_from
 from adaround_ext.result import LayerResult
 
 _FORMAT = "adaround_ext.checkpoint.1"
@@ -24,7 +25,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: str | os.PathLike[str], fingerprint: Mapping[str, object]) -> None:
-        self._folder = Path(folder)
+        self._folder = path_from(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / _RECORD
         own = {"format": _FORMAT, **json.loads(json.dumps(fingerprint))}

@@ -1,4 +1,4 @@
-"""The command line: ``adaround-ext quantize | export | verify | inspect | compare | env``."""
+"""The command line: ``adaround-ext COMMAND``, with the commands of :mod:`cli_parser`."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if hasattr(args, "changes"):
         try:
-            args.config, args.overrides = options.settings(args)
+            args.settings, args.overrides = options.settings(args)
+            if hasattr(args, "activation_bits"):
+                args.activations = options.activations(args)
         except (TypeError, ValueError) as error:
-            args.parser.error(str(error))
+            args.parser.error(options.as_options(str(error)))
     try:
         # Standard output is for the result alone, whatever models and loaders print.
         with redirect_stdout(sys.stderr), _process_as_before():
@@ -79,7 +81,7 @@ def _progress_bars() -> bool:
 
 def _line(error: Exception) -> str:
     """An error in one line; with its type where the message alone may say little."""
-    text = " ".join(str(error).split())
+    text = options.as_options(" ".join(str(error).split()))
     if type(error) in (ValueError, TypeError, ImportError, FileNotFoundError) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -16,15 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext import cli_show as show
-from adaround_ext.cache import ActivationCache
+from adaround_ext.cache import MEMORY_BUDGET, ActivationCache
 from adaround_ext.calibration import Calibration
-from adaround_ext.cli_options import DTYPES
 from adaround_ext.cli_output import save, staged
+from adaround_ext.cli_sensitivity import layer_bits, without_left
 from adaround_ext.cli_show import Output
-from adaround_ext.cli_sources import Source, load_data, load_model
+from adaround_ext.cli_sources import Source, check_data, load_inputs
 from adaround_ext.distributed import Ranks, launched
+from adaround_ext.export_goal import Goal
+from adaround_ext.export_targets import EXPORT_TARGETS
 from adaround_ext.layers import SUPPORTED
 from adaround_ext.model import quantize_
+from adaround_ext.model_checks import device_here
 from adaround_ext.model_report import ModelReport
 from adaround_ext.native import build_info
 from adaround_ext.plan import make_plan
@@ -33,11 +36,9 @@ from adaround_ext.trace import ModuleCall, Trace, Value, evaluation, trace
 
 def quantize(args: Namespace) -> Output:
     """Quantizes a model and writes it with its report; the report is the document."""
-    inputs = [Path(args.model), Path(args.data)]
-    if args.checkpoint_dir is not None:
-        inputs.append(Path(args.checkpoint_dir))
-    if args.html is not None and not Path(args.html).absolute().parent.is_dir():
-        raise FileNotFoundError(f"--html must be in a directory that exists, got {args.html}")
+    inputs = [Path(name) for name in (args.model, args.data, args.checkpoint_dir) if name]
+    bits = {} if args.layer_bits is None else layer_bits(args.layer_bits, args.average_bits)
+    _check_options(args)
     with ExitStack() as stack:
         group = stack.enter_context(launched(_own_device(args)))
         ranks = Ranks(group)
@@ -47,27 +48,23 @@ def quantize(args: Namespace) -> Output:
                 output = Path(args.output)
                 folder = stack.enter_context(staged(output, args.overwrite, inputs))
         torch.manual_seed(args.seed)
-        source = _source(args)
-        data = load_data(
-            args.data,
-            source,
-            nsamples=args.nsamples,
-            seqlen=args.seqlen,
-            batch_size=args.batch_size,
-        )
+        source, data = load_inputs(args)
         with source.without_cache():
             report = quantize_(
                 source.model,
                 data,
-                args.config,
                 mode=args.mode,
-                overrides=args.overrides,
+                overrides=without_left(bits, source.model, args.export_for) | args.overrides,
                 batch_norm="keep",  # the files must fit the model's class, which has them
+                activations=args.activations,
                 memory_budget=args.memory_budget,
+                cache_dir=args.cache_dir,
                 checkpoint_dir=args.checkpoint_dir,
                 process_group=group,
                 reduction=args.reduction,
+                export_for=args.export_for,
                 progress=not args.quiet,
+                **_scales_of(source, args) | args.settings,
             )
         if folder is None:  # one rank writes, and says what
             return None, ""
@@ -76,6 +73,8 @@ def quantize(args: Namespace) -> Output:
     if args.html is not None:
         report.to_html(args.html)
     text = "" if args.quiet else f"{report}\nwritten to {args.output}: {', '.join(written)}"
+    if text and args.export_for is not None:
+        text += f"\nnext: adaround-ext export {args.output} --for {args.export_for}"
     return report.to_dict(), text
 
 
@@ -83,17 +82,23 @@ def inspect(args: Namespace) -> Output:
     """What would be quantized of a model, or what a report says."""
     if Path(args.model).is_file():
         return show.of_report(ModelReport.load(args.model))
+    check_data(args.data)
     torch.manual_seed(args.seed)
-    source = _source(args)
-    order, notes = "definition", list[str]()
+    args.nsamples = args.batch_size = 1
+    source, data = load_inputs(args)
+    model, order, notes = source.model, "definition", list[str]()
+    goal = Goal(args.export_for, model)
+    config = goal.config(None, args.settings)
     if args.data is None:
-        seen = _as_defined(source.model)
+        seen = _as_defined(model)
     else:
-        data = load_data(args.data, source, nsamples=1, seqlen=args.seqlen, batch_size=1)
         seen, notes = _traced(source, data)
         order = "execution"
-    plan = make_plan(source.model, seen, args.config, args.overrides, None, False)
-    return show.of_plan(source.model, plan, order, notes)
+    changes = goal.overrides(args.overrides), None, False
+    refused = goal.refused()
+    plan = make_plan(model, seen, config, *changes, refused, complete=goal.settings)
+    goal.check(plan.targets)
+    return show.of_plan(model, plan, order, notes)
 
 
 def compare(args: Namespace) -> Output:
@@ -137,15 +142,27 @@ def _own_device(args: Namespace) -> torch.device:
     return device
 
 
-def _source(args: Namespace) -> Source:
-    dtype = None if args.dtype is None else DTYPES[args.dtype]
-    return load_model(
-        args.model,
-        auto_class=args.auto_class,
-        dtype=dtype,
-        device=args.device,
-        quiet=args.quiet,
-    )
+def _scales_of(source: Source, args: Namespace) -> dict[str, Any]:
+    """Without a target, scales as transformers loads them: in a half-precision model's dtype."""
+    dtype = getattr(source.model, "dtype", None) if source.pretrained else None
+    half = args.export_for is None and dtype in (torch.float16, torch.bfloat16)
+    return {"scale_dtype": dtype} if half else {}
+
+
+def _check_options(args: Namespace) -> None:
+    """Everything that can be wrong before a model is loaded. Raises what names the option."""
+    if args.html is not None and not Path(args.html).absolute().parent.is_dir():
+        raise FileNotFoundError(f"--html must be in a directory that exists, got {args.html}")
+    if args.cache_dir is not None and not Path(args.cache_dir).is_dir():
+        raise FileNotFoundError(f"--cache-dir must be a directory, got {args.cache_dir}")
+    if args.checkpoint_dir is not None and Path(args.checkpoint_dir).is_file():
+        got = f"got the file {args.checkpoint_dir}"
+        raise ValueError(f"--checkpoint-dir must be a directory, {got}")
+    if args.device is not None:
+        device_here(args.device)
+    if args.export_for is not None:
+        EXPORT_TARGETS[args.export_for].check_packages()
+    check_data(args.data)
 
 
 def _traced(source: Source, data: Iterable[Any]) -> tuple[Trace, list[str]]:
@@ -155,7 +172,7 @@ def _traced(source: Source, data: Iterable[Any]) -> tuple[Trace, list[str]]:
         data = islice(data, 1)
     devices = {parameter.device for parameter in model.parameters()}
     device = devices.pop() if len(devices) == 1 else None
-    with ActivationCache(1 << 29) as cache, evaluation(model), source.without_cache():
+    with ActivationCache(MEMORY_BUDGET) as cache, evaluation(model), source.without_cache():
         batches = Calibration(model, data, None, None, cache, device)
         return trace(model, lambda: batches.run(0)), batches.notes
 

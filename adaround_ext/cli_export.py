@@ -12,11 +12,12 @@ import safetensors.torch
 import torch
 
 from adaround_ext.cli_options import DTYPES
-from adaround_ext.cli_sources import Source, load_data, load_model
+from adaround_ext.cli_sources import Source, check_data, load_data, load_model
 from adaround_ext.export.formats import FORMATS, TRACED, export_model
-from adaround_ext.export.manifest import NAME, read_manifest
+from adaround_ext.export.manifest import NAME, new_folder, read_manifest
 from adaround_ext.export.parity import verify as compare
 from adaround_ext.export.safetensors import KIND, load_quantized
+from adaround_ext.export_targets import EXPORT_TARGETS
 from adaround_ext.wording import some
 
 _EXAMPLE = "A short text, as this model may get it."
@@ -24,10 +25,14 @@ _EXAMPLE = "A short text, as this model may get it."
 
 def export(args: Namespace) -> tuple[dict[str, Any], str, bool]:
     """Writes a quantized model in the formats asked for; whether all that were named are there."""
-    source = load_run(args.run, args.model, args.quiet)
-    kinds = list(FORMATS) if "all" in args.format else list(dict.fromkeys(args.format))
+    formats, runtime = _formats(args)
+    kinds = list(FORMATS) if "all" in formats else list(dict.fromkeys(formats))
     if args.output is not None and len(kinds) > 1:
         raise ValueError(f"--output must be left out for several formats, got {args.output}")
+    if args.output is not None or len(kinds) == 1:
+        new_folder(args.output or Path(args.run, kinds[0]))
+    check_data(args.data)
+    source = load_run(args.run, args.model, args.quiet)
     batch = _example(args, source)
     if batch is None and len(kinds) == 1 and kinds[0] in TRACED:
         raise ValueError(f"--data must be given for {kinds[0]}, to show what the model takes")
@@ -46,7 +51,7 @@ def export(args: Namespace) -> tuple[dict[str, Any], str, bool]:
                     folder,
                     kind,
                     batch=batch,
-                    target=args.target,
+                    target=runtime,
                     tokenizer=source.tokenizer(),
                 )
         except (ImportError, TypeError, ValueError) as error:
@@ -61,17 +66,31 @@ def export(args: Namespace) -> tuple[dict[str, Any], str, bool]:
     lines += [f"{kind}: refused: {reason}" for kind, reason in refused.items()]
     text = "" if args.quiet else "\n".join(lines)
     document = {"written": written, "there": there, "refused": refused}
-    return document, text, "all" in args.format or not refused
+    return document, text, "all" in formats or not refused
+
+
+def _formats(args: Namespace) -> tuple[list[str], str]:
+    """Those asked for, and the runtime of ONNX files."""
+    if args.export_for is None:
+        return args.format, args.target or "ort"
+    target = EXPORT_TARGETS[args.export_for]
+    if args.target not in (None, target.runtime):
+        raise ValueError(f"--target must be left out with --for, got {args.target}")
+    return [target.format], target.runtime
 
 
 def verify(args: Namespace) -> tuple[dict[str, Any], str, bool]:
     """Runs the exports of a quantized model beside it; whether all that must be equal is."""
-    source = load_run(args.run, args.model, quiet=False)
+    check_data(args.data)
     folders = [Path(folder) for folder in args.exports] or sorted(
         path.parent for path in Path(args.run).glob(f"*/{NAME}")
     )
     if not folders:
         raise FileNotFoundError(f"RUN must hold exports, got none in {args.run}: export some first")
+    for folder in folders:
+        if not (folder / NAME).is_file():
+            raise FileNotFoundError(f"EXPORT must be a directory that export wrote, got {folder}")
+    source = load_run(args.run, args.model, quiet=False)
     data = load_data(
         args.data, source, nsamples=args.nsamples, seqlen=args.seqlen, batch_size=args.batch_size
     )
@@ -135,7 +154,9 @@ def _example(args: Namespace, source: Source) -> Any:
 
 def _with_mask(source: Source, batch: Any) -> Any:
     """Token ids with the attention mask that goes with them, where the model takes one."""
-    if source.directory is None or not isinstance(batch, Mapping) or "attention_mask" in batch:
+    if not source.pretrained or not isinstance(batch, Mapping):
+        return batch
+    if "input_ids" not in batch or "attention_mask" in batch:
         return batch
     if "attention_mask" not in inspect.signature(source.model.forward).parameters:
         return batch

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 from typing import Any
 
 import torch
 
-from adaround_ext.config import AdaRoundConfig, make_config
+from adaround_ext.activations import ActivationConfig
+from adaround_ext.config import make_config
+from adaround_ext.export_targets import EXPORT_TARGETS
 
 Change = tuple[str, dict[str, Any] | str]  # pattern, and settings or "skip"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,9 +47,19 @@ def tolerance(text: str) -> float:
     return value
 
 
-def group_size(text: str) -> int | None:
+def group_size(text: str) -> int:
     """Columns that share a scale; -1, as other tools have it, is a scale a channel."""
-    return None if text == "-1" else positive(text)
+    return -1 if text == "-1" else positive(text)
+
+
+def widths(text: str) -> tuple[int, ...]:
+    """Bits of "2,3,4"."""
+    return tuple(positive(part.strip()) for part in text.split(","))
+
+
+def path(text: str) -> str:
+    """A file or folder, which may begin with ~."""
+    return os.path.expanduser(text)
 
 
 def skip(pattern: str) -> Change:
@@ -106,26 +119,33 @@ def _number(text: str) -> Any:
     return text
 
 
-def settings(args: argparse.Namespace) -> tuple[AdaRoundConfig, dict[str, dict[str, Any] | str]]:
-    """The configuration of all layers, and the changes by pattern, in the order they were given.
+def settings(
+    args: argparse.Namespace,
+) -> tuple[dict[str, Any], dict[str, dict[str, Any] | str]]:
+    """The settings of all layers that were given, and the changes by pattern, in their order.
 
     Of one pattern's settings the later ones win. Raises ValueError and TypeError, as the
     configuration itself, for values that it does not take.
     """
-    granularity = "per_tensor" if args.per_tensor else "per_channel"
-    config = make_config(
-        None,
-        {
-            "preset": args.preset,
-            "bits": args.bits,
-            "symmetric": not args.asymmetric,
-            "narrow_range": args.narrow_range,
-            "granularity": granularity if args.group_size is None else "per_group",
-            "group_size": args.group_size,
-            "steps": args.steps,
-            "seed": args.seed,
-        },
-    )
+    chosen: dict[str, Any] = {"preset": args.preset, "steps": args.steps, "seed": args.seed}
+    if args.bits is not None:
+        chosen["bits"] = args.bits
+    if args.per_tensor:
+        chosen["granularity"] = "per_tensor"
+    elif args.group_size == -1:
+        chosen |= {"granularity": "per_channel", "group_size": None}
+    elif args.group_size is not None:
+        chosen |= {"granularity": "per_group", "group_size": args.group_size}
+    if args.asymmetric:
+        chosen["symmetric"] = False
+    if args.narrow_range:
+        chosen["narrow_range"] = True
+    if args.scale_dtype is not None:
+        chosen["scale_dtype"] = DTYPES[args.scale_dtype]
+    config = make_config(None, chosen)
+    if args.export_for is not None:
+        target = EXPORT_TARGETS[args.export_for]
+        target.check_config(make_config(None, target.choices | chosen))
     changes: dict[str, dict[str, Any] | str] = {}
     for pattern, change in args.changes:
         before = changes.pop(pattern, None)
@@ -137,4 +157,53 @@ def settings(args: argparse.Namespace) -> tuple[AdaRoundConfig, dict[str, dict[s
             if isinstance(before, dict):
                 change = {**before, **change}
         changes[pattern] = change
-    return config, changes
+    return chosen, changes
+
+
+def activations(args: argparse.Namespace) -> ActivationConfig | None:
+    """How activations are quantized, if they are."""
+    target = None if args.export_for is None else EXPORT_TARGETS[args.export_for]
+    if args.activation_bits is None:
+        if args.activation_symmetric or args.activation_ranges is not None:
+            raise ValueError("--activation-bits must be given with options of activations")
+        return None
+    config = ActivationConfig(
+        bits=args.activation_bits,
+        symmetric=args.activation_symmetric or bool(target and not target.activation_zero_points),
+        ranges=args.activation_ranges or "mse",
+    )
+    if target is not None:
+        target.check_activations(config)
+    return config
+
+
+# What Python calls settings, in messages, and what the command line has for them.
+_IN_PYTHON = (
+    (r"""by overrides, as \{"(.+?)": \{"granularity": "per_channel", "group_size": None\}\}""",
+     r"by --group-size, or --override '\1=group_size:-1'"),
+    (r"""granularity=["']per_group["'], group_size=(\d+)""", r"--group-size \1"),
+    (r"""granularity=["']per_channel["']""", "--group-size -1"),
+    (r"an even group_size", "an even --group-size"),
+    (r"symmetric=True for activations", "--activation-symmetric"),
+    (r"with symmetric=True", "without --asymmetric"),
+    (r"^symmetric must be True (for .*), got False", r"--asymmetric must be left out \1"),
+    (r"^activations must be None (for .*), got .*", r"--activation-bits must be left out \1"),
+    (r"^activations must be symmetric (for .*), got .*",
+     r"--activation-symmetric must be given \1"),
+    (r"^activations must be of", "--activation-bits must be"),
+    (r"scale_dtype=(?:torch\.)?(\w+)", r"--scale-dtype \1"),
+    (r"narrow_range=True", "--narrow-range"),
+    (r"; convert the model before it is quantized", "; quantize with --dtype float32"),
+    (r', but for others="float",', ""),
+    (r"^export_for=", "--for "),
+    (r"^(bits|steps|seed|device|scale_dtype|average_bits)(?= must)|"
+     r"\b(checkpoint_dir|cache_dir|memory_budget)\b",
+     lambda match: f"--{match[0].replace('_', '-')}"),
+)  # fmt: skip
+
+
+def as_options(message: str) -> str:
+    """A message of the library with the command line's options for Python's settings."""
+    for pattern, option in _IN_PYTHON:
+        message = re.sub(pattern, option, message)
+    return message

@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors.torch
+from torch import nn
 
-from adaround_ext.cli_sources import Source
+from adaround_ext.activations import ActivationQuantizer
+from adaround_ext.cli_models import Source
 from adaround_ext.export.safetensors import save_codes
+from adaround_ext.files import share_files
 from adaround_ext.model_report import ModelReport
 
 _REPORT = "report.json"
@@ -72,18 +75,42 @@ def _replace(folder: Path, output: Path) -> None:
     shutil.rmtree(old)
 
 
+@contextmanager
+def _without_quantizers(model: nn.Module) -> Iterator[None]:
+    """Quantizers of activations are no modules of the model, whose class has none; the codes'
+    file has them.
+    """
+    taken = [
+        (module._modules, name, child)
+        for module in model.modules()
+        for name, child in module._modules.items()
+        if isinstance(child, ActivationQuantizer)
+    ]
+    for owner, name, _ in taken:
+        del owner[name]
+    try:
+        yield
+    finally:
+        for owner, name, child in taken:
+            owner[name] = child
+
+
 def save(source: Source, report: ModelReport, folder: Path) -> None:
     """Model, codes and report of a quantized model; a Hugging Face model with its tokenizer."""
-    if source.directory is None:
-        safetensors.torch.save_model(source.model, str(folder / "model.safetensors"))
-    else:
-        source.model.save_pretrained(folder)  # type: ignore[operator]
+    with _without_quantizers(source.model):
+        if source.pretrained:
+            source.model.save_pretrained(folder)  # type: ignore[operator]
+        else:
+            safetensors.torch.save_model(source.model, str(folder / "model.safetensors"))
+    if source.pretrained:
         tokenizer = source.tokenizer()
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         for name in _OTHER_INPUTS:
-            if (source.directory / name).exists():
-                shutil.copy(source.directory / name, folder)
+            other = source.named.file(name)
+            if other is not None:
+                shutil.copy(other, folder)
     save_codes(source.model, folder)
     report.to_html(folder / "report.html")
     report.save(folder / _REPORT)
+    share_files(folder)

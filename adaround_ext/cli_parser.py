@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from adaround_ext import cli_commands, cli_export
+from adaround_ext import cli_arguments as add
+from adaround_ext import cli_commands, cli_export, cli_sensitivity
 from adaround_ext import cli_options as options
-from adaround_ext.distributed import REDUCTIONS
-from adaround_ext.export.formats import FORMATS
-from adaround_ext.export.parity import TOLERANCE
 from adaround_ext.native import build_info
 
 _COMMANDS = {
     "quantize": cli_commands.quantize,
     "export": cli_export.export,
     "verify": cli_export.verify,
+    "sensitivity": cli_sensitivity.sensitivity,
     "inspect": cli_commands.inspect,
     "compare": cli_commands.compare,
     "env": cli_commands.env,
@@ -29,6 +28,7 @@ written; adaround-ext export goes on from there. Batch norms are kept as they ar
 fit the class of the model."""
 _QUANTIZE_EXAMPLES = """examples:
   adaround-ext quantize ./Llama --data wiki.txt --output ./Llama-w4 --group-size 128 --skip lm_head
+  adaround-ext quantize ./Llama --data wiki.txt --output ./Llama-vllm --for vllm
   adaround-ext quantize nets:resnet --data nets:batches --output out --override '<first>=bits:8'
   torchrun --nproc-per-node 8 -m adaround_ext quantize ./Llama --data wiki.txt --output out \\
     --device cuda"""
@@ -39,6 +39,7 @@ vLLM and SGLang. torchao: tensors for torch.export and torch.compile. aimet: ONN
 Qualcomm's tools. gguf: Q4_0 and Q8_0. all: every one that can hold the model; the others are listed
 with the reason."""
 _EXPORT_EXAMPLES = """examples:
+  adaround-ext export out --for vllm
   adaround-ext export out --format onnx
   adaround-ext export out --format onnx --target openvino --output out-openvino
   adaround-ext export out --format all --model nets:resnet --data nets:batches"""
@@ -49,6 +50,12 @@ the option that restores equality. Ends with status 1 where one that promises eq
 _VERIFY_EXAMPLES = """examples:
   adaround-ext verify out --data text.txt
   adaround-ext verify out out-openvino --data nets:batches --model nets:resnet"""
+_SENSITIVITY = """Measures what quantizing each layer alone costs the model's outputs, at several
+bits, and with --average-bits chooses bits for each layer under that budget. The table has the worst
+layers first; the JSON file is for quantize --layer-bits, which gives layers their bits."""
+_SENSITIVITY_EXAMPLES = """examples:
+  adaround-ext sensitivity ./bert --data text.txt --bits 2,3,4 --average-bits 3 --output bits.json
+  adaround-ext quantize ./bert --data text.txt --output out --layer-bits bits.json"""
 _INSPECT = """Lists the layers of a model that would be quantized, with their shapes and their share
 of all parameters, and the modules that would not, with reasons; or what a report.json says."""
 _INSPECT_EXAMPLES = """examples:
@@ -72,28 +79,39 @@ def make_parser() -> argparse.ArgumentParser:
     found = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     command = _command(found, "quantize", "quantize a model", _QUANTIZE, _QUANTIZE_EXAMPLES)
-    _add_model(command, needs_data=True)
-    _add_grid(command)
-    _add_method(command)
-    _add_output(command)
+    add.add_target(command)
+    add.add_model(command, needs_data=True)
+    add.add_grid(command)
+    add.add_layer_bits(command)
+    add.add_activations(command)
+    add.add_method(command)
+    add.add_output(command)
 
     command = _command(found, "export", "write deployable formats", _EXPORT, _EXPORT_EXAMPLES)
-    _add_run(command)
-    _add_export(command)
+    add.add_run(command)
+    add.add_export(command)
 
     command = _command(found, "verify", "prove exported models", _VERIFY, _VERIFY_EXAMPLES)
-    _add_run(command)
-    _add_verify(command)
+    add.add_run(command)
+    add.add_verify(command)
+
+    texts = "which layers hurt", _SENSITIVITY, _SENSITIVITY_EXAMPLES
+    command = _command(found, "sensitivity", *texts)
+    add.add_sensitivity(command)
+    add.add_model(command, needs_data=True)
+    add.add_grid(command, bits=False)
+    command.set_defaults(steps=None, export_for=None)
 
     command = _command(found, "inspect", "what would be quantized", _INSPECT, _INSPECT_EXAMPLES)
-    _add_model(command, needs_data=False)
-    _add_grid(command)
+    add.add_target(command)
+    add.add_model(command, needs_data=False)
+    add.add_grid(command)
     command.set_defaults(preset="balanced", steps=None, seed=0, quiet=False)
 
     command = _command(found, "compare", "two reports", _COMPARE, _COMPARE_EXAMPLES)
     for name in ("a", "b"):
         text = "a report.json, or the directory that quantize wrote it to"
-        command.add_argument(name, metavar=name.upper(), help=text)
+        command.add_argument(name, type=options.path, metavar=name.upper(), help=text)
 
     _command(found, "env", "versions and devices", _ENV, _ENV_EXAMPLES)
     return parser
@@ -114,184 +132,3 @@ def _command(
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(command=_COMMANDS[name], parser=parser)
     return parser
-
-
-def _add_model(parser: argparse.ArgumentParser, needs_data: bool) -> None:
-    report = "" if needs_data else "; or a report.json"
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="local Hugging Face directory, or module:factory, a callable without arguments that "
-        f"returns a torch module (found from the current directory too){report}",
-    )
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data",
-        required=needs_data,
-        metavar="DATA",
-        help="calibration data: a UTF-8 text file, for Hugging Face directories with a tokenizer, "
-        "or module:loader, a callable that returns an iterable of batches"
-        + ("" if needs_data else "; with it, layers are listed in the order in which they run"),
-    )
-    if needs_data:
-        group.add_argument(
-            "--nsamples",
-            type=options.positive,
-            default=128,
-            metavar="N",
-            help="windows of text, spread evenly over the file (default: %(default)s)",
-        )
-    group.add_argument(
-        "--seqlen",
-        type=options.positive,
-        default=512,
-        metavar="N",
-        help="tokens of a window, special ones included (default: %(default)s)",
-    )
-    if needs_data:
-        group.add_argument(
-            "--batch-size",
-            type=options.positive,
-            default=8,
-            metavar="N",
-            help="windows of a batch (default: %(default)s)",
-        )
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--auto-class",
-        metavar="NAME",
-        help="transformers' class to load with, such as AutoModelForCausalLM (default: the one "
-        "that fits the architecture in config.json)",
-    )
-    text = "dtype of the model (default: float32; of a factory: as it is)"
-    group.add_argument("--dtype", choices=tuple(options.DTYPES), help=text)
-    text = "such as cuda or cuda:1 (default: cpu; of a factory: where it is)"
-    group.add_argument("--device", metavar="DEVICE", help=text)
-
-
-def _add_grid(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("grid")
-    text = "bits of a weight, 2 to 8 (default: %(default)s)"
-    group.add_argument("--bits", type=int, default=4, metavar="N", help=text)
-    scales = group.add_mutually_exclusive_group()
-    scales.add_argument(
-        "--group-size",
-        type=options.group_size,
-        metavar="N",
-        help="a scale for every N columns of a row (default, and -1: a scale for each row)",
-    )
-    text = "one scale for the whole weight"
-    scales.add_argument("--per-tensor", action="store_true", help=text)
-    text = "codes from 0 with a zero point (default: signed codes, zero point 0)"
-    group.add_argument("--asymmetric", "--asym", action="store_true", help=text)
-    text = "signed codes without the lowest one, as TensorRT wants 8 bits"
-    group.add_argument("--narrow-range", action="store_true", help=text)
-    group.add_argument(
-        "--override",
-        dest="changes",
-        type=options.override,
-        action="append",
-        default=[],
-        metavar="PATTERN=KEY:VALUE[,KEY:VALUE]|skip",
-        help="other settings (fields of AdaRoundConfig) for layers whose name matches, or lies "
-        "within a module that does: 'lm_head=bits:8', 'encoder.*.fc2=bits:8,group_size:64', "
-        "'<first>=bits:8'; again for more, later ones win",
-    )
-    group.add_argument(
-        "--skip",
-        dest="changes",
-        type=options.skip,
-        action="append",
-        metavar="PATTERN",
-        help="leave matching layers alone, as in --skip lm_head; again for more",
-    )
-
-
-def _add_method(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("method")
-    group.add_argument(
-        "--preset",
-        choices=("fast", "balanced", "best"),
-        default="balanced",
-        help="what time a lower error is worth (default: %(default)s)",
-    )
-    group.add_argument(
-        "--mode",
-        choices=("sequential", "parallel"),
-        default="sequential",
-        help="sequential: layers see the inputs that the quantized ones before them give; "
-        "parallel: those of the full-precision model (default: %(default)s)",
-    )
-    text = "of AdaRound's annealing, which fast leaves out (default: the preset's)"
-    group.add_argument("--steps", type=int, metavar="N", help=text)
-    text = "of everything that is drawn (default: %(default)s)"
-    group.add_argument("--seed", type=int, default=0, metavar="N", help=text)
-    group.add_argument(
-        "--memory-budget",
-        type=options.size,
-        default=options.size("512M"),
-        metavar="SIZE",
-        help="memory for kept activations, the rest goes to disk (default: 512M)",
-    )
-    text = "keep finished layers here: the same command goes on where it was stopped"
-    group.add_argument("--checkpoint-dir", metavar="DIR", help=text)
-    text = (
-        "under torchrun: fast gives up that the codes are those of one process (default: ordered)"
-    )
-    group.add_argument("--reduction", choices=REDUCTIONS, default="ordered", help=text)
-
-
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("output")
-    text = "directory to write, new or empty"
-    group.add_argument("--output", "-o", required=True, metavar="DIR", help=text)
-    text = "replace the directory of an earlier run"
-    group.add_argument("--overwrite", action="store_true", help=text)
-    group.add_argument("--html", metavar="FILE", help="write the report's page here too")
-    text = "no progress and no summary, errors only"
-    group.add_argument("--quiet", action="store_true", help=text)
-
-
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a directory that quantize wrote")
-    text = "module:factory that the model came from; not for Hugging Face directories"
-    parser.add_argument("--model", metavar="MODULE:FACTORY", help=text)
-
-
-def _add_export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--format",
-        required=True,
-        nargs="+",
-        choices=[*FORMATS, "all"],
-        metavar="FORMAT",
-        help=f"{', '.join(FORMATS)} or all",
-    )
-    text = "runtime that ONNX files are for: %(choices)s (default: %(default)s)"
-    targets = ("ort", "openvino", "tensorrt", "qnn")
-    parser.add_argument("--target", choices=targets, default="ort", help=text)
-    text = "directory to write, new or empty (default: RUN/FORMAT)"
-    parser.add_argument("--output", "-o", metavar="DIR", help=text)
-    text = "as of quantize: its first batch is the example that models are traced with"
-    parser.add_argument("--data", metavar="DATA", help=text)
-    text = "tokens of the example (default: %(default)s)"
-    parser.add_argument("--seqlen", type=options.positive, default=32, metavar="N", help=text)
-    parser.add_argument("--quiet", action="store_true", help="no summary, errors only")
-
-
-def _add_verify(parser: argparse.ArgumentParser) -> None:
-    text = "exports written elsewhere (default: all that are in RUN)"
-    parser.add_argument("exports", nargs="*", metavar="EXPORT", help=text)
-    text = "inputs to compare on, as of quantize: a UTF-8 text file, or module:loader"
-    parser.add_argument("--data", required=True, metavar="DATA", help=text)
-    for name, default, text in (
-        ("--nsamples", 8, "windows of text, spread evenly over the file"),
-        ("--seqlen", 512, "tokens of a window, special ones included"),
-        ("--batch-size", 8, "windows of a batch"),
-    ):
-        text = f"{text} (default: %(default)s)"
-        parser.add_argument(name, type=options.positive, default=default, metavar="N", help=text)
-    text = "relative error that counts as equal (default: %(default)s)"
-    parser.add_argument(
-        "--tolerance", type=options.tolerance, default=TOLERANCE, metavar="X", help=text
-    )

@@ -1,114 +1,113 @@
-"""The models and the data that the command line names."""
+"""The data that the command line names, and in what order models and data are looked at."""
 
 from __future__ import annotations
 
-import importlib
-import os
-import re
-import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from argparse import Namespace
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.txt",
-    "vocab.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
+from adaround_ext.cli_models import NAME, NamedModel, Source, imported, load_model, name_model
+from adaround_ext.cli_options import DTYPES
+from adaround_ext.conversion import converted
+from adaround_ext.export_targets import EXPORT_TARGETS
+from adaround_ext.model_checks import device_here
+
+__all__ = [
+    "NamedModel",
+    "Source",
+    "check_data",
+    "load_data",
+    "load_inputs",
+    "load_model",
+    "name_data",
+    "name_model",
+    "text_windows",
+]
+
+Batches = Callable[[], Iterable[Any]]
 
 
-@dataclass(frozen=True)
-class Source:
-    """A model; ``directory`` is the Hugging Face directory that it came from, or None."""
-
-    model: nn.Module
-    directory: Path | None
-
-    def tokenizer(self) -> Any:
-        """The directory's tokenizer, or None where it has no files of one.
-
-        transformers would make an empty one of nothing, to which every word is unknown.
-        """
-        folder = self.directory
-        if folder is None or not any((folder / name).exists() for name in _TOKENIZER_FILES):
-            return None
-        return _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-    @contextmanager
-    def without_cache(self) -> Iterator[None]:
-        """Inside, a language model keeps no keys and values, which calibration never reads."""
-        config = getattr(self.model, "config", None) if self.directory is not None else None
-        before = getattr(config, "use_cache", None)
-        if before is None:
-            yield
-            return
-        config.use_cache = False  # type: ignore[union-attr]
-        try:
-            yield
-        finally:
-            config.use_cache = before  # type: ignore[union-attr]
-
-
-def load_model(
-    name: str,
-    *,
-    auto_class: str | None = None,
-    dtype: torch.dtype | None = None,
-    device: str | None = None,
-    quiet: bool = False,
-) -> Source:
-    """A local Hugging Face directory's model, or what ``module:factory`` returns.
-
-    dtype: None is float32 for a directory, and what the factory made. Raises ValueError,
-    FileNotFoundError, ImportError and TypeError that name MODEL or --auto-class.
-    """
-    if Path(name).is_dir():
-        source = _pretrained(Path(name), auto_class, dtype or torch.float32, quiet)
-    elif _NAME.fullmatch(name):
-        made = _imported("MODEL", name)
-        made = made if isinstance(made, nn.Module) else made()
-        if not isinstance(made, nn.Module):
-            raise TypeError(f"MODEL {name} must return a torch module, got {type(made).__name__}")
-        source = Source(made if dtype is None else made.to(dtype), None)
-    else:
+def check_data(name: str | None) -> None:
+    """Raises what :func:`name_data` does for a name that is none, before any model is looked at."""
+    if name is None or Path(name).expanduser().is_file():
+        return
+    if not NAME.fullmatch(name):
         raise FileNotFoundError(
-            f"MODEL must be a local Hugging Face directory or module:factory, got {name!r}, "
-            "which is neither"
+            f"DATA must be a text file or module:loader, got {name!r}, which is neither"
         )
+    imported("DATA", name)
+
+
+def name_data(
+    name: str, model: NamedModel, *, nsamples: int, seqlen: int, batch_size: int
+) -> Batches:
+    """How to get batches of a text file, for a model with a tokenizer, or of ``module:loader``.
+
+    A text is read and cut before the model is in memory, a loader is called afterwards. Raises
+    ValueError, FileNotFoundError, ImportError and TypeError that name DATA or the option.
+    """
+    check_data(name)
+    path = Path(name).expanduser()
+    if path.is_file():
+        rows = _text(path, model, nsamples, seqlen)
+        return lambda: [{"input_ids": batch} for batch in rows.split(batch_size)]
+    loader = imported("DATA", name)
+
+    def batches() -> Iterable[Any]:
+        loaded = loader()
+        if isinstance(loaded, (str, bytes)) or not isinstance(loaded, Iterable):
+            rule = f"DATA {name} must return an iterable of batches"
+            raise TypeError(f"{rule}, got {type(loaded).__name__}")
+        return loaded
+
+    return batches
+
+
+def load_inputs(args: Namespace) -> tuple[Source, Iterable[Any]]:
+    """The model and the data that a command names; no data where it names none.
+
+    All that can be wrong without the model's weights is looked at before they are read.
+    """
+    check_data(args.data)
+    device = args.device
     if device is not None:
-        source.model.to(device)
-    return source
+        device = str(device_here(device))
+    named = name_model(args.model, args.auto_class)
+    batches: Batches = tuple
+    if args.data is not None:
+        sizes = {name: getattr(args, name) for name in ("nsamples", "seqlen", "batch_size")}
+        batches = name_data(args.data, named, **sizes)
+    dtype = None if args.dtype is None else DTYPES[args.dtype]
+    target = None if args.export_for is None else EXPORT_TARGETS[args.export_for]
+    if dtype is None and target is not None and torch.bfloat16 not in target.dtypes:
+        # As quantize_ would make it, but without a copy in bfloat16 first.
+        found = getattr(named.config, "dtype", None)
+        dtype = torch.float32 if found == torch.bfloat16 else None
+    source = named.load(dtype, device, args.quiet)
+    return source, in_dtype_of(source, batches())
 
 
 def load_data(
     name: str, source: Source, *, nsamples: int, seqlen: int, batch_size: int
 ) -> Iterable[Any]:
-    """Batches of a text file, for a directory with a tokenizer, or what ``module:loader`` returns.
+    """The batches of :func:`name_data` for a model in memory."""
+    sizes = {"nsamples": nsamples, "seqlen": seqlen, "batch_size": batch_size}
+    return in_dtype_of(source, name_data(name, source.named, **sizes)())
 
-    Raises ValueError, FileNotFoundError, ImportError and TypeError that name DATA.
+
+def in_dtype_of(source: Source, batches: Iterable[Any]) -> Iterable[Any]:
+    """Floating-point tensors as a half-precision model of transformers takes them.
+
+    A loader need not know the dtype of the files.
     """
-    if Path(name).is_file():
-        rows = _text(Path(name), source, nsamples, seqlen)
-        return [{"input_ids": batch} for batch in rows.split(batch_size)]
-    if not _NAME.fullmatch(name):
-        raise FileNotFoundError(
-            f"DATA must be a text file or module:loader, got {name!r}, which is neither"
-        )
-    batches = _imported("DATA", name)()
-    if isinstance(batches, (str, bytes)) or not isinstance(batches, Iterable):
-        rule = f"DATA {name} must return an iterable of batches"
-        raise TypeError(f"{rule}, got {type(batches).__name__}")
-    return batches
+    dtype = getattr(source.model, "dtype", None) if source.pretrained else None
+    if dtype not in (torch.float16, torch.bfloat16):
+        return batches
+    return converted(batches, (torch.float32, torch.float64), dtype)
 
 
 def text_windows(tokenizer: Any, text: str, count: int, length: int) -> Tensor:
@@ -150,83 +149,42 @@ def text_windows(tokenizer: Any, text: str, count: int, length: int) -> Tensor:
     return torch.cat([first, taken, last], 1)
 
 
-def _text(path: Path, source: Source, nsamples: int, seqlen: int) -> Tensor:
-    if source.directory is None:
+def _text(path: Path, model: NamedModel, nsamples: int, seqlen: int) -> Tensor:
+    if model.origin is None:
         raise ValueError(f"DATA must be module:loader for a model from module:factory, got {path}")
-    config = source.model.config
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"DATA must be module:loader for an encoder-decoder model, got {path}")
-    most = getattr(config, "max_position_embeddings", None)
-    if isinstance(most, int) and 0 < most < seqlen:
-        raise ValueError(f"--seqlen must be at most the model's {most} positions, got {seqlen}")
-    tokenizer = source.tokenizer()
-    if tokenizer is None:
-        raise FileNotFoundError(f"MODEL must hold a tokenizer for text, got {source.directory}")
+    _check_length(model, seqlen)
+    if model.tokenizer is None:
+        raise FileNotFoundError(f"MODEL must hold a tokenizer for text, got {model.origin}")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"DATA must be UTF-8 text, got {path}: {error}") from error
-    return text_windows(tokenizer, text, nsamples, seqlen)
+    return text_windows(model.tokenizer, text, nsamples, seqlen)
 
 
-def _pretrained(folder: Path, auto_class: str | None, dtype: torch.dtype, quiet: bool) -> Source:
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"MODEL must hold a config.json, got {folder}")
-    transformers = _transformers()
-    if quiet:
-        transformers.utils.logging.disable_progress_bar()
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    chosen = _auto_class(transformers, config, auto_class)
-    model = chosen.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True)
-    return Source(model.eval(), folder)
-
-
-def _auto_class(transformers: Any, config: Any, name: str | None) -> Any:
-    """The named class, or the one whose model for this configuration is its architecture."""
-    known = sorted(n for n in dir(transformers) if n.startswith("AutoModel"))
-    if name is not None:
-        if name not in known:
-            raise ValueError(f"--auto-class must be one of {', '.join(known)}, got {name!r}")
-        return getattr(transformers, name)
-    for architecture in config.architectures or ():
-        for candidate in known:
-            found = getattr(transformers, candidate)._model_mapping.get(type(config), None)
-            models = found if isinstance(found, (tuple, list)) else (found,)
-            if architecture in [getattr(model, "__name__", None) for model in models]:
-                return getattr(transformers, candidate)
-    if config.architectures:
+def _check_length(model: NamedModel, seqlen: int) -> None:
+    """ValueError unless the model has as many positions for tokens."""
+    config = model.config
+    most = getattr(config, "max_position_embeddings", None)
+    if not isinstance(most, int) or most < 1:
+        return
+    padding = 0
+    if most - seqlen <= max(getattr(config, "pad_token_id", None) or 0, 1):
+        padding = _padding_positions(model)
+    if seqlen > most - padding:
+        also = f" ({most} with those of padding)" if padding else ""
         raise ValueError(
-            f"--auto-class must be given for the architecture {config.architectures[0]}, which is "
-            f"that of none of transformers' classes for {type(config).__name__}"
+            f"--seqlen must be at most the model's {most - padding} positions{also}, got {seqlen}"
         )
-    return transformers.AutoModel
 
 
-def _imported(argument: str, name: str) -> Any:
-    """What ``module:attribute`` names; the current directory is searched as well."""
-    module_name, _, path = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # it is there, but something that it imports is not
-        raise ImportError(f"{argument} must name a module that exists, got {module_name}") from None
-    for part in path.split("."):
-        if not hasattr(found, part):
-            raise ImportError(f"{argument} must name what {module_name} has, got {path}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise TypeError(f"{argument} {name} must be callable, got {type(found).__name__}")
-    return found
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError(
-            "transformers is needed for Hugging Face directories: pip install adaround_ext[demo]"
-        ) from error
-    return transformers
+def _padding_positions(model: NamedModel) -> int:
+    """How many come before the first token's: RoBERTa and its kin count on from padding's."""
+    with torch.device("meta"):
+        built: nn.Module = model.auto.from_config(model.config)
+    for name, module in built.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return 0 if module.padding_idx is None else module.padding_idx + 1
+    return 0

@@ -30,7 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 # The tabu search counts its steps in float32.
 _MOST = {"steps": None, "search_steps": 1 << 23, "rounds": None}
-_SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -132,7 +132,7 @@ class AdaRoundConfig:
             fail("scale", f"{', '.join(_SCALES)} or a tensor", self.scale)
         if isinstance(self.scale, Tensor) and (self.scale.is_meta or self.scale.is_complex()):
             fail("scale", "a tensor of real numbers", self.scale)
-        if self.scale_dtype not in _SCALE_DTYPES:
+        if self.scale_dtype not in SCALE_DTYPES:
             fail("scale_dtype", "float32, float16 or bfloat16", self.scale_dtype)
         if not (self.activation is None or callable(self.activation)) and (
             self.activation not in list(ACTIVATIONS)

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from adaround_ext.files import whole_file
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file, whole or not at all."""
-    # Beside the target, so that the rename is atomic.
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    try:
+    with whole_file(path) as part:
         part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def read_value(hint: Any, value: Any, where: str) -> Any:

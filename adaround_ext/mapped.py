@@ -15,6 +15,7 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from adaround_ext.files import path_from
 from adaround_ext.model_checks import check_module
 from adaround_ext.wording import some
 
@@ -30,7 +31,7 @@ def map_weights_(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
     names that are not in the files and for another shape or dtype; FileNotFoundError without files.
     """
     check_module(model)
-    paths = sorted(Path(folder).glob("*.safetensors"))
+    paths = sorted(path_from(folder).glob("*.safetensors"))
     if not paths:
         raise FileNotFoundError(f"folder must hold safetensors files, got none in {folder}")
     stored = _stored(paths)
@@ -105,7 +106,7 @@ class Offload:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self._folder = Path(folder)
+        self._folder = path_from(folder)
         if not self._folder.is_dir():
             raise ValueError(f"offload_dir must be an existing folder, got {folder}")
 

@@ -25,14 +25,20 @@ from adaround_ext.capture import Replay
 from adaround_ext.census import Census, NewCalls
 from adaround_ext.checkpoint import Checkpoint, traced_batches
 from adaround_ext.collect import Unit, parallel_segments, sequential_segments
-from adaround_ext.config import AdaRoundConfig, make_config
+from adaround_ext.config import AdaRoundConfig
 from adaround_ext.coverage import few_quantized
 from adaround_ext.distributed import Ranks, Reduction
+from adaround_ext.export_goal import Goal
 from adaround_ext.fingerprint import model_digest
 from adaround_ext.fitting import Fitter, wanted_by
 from adaround_ext.mapped import Offload
 from adaround_ext.memory import device_memory, free_device_memory, host_memory
-from adaround_ext.model_checks import check_devices, check_module, refuse_inference
+from adaround_ext.model_checks import (
+    check_devices,
+    check_module,
+    device_here,
+    refuse_inference,
+)
 from adaround_ext.model_report import LayerEntry, ModelReport
 from adaround_ext.overrides import Overrides
 from adaround_ext.padding import PaddingMask
@@ -72,6 +78,7 @@ def quantize_(
     offload_dir: str | None = None,
     process_group: dist.ProcessGroup | None = None,
     reduction: Reduction = "ordered",
+    export_for: str | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> ModelReport:
@@ -127,23 +134,31 @@ def quantize_(
     reduction: "ordered": the codes are those of one process with as many threads, bit by bit.
     "fast": statistics are summed by one all-reduce, with less memory (a matrix a layer and rank
     instead of up to 16 over all ranks) and other last bits for other numbers of ranks.
+    export_for: "onnxruntime", "openvino", "tensorrt" (these make a bfloat16 model float32), "vllm",
+    "transformers" or "gguf": grid, groups, dtype of scales and layers left alone are chosen for it,
+    where settings and overrides leave them open, and what cannot end there is refused, at once.
     progress: show a bar.
 
     The model is run in eval mode without gradients. It changes only at the very end, so after an
     error it is as it was; parameters keep their identity, and tied weights stay tied. Each
     quantized module gets ``quantized_weight`` (:class:`QuantizedWeight`), the codes for export.
     Returns a :class:`ModelReport`: every layer in numbers, and what was skipped, with the reason.
-    Raises TypeError and ValueError that name the argument or layer, the rule and what came.
+    Raises TypeError and ValueError that name the argument or layer, the rule and what came;
+    ImportError where what writes the format of ``export_for`` is missing.
     """
-    config = make_config(config, settings)
     _check(model, mode, batch_norm, activations)
+    goal = Goal(export_for, model)
+    config = goal.config(config, settings)
+    goal.check_activations(activations)
+    batch_norm = goal.batch_norm(batch_norm)
     _check_budgets(memory_budget, device_budget)
     ranks = Ranks(process_group, reduction)
     started = time.perf_counter()
     host_before, _ = host_memory()
     with ExitStack() as stack:
+        stack.enter_context(goal.widened())
         home = single_device(model)
-        device = home if device is None else _device(device)
+        device = home if device is None else device_here(device)
         check_devices(model, device)
         free = free_device_memory(device)
         if device_budget is None or free == 0:
@@ -161,11 +176,13 @@ def quantize_(
             raise ValueError(f"device must be None for a model on several devices, got {device}")
         told = checkpoint_dir is not None or ranks.size > 1
         with ranks.together("the reading of calibration"):
-            data = Calibration(model, calibration, forward_fn, padding_mask, cache, home, told)
+            batches = goal.batches(calibration)
+            data = Calibration(model, batches, forward_fn, padding_mask, cache, home, told)
         laps = {"calibration": time.perf_counter() - started}
         undo = stack.enter_context(ExitStack())
         digest = model_digest(model) if told else ""
-        choices = Choices(config, overrides, filter_fn, padding_mask, activation_aware, blocks)
+        wanted = goal.overrides(overrides)
+        choices = Choices(config, wanted, filter_fn, padding_mask, activation_aware, blocks, goal)
         with ranks.together("tracing"):
             run = partial(data.run, 0, config.seed)
             prepared = prepare_(model, run, undo, batch_norm, equalize)
@@ -247,21 +264,22 @@ def quantize_(
         memory["device_peak"] = device_memory(device)
     else:
         del memory["cache_device"]
-    weights = [target.matrix.layer.get_parameter("weight") for target in plan.targets]
-    few = few_quantized(model, weights, plan.skipped)
+    weights = [target.matrix.layer.get_parameter("weight") for target in fitter.fitted]
+    skipped = plan.skipped | fitter.skipped
+    few = few_quantized(model, weights, skipped)
     for note in few if ranks.first else ():
         _logger.warning("%s", note)
     return ModelReport(
         model=type(model).__name__,
         mode=mode,
         layers=_entries(units, calls, fitter),
-        skipped=plan.skipped | fitter.skipped,
+        skipped=skipped,
         blocks=tuple(dict.fromkeys(call.name for call in calls if len(call.layers) > 1)),
         parameters=sum(p.numel() for p in model.parameters()),
         passes=passes + (activations is not None),
         batches=data.batches,
         samples=data.samples,
-        notes=(*few, *data.notes, *prepared.notes, *plan.notes, *fitter.notes),
+        notes=(*few, *goal.notes, *data.notes, *prepared.notes, *plan.notes, *fitter.notes),
         seconds=laps,
         memory=memory,
         versions=versions(),
@@ -291,17 +309,6 @@ def _check_budgets(memory: object, device: object) -> None:
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"{name} must be a number of bytes, got {value!r}")
-
-
-def _device(device: torch.device | str) -> torch.device:
-    """``device`` as torch knows it, ValueError where there is none that holds data."""
-    try:
-        found = torch.empty(1, device=device).device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"device must be one of this machine, got {device!r}: {error}") from error
-    if found.type == "meta":
-        raise ValueError(f"device must hold data, got {device!r}")
-    return found
 
 
 def _common(calls: list[BlockCall], plan: Plan) -> int:

@@ -29,3 +29,14 @@ def check_devices(model: nn.Module, device: torch.device | None = None) -> None:
         check_device("device", device)
     for name, parameter in model.named_parameters():
         check_device(name, parameter.device)
+
+
+def device_here(device: torch.device | str) -> torch.device:
+    """``device`` as torch knows it, ValueError where there is none that holds data."""
+    try:
+        found = torch.empty(1, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device must be one of this machine, got {device!r}: {error}") from error
+    if found.type == "meta":
+        raise ValueError(f"device must hold data, got {device!r}")
+    return found

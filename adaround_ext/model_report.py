@@ -7,11 +7,11 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from math import exp, fsum, inf, isfinite, log, prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaround_ext.config import AdaRoundConfig
 from adaround_ext.coverage import told_first
+from adaround_ext.files import path_from
 from adaround_ext.json_values import check_keys, check_type, read_value, write_atomically
 from adaround_ext.report import LayerReport
 from adaround_ext.report_plot import as_bytes, as_count, as_percent, as_shape, as_time
@@ -192,12 +192,12 @@ class ModelReport:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a JSON file, whole or not at all."""
-        write_atomically(Path(path), self.to_json() + "\n")
+        write_atomically(path_from(path), self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ModelReport:
         """Reads what :meth:`save` wrote; ValueError for any other file."""
-        data = Path(path).read_bytes()
+        data = path_from(path).read_bytes()
         try:
             return cls.from_dict(json.loads(data))
         except (ValueError, RecursionError) as error:
@@ -212,7 +212,7 @@ class ModelReport:
         """
         from adaround_ext.report_plot import draw
 
-        return draw(self, None if path is None else Path(path))
+        return draw(self, None if path is None else path_from(path))
 
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
         """A page that needs nothing else; written where a path is given, whole or not at all."""
@@ -220,7 +220,7 @@ class ModelReport:
 
         text = page(self)
         if path is not None:
-            write_atomically(Path(path), text)
+            write_atomically(path_from(path), text)
         return text
 
     def __repr__(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -74,8 +74,10 @@ def make_plan(
     refused: Mapping[nn.Module, str] | None = None,
     flow: Dataflow | None = None,
     masks: PaddingMasks | None = None,
+    complete: Callable[[nn.Module, Mapping[str, Any]], dict[str, Any]] | None = None,
 ) -> Plan:
-    """refused: layers that cannot be quantized, and why. flow, masks: of the trace.
+    """refused: layers that cannot be quantized, and why. flow, masks: of the trace. complete: a
+    layer's settings, from those that overrides give.
 
     Raises ValueError and TypeError that name ``overrides``, ``filter_fn``, ``activation_aware`` or
     the layer.
@@ -105,6 +107,8 @@ def make_plan(
         if settings is None:
             skipped[name] = "overrides say skip"
             continue
+        if complete is not None:
+            settings = complete(matrix.layer, settings)
         if len(tied) and settings.get("bias", config.bias) != "keep":
             settings = {**settings, "bias": "keep"}
             notes.append(f"{name}: biases are kept, its weight is tied")

@@ -6,9 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 
 import safetensors.torch
 import torch
@@ -16,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from adaround_ext import ops
+from adaround_ext.files import path_from, whole_file
 from adaround_ext.fingerprint import add_tensor
 from adaround_ext.layers import MatrixLayer
 from adaround_ext.report import LayerReport
@@ -118,19 +117,11 @@ class LayerResult:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file, whole or not at all."""
-        path = Path(path)
         tensors = {name: t.contiguous().cpu() for name, t in self._tensors().items()}
         report = json.dumps(self.report.to_dict())
         metadata = {"format": _FORMAT, "report": report, "digest": _digest(tensors, report)}
-        # Beside the target, so that the rename is atomic.
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        os.close(handle)
-        try:
-            safetensors.torch.save_file(tensors, name, metadata)
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        with whole_file(path_from(path)) as part:
+            safetensors.torch.save_file(tensors, part, metadata)
 
     @classmethod
     @torch.inference_mode(False)
@@ -138,7 +129,7 @@ class LayerResult:
         """Reads what :meth:`save` wrote; ValueError for any other file."""
         rule = f"{path} must be a file written by LayerResult.save"
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(path_from(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError:

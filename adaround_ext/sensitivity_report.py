@@ -8,11 +8,11 @@ import os
 from collections.abc import Mapping
 from glob import escape
 from math import fsum, inf
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaround_ext.assignment import assign_bits, check_budget
 from adaround_ext.coverage import FEW
+from adaround_ext.files import path_from
 from adaround_ext.json_values import check_keys, read_value, write_atomically
 from adaround_ext.report_plot import FAINT, INK, as_count, as_percent
 from adaround_ext.wording import warning_lines
@@ -129,12 +129,12 @@ class Sensitivity:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a JSON file, whole or not at all."""
-        write_atomically(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")
+        write_atomically(path_from(path), json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Sensitivity:
         """Reads what :meth:`save` wrote; ValueError for any other file."""
-        data = Path(path).read_bytes()
+        data = path_from(path).read_bytes()
         try:
             return cls.from_dict(json.loads(data))
         except (ValueError, RecursionError) as error:
@@ -233,5 +233,5 @@ def _draw(result: Sensitivity, path: str | os.PathLike[str] | None) -> Figure:
     for spine in axes.spines.values():
         spine.set_visible(False)
     if path is not None:
-        figure.savefig(path)
+        figure.savefig(path_from(path))
     return figure

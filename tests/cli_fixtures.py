@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,25 +100,58 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def save_tokenizer(path: Path, *special: str, marked: bool = False) -> int:
+    """A tokenizer of words, with [CLS] and [SEP] around a text where it is marked; its size."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    if marked:
+        ends = [(end, vocabulary[end]) for end in ("[CLS]", "[SEP]")]
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=ends
+        )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(path)
+    return len(vocabulary)
+
+
+def save_model(path: Path, name: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> Path:
+    """A Hugging Face directory of a tiny model of this class, with a tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    kind = getattr(transformers, name)
+    settings: dict[str, Any] = {
+        "vocab_size": save_tokenizer(path, "[FIRST]", "[PAD]", "[UNK]"),
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    torch.manual_seed(1)
+    kind(kind.config_class(**(settings | sizes))).to(dtype).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face directory in bfloat16: a tiny Llama and a tokenizer of words."""
+    path = tmp_path_factory.mktemp("models") / "llama"
+    return save_model(
+        path, "LlamaForCausalLM", torch.bfloat16, hidden_size=64, intermediate_size=96
+    )
+
+
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face directory: a tiny BERT and a tokenizer of words."""
     transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
     path = tmp_path_factory.mktemp("models") / "bert"
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    vocabulary = {word: i for i, word in enumerate(special + WORDS)}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]"
-    ).save_pretrained(path)
+    size = save_tokenizer(path, "[PAD]", "[UNK]", "[CLS]", "[SEP]", marked=True)
     torch.manual_seed(1)
     config = transformers.BertConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=size,
         hidden_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,

@@ -15,7 +15,7 @@ import torch
 
 from adaround_ext import calibration
 from adaround_ext.native import build_info
-from tests.cli_fixtures import bert, folder, run, text  # noqa: F401  fixtures
+from tests.cli_fixtures import bert, folder, llama, run, text  # noqa: F401  fixtures
 from tests.emulation import EMULATED, PRETENDED
 from tests.emulation.library import load
 from tests.emulation.pretended import cuda_device

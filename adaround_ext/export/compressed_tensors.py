@@ -119,7 +119,7 @@ def _checked_layers(model: nn.Module) -> list[QuantizedLayer]:
     if found := list(quantizers(model)):
         got = f"got {len(found)} quantizers, as {found[0]}"
         raise ValueError(f"{_FORMAT} weights go without quantized activations, {got}")
-    refuse(f"compressed-tensors, {_FORMAT},", layers, lambda layer: _obstacle(layer, model.dtype))
+    refuse(f"compressed-tensors, {_FORMAT},", layers, lambda layer: obstacle(layer, model.dtype))
     if len(_groups(layers)) > 1 and not all(layer.symmetric for layer in layers):
         names = [layer.name for layer in layers if not layer.symmetric]
         rule = "layers must all be symmetric, or share bits, granularity and group size"
@@ -127,7 +127,8 @@ def _checked_layers(model: nn.Module) -> list[QuantizedLayer]:
     return layers
 
 
-def _obstacle(layer: QuantizedLayer, dtype: torch.dtype) -> str | None:
+def obstacle(layer: QuantizedLayer, dtype: torch.dtype) -> str | None:
+    """Why a model of this dtype cannot have a layer packed, None where it can."""
     own = layer.matrix.weight.dtype
     if not isinstance(layer.module, nn.Linear):
         return f"it must be a Linear, got {type(layer.module).__name__}"

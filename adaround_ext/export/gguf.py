@@ -54,7 +54,7 @@ def export_gguf(
     if found := list(quantizers(model)):
         got = f"got {len(found)} quantizers, as {found[0]}"
         raise ValueError(f"GGUF files go without quantized activations, {got}")
-    refuse("GGUF", layers, _obstacle)
+    refuse("GGUF", layers, obstacle)
     known = architecture(model)
     with new_export(folder, KIND) as (part, details):
         details.update(_details(model, layers, known))
@@ -102,7 +102,8 @@ def _gguf() -> ModuleType:
     return gguf
 
 
-def _obstacle(layer: QuantizedLayer) -> str | None:
+def obstacle(layer: QuantizedLayer) -> str | None:
+    """Why blocks cannot hold a layer, None where they can."""
     if not isinstance(layer.module, nn.Linear):
         kind = type(layer.module).__name__
         return f"blocks run along the columns of a matrix, so it must be a Linear, got {kind}"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adaround_ext.files import share_files
 from adaround_ext.json_values import check_keys, check_type, write_atomically
 
 NAME = "adaround.json"
@@ -37,18 +38,14 @@ def new_export(folder: str | os.PathLike[str], kind: str) -> Iterator[tuple[Path
     It becomes ``folder``, with its manifest, when all is written; after an error nothing is left.
     ValueError unless ``folder`` is new or an empty directory.
     """
-    folder = path_of(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"folder must be new or empty, got {folder}")
+    folder = new_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
     part.mkdir()
     try:
         details: dict[str, Any] = {}
         yield part, details
-        for path in part.rglob("*"):
-            if path.is_file():
-                path.chmod(0o666 & ~_umask())  # some libraries write for the owner alone
+        share_files(part)
         write_manifest(part, kind, details)
         if folder.exists():  # kept: it may be somebody's current directory
             for path in part.iterdir():
@@ -61,17 +58,19 @@ def new_export(folder: str | os.PathLike[str], kind: str) -> Iterator[tuple[Path
         raise
 
 
+def new_folder(folder: object) -> Path:
+    """Its absolute path; ValueError unless ``folder`` is new or an empty directory."""
+    path = path_of(folder).absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"folder must be new or empty, got {path}")
+    return path
+
+
 def path_of(folder: object) -> Path:
-    """TypeError for what is no path."""
+    """A path, which may begin with ~; TypeError for what is none."""
     if not isinstance(folder, (str, os.PathLike)):
         raise TypeError(f"folder must be a path, got {type(folder).__name__}")
-    return Path(folder)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    return Path(folder).expanduser()
 
 
 def write_manifest(

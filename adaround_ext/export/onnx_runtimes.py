@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from adaround_ext.export.manifest import read_manifest
+from adaround_ext.export.manifest import path_of, read_manifest
 from adaround_ext.export.onnx_names import bind, plain_leaves
 from adaround_ext.export.runner import FLIPS, Runner
 from adaround_ext.json_values import check_keys
@@ -157,7 +157,7 @@ def matmul_nbits(folder: str | os.PathLike[str]) -> dict[str, int]:
     """
     import onnx
 
-    folder = Path(folder)
+    folder = path_of(folder)
     read_manifest(folder, KIND)
     with tempfile.TemporaryDirectory() as place:
         written = Path(place) / FILE

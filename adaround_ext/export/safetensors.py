@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from adaround_ext.attachment import attached_sites, quantizers
 from adaround_ext.export.layers import QuantizedLayer, quantized_layers
-from adaround_ext.export.manifest import new_export, read_manifest, write_manifest
+from adaround_ext.export.manifest import new_export, path_of, read_manifest, write_manifest
 from adaround_ext.export.modules import pack_
 from adaround_ext.export.restore import restore_
 from adaround_ext.export.runner import FLIPS, Runner, module_runner
@@ -114,7 +114,7 @@ def load_quantized(
     rule = f"{folder} must be a directory that save_quantized wrote"
     try:
         stored: StoredModel = read_value(StoredModel, manifest.details, "details")
-        with safe_open(Path(folder) / FILE, framework="pt") as file:
+        with safe_open(path_of(folder) / FILE, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (ValueError, SafetensorError, OSError) as error:
         raise ValueError(f"{rule}: {error}") from error
