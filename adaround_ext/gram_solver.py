@@ -127,14 +127,15 @@ class GramSolver:
         return search_all(solutions, self.objective, self.chosen.search_steps, seed)
 
     def _rounds(self, best: Solution) -> Solution:
-        """Scales refitted to the codes and codes searched on the new scales, while that helps."""
+        """Scales refitted to the codes and codes searched on the new scales.
+
+        As many times as was asked for, whatever it gained: rows that gain nothing in one round may
+        in the next, and must not depend on the rows that they are solved with.
+        """
         for turn in range(1, self.chosen.rounds + 1):
             refitted = refit_scales(best, self.objective, self.owners, self.config)
             (searched,) = self._searched([refitted], turn)
-            after = best.better(searched, self.owners)
-            if not bool((after.losses < best.losses).any()):
-                break
-            best = after
+            best = best.better(searched, self.owners)
         return best
 
     def _stored(self, solution: Solution) -> Solution:
