@@ -19,6 +19,7 @@ from adaround_ext.conversion import converted
 from adaround_ext.export.hugging_face import check_alike, skeleton
 from adaround_ext.export_checks import check_layers
 from adaround_ext.export_targets import ExportTarget, export_target
+from adaround_ext.export_trial import check_loads
 from adaround_ext.layers import SUPPORTED
 from adaround_ext.overrides import Overrides
 from adaround_ext.plan import Target
@@ -219,9 +220,13 @@ class Goal:
         return next((size for size in target.group_sizes if cols % size == 0), None)
 
     def check(self, targets: Sequence[Target]) -> None:
-        """ValueError naming the layers whose settings the target cannot hold, and why."""
+        """ValueError naming the layers whose settings the target cannot hold, and why; also where
+        transformers cannot load what would be written.
+        """
         if self._target is not None:
             check_layers(self._target, self._model, targets)
+            if self._target.pretrained:
+                check_loads(self._model, targets)  # type: ignore[arg-type]
 
 
 def _dtype_there(target: ExportTarget, weight: Tensor) -> torch.dtype:

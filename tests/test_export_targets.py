@@ -160,6 +160,18 @@ def experts(folder: Path) -> nn.Module:
     return transformers.Qwen3MoeForCausalLM(config).eval()
 
 
+def late(folder: Path) -> nn.Module:
+    """It draws the weights of layers anew where tensors are missing: of packed layers, too."""
+    import transformers
+
+    config = transformers.T5Config(
+        vocab_size=400, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, use_cache=False
+    )
+    transformers.T5ForConditionalGeneration(config).save_pretrained(folder / "t5")
+    model: nn.Module = transformers.T5ForConditionalGeneration.from_pretrained(folder / "t5")
+    return model.eval()
+
+
 def circular(folder: Path) -> nn.Module:
     conv = nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular")
     return nn.Sequential(conv, nn.Flatten(), nn.Linear(64, 4))
@@ -194,6 +206,8 @@ def circular(folder: Path) -> nn.Module:
         ("openvino", net, {"activations": ActivationConfig(bits=12)}, "at most 8 bits .* got 12"),
         ("vllm", net, {}, "must be a PreTrainedModel of transformers for vllm, got Sequential"),
         ("transformers", experts, {}, "as fused experts, .* got Qwen3MoeForCausalLM"),
+        ("transformers", late, {}, "model must be one that transformers can load quantized, T5For"),
+        ("vllm", late, {"overrides": {"decoder": "skip"}}, "can load quantized, T5For"),
         ("openvino", circular, {}, "no circular padding for openvino, got that of 0"),
         ("tensorrt", net, {"granularity": "per_group", "group_size": 3, "overrides":
          {nn.Linear: "skip"}}, "cannot hold this model: 0: it has no scales for groups"),
@@ -205,11 +219,36 @@ def test_refused_before_anything_is_optimised(
 ) -> None:
     model = make(tmp_path)
     before = copy.deepcopy(model.state_dict())
-    batches = tokens() if make in (of_half, experts) else images()
+    batches: list[Any] = tokens() if make in (of_half, experts, late) else images()
+    if make is late:
+        batches = [batch | {"decoder_input_ids": batch["input_ids"]} for batch in batches]
     with pytest.raises((TypeError, ValueError), match=message):
         quantize_(model, batches, export_for=name, **(FAST | settings))
     for key, tensor in model.state_dict().items():
         assert tensor.dtype == before[key].dtype and torch.equal(tensor, before[key]), key
+
+
+@pytest.mark.usefixtures("never_solved")
+def test_a_trial_that_shows_nothing_refuses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the packed model nor the plain one loads, or there is none with one layer."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise ValueError("it does not load")
+
+    model = llama(tmp_path, torch.bfloat16, num_hidden_layers=2)
+    before = torch.get_rng_state()
+    for place in ("compressed_tensors.load_alike", "trial"):
+        with monkeypatch.context() as patch:
+            if place == "trial":
+                patch.setattr("adaround_ext.export_trial._shallow", fails)
+            else:
+                patch.setattr(f"adaround_ext.export.{place}", fails)
+                patch.setattr("adaround_ext.export_trial.load_alike", fails)
+            with pytest.raises(AssertionError, match="it was optimised"):
+                quantize_(model, tokens(), export_for="vllm", **FAST)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.usefixtures("never_solved")
