@@ -1,11 +1,15 @@
-"""Whether transformers loads the packed form of a model's class, tried on one with few layers."""
+"""What of an export can be tried before there is anything to export.
+
+Whether transformers loads the packed form of a model's class, on one with few layers; whether a
+model can be traced for ONNX.
+"""
 
 from __future__ import annotations
 
 import copy
 import io
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +19,8 @@ from torch import nn
 
 from adaround_ext.export.compressed_tensors import export_compressed_tensors
 from adaround_ext.export.hugging_face import load_alike
+from adaround_ext.export.onnx_names import distinct, ordered
+from adaround_ext.export.onnx_program import traced
 from adaround_ext.plan import Target
 from adaround_ext.result import QuantizedWeight
 
@@ -50,6 +56,23 @@ def check_loads(model: PreTrainedModel, targets: Sequence[Target]) -> None:
             except ValueError:
                 return
             raise ValueError(str(error)) from None
+
+
+def check_traces(model: nn.Module, run: Callable[[], object]) -> None:
+    """ValueError where torch.onnx.export cannot trace ``model`` with what ``run`` gives it."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+    )
+    try:
+        run()
+    finally:
+        hook.remove()
+    if not calls:  # it is run in another way
+        return
+    with redirect_stderr(io.StringIO()):
+        positional, named = distinct(ordered(model, *calls[0]))
+        traced(model, (), (), positional, named, None)
 
 
 def _shallow(model: PreTrainedModel) -> PreTrainedModel:

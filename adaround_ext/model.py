@@ -175,7 +175,7 @@ def quantize_(
             refused = unlike_layers(model, seen, lambda: data.run(0)) | goal.refused()
             changes = goal.overrides(overrides), filter_fn, activation_aware
             plan = make_plan(model, seen, config, *changes, refused, goal.settings)
-            goal.check(plan.targets)
+            goal.check(plan.targets, None if forward_fn else partial(data.run, 0))
             units = make_units(plan.targets)
             calls = block_calls(model, seen, find_blocks(model, seen, blocks))
             switch, common = None, _common(calls, plan)
