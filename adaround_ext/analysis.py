@@ -92,7 +92,5 @@ def analyse(model: nn.Module, traces: Traces, choices: Choices) -> Analysis:
             f"in calibration batches {', '.join(later)} layers run that do not run in the first "
             "one, or more often"
         )
-    if choices.goal is not None:
-        choices.goal.check(plan.targets)
     calls = block_calls(model, seen, find_blocks(model, seen, choices.blocks))
     return Analysis(seen, flow, masks, plan, make_units(plan.targets), calls)

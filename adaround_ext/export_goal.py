@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from glob import escape
@@ -19,6 +19,7 @@ from adaround_ext.conversion import converted
 from adaround_ext.export.hugging_face import check_alike, skeleton
 from adaround_ext.export_checks import check_layers
 from adaround_ext.export_targets import ExportTarget, export_target
+from adaround_ext.export_trial import check_loads, check_traces
 from adaround_ext.layers import SUPPORTED
 from adaround_ext.overrides import Overrides
 from adaround_ext.plan import Target
@@ -218,10 +219,18 @@ class Goal:
             return None
         return next((size for size in target.group_sizes if cols % size == 0), None)
 
-    def check(self, targets: Sequence[Target]) -> None:
-        """ValueError naming the layers whose settings the target cannot hold, and why."""
+    def check(self, targets: Sequence[Target], run: Callable[[], object] | None = None) -> None:
+        """ValueError naming the layers whose settings the target cannot hold, and why.
+
+        Also where transformers cannot load what would be written of the model's class, and where
+        the model, as ``run`` calls it, cannot be traced for ONNX.
+        """
         if self._target is not None:
             check_layers(self._target, self._model, targets)
+            if self._target.pretrained:
+                check_loads(self._model, targets)  # type: ignore[arg-type]
+            if self._target.format == "onnx" and run is not None:
+                check_traces(self._model, run)
 
 
 def _dtype_there(target: ExportTarget, weight: Tensor) -> torch.dtype:

@@ -207,6 +207,7 @@ def quantize_(
                 traces.add(new)
                 known = analyse(model, traces, choices)
                 calls, plan, units = known.calls, known.plan, known.units
+                goal.check(plan.targets, None if forward_fn else partial(data.run, 0))
                 switch, common, notes = None, _common(calls, plan), list[str]()
                 if activations is not None:
                     layers = [target.matrix.layer for target in plan.targets]

@@ -11,39 +11,21 @@ import pytest
 import torch
 from torch import nn
 
-from adaround_ext import ActivationConfig, AdaRoundConfig, export_model, quantize_, verify
+from adaround_ext import ActivationConfig, AdaRoundConfig, quantize_
 from adaround_ext.export_targets import EXPORT_TARGETS
+from tests.target_models import (  # noqa: F401  a fixture
+    FAST,
+    ONNX,
+    convolutions,
+    exported,
+    images,
+    llama,
+    never_solved,
+    tokens,
+)
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("one_thread")
-FAST: dict[str, Any] = {"preset": "fast", "progress": False}
-ONNX = ("onnxruntime", "openvino", "tensorrt")
-HALVES = (torch.bfloat16, torch.float16)
-
-
-def llama(folder: Path, dtype: torch.dtype, **sizes: int) -> nn.Module:
-    """As users have it: read from files of that dtype, so that buffers are what loading makes."""
-    import transformers
-
-    settings = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
-    settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 32}
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**(settings | sizes), use_cache=False)
-    transformers.LlamaForCausalLM(config).to(dtype).save_pretrained(folder / "llama")
-    found: nn.Module = transformers.LlamaForCausalLM.from_pretrained(folder / "llama", dtype=dtype)
-    return found.eval()
-
-
-def tokens(count: int = 2) -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    drawn = [torch.randint(32, (3, 12), generator=generator) for _ in range(count)]
-    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in drawn]
-
-
-def exported(model: nn.Module, name: str, batch: Any, folder: Path) -> bool:
-    target = EXPORT_TARGETS[name]
-    export_model(model, folder, target.format, batch=batch, target=target.runtime)
-    return verify(model, folder, [batch]).ok
 
 
 @pytest.mark.parametrize("name", EXPORT_TARGETS)
@@ -97,19 +79,6 @@ def test_asymmetric_codes_share_their_settings(tmp_path: Path) -> None:
         assert exported(model, "vllm", tokens(1)[0], tmp_path / f"there{group}")
 
 
-def convolutions() -> nn.Sequential:
-    torch.manual_seed(2)
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
-        nn.Linear(16, 15), nn.Linear(15, 64), nn.Linear(64, 8),
-    ).eval()  # fmt: skip
-
-
-def images() -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randn(8, 2, 4, 4, generator=generator) for _ in range(2)]
-
-
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("name", [*ONNX, "gguf"])
 def test_convolutions_and_odd_columns(name: str, bits: int, tmp_path: Path) -> None:
@@ -127,15 +96,6 @@ def test_convolutions_and_odd_columns(name: str, bits: int, tmp_path: Path) -> N
     narrow = {entry.config["narrow_range"] for entry in report.layers}
     assert narrow == {name == "tensorrt" and bits == 8}
     assert known["6"]["group_size"] == (None if bits == 8 else 64)
-
-
-def stopped(*_: object, **__: object) -> None:
-    raise AssertionError("it was optimised")
-
-
-@pytest.fixture
-def never_solved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adaround_ext.model.Fitter.run", stopped)
 
 
 Make = Callable[[Path], nn.Module]
@@ -158,6 +118,18 @@ def experts(folder: Path) -> nn.Module:
         num_key_value_heads=2, head_dim=16, use_cache=False,
     )  # fmt: skip
     return transformers.Qwen3MoeForCausalLM(config).eval()
+
+
+def late(folder: Path) -> nn.Module:
+    """It draws the weights of layers anew where tensors are missing: of packed layers, too."""
+    import transformers
+
+    config = transformers.T5Config(
+        vocab_size=400, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, use_cache=False
+    )
+    transformers.T5ForConditionalGeneration(config).save_pretrained(folder / "t5")
+    model: nn.Module = transformers.T5ForConditionalGeneration.from_pretrained(folder / "t5")
+    return model.eval()
 
 
 def circular(folder: Path) -> nn.Module:
@@ -194,6 +166,8 @@ def circular(folder: Path) -> nn.Module:
         ("openvino", net, {"activations": ActivationConfig(bits=12)}, "at most 8 bits .* got 12"),
         ("vllm", net, {}, "must be a PreTrainedModel of transformers for vllm, got Sequential"),
         ("transformers", experts, {}, "as fused experts, .* got Qwen3MoeForCausalLM"),
+        ("transformers", late, {}, "model must be one that transformers can load quantized, T5For"),
+        ("vllm", late, {"overrides": {"decoder": "skip"}}, "can load quantized, T5For"),
         ("openvino", circular, {}, "no circular padding for openvino, got that of 0"),
         ("tensorrt", net, {"granularity": "per_group", "group_size": 3, "overrides":
          {nn.Linear: "skip"}}, "cannot hold this model: 0: it has no scales for groups"),
@@ -205,7 +179,9 @@ def test_refused_before_anything_is_optimised(
 ) -> None:
     model = make(tmp_path)
     before = copy.deepcopy(model.state_dict())
-    batches = tokens() if make in (of_half, experts) else images()
+    batches: list[Any] = tokens() if make in (of_half, experts, late) else images()
+    if make is late:
+        batches = [batch | {"decoder_input_ids": batch["input_ids"]} for batch in batches]
     with pytest.raises((TypeError, ValueError), match=message):
         quantize_(model, batches, export_for=name, **(FAST | settings))
     for key, tensor in model.state_dict().items():
