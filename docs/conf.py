@@ -30,6 +30,7 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 
 autodoc_member_order = "bysource"
+highlight_language = "text"  # of what names no language
 maximum_signature_line_length = 100  # longer ones have a line for each argument
 # Names in annotations that belong to other projects.
 nitpick_ignore_regex = [
