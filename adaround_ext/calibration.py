@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
 from typing import Any
@@ -13,15 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from adaround_ext.arguments import Arguments
 from adaround_ext.cache import ActivationCache
 from adaround_ext.distributed import Ranks
 from adaround_ext.fingerprint import add_tensor
 from adaround_ext.padding import MADE, PaddingMask
 from adaround_ext.random_state import gpus, seed_all
+from adaround_ext.samples import cut
 from adaround_ext.trace import tensors
 
 ForwardFn = Callable[[nn.Module, Any], object]
-_ROWS = 32  # of a batch, where all samples come in one piece
 # Statistics are summed segment by segment: few, since ranks keep a matrix for each of theirs, and
 # more than most machines have GPUs. They begin at multiples of so many samples.
 _SEGMENTS, _SEGMENT_SAMPLES = 16, 8
@@ -30,14 +30,15 @@ _SEGMENTS, _SEGMENT_SAMPLES = 16, 8
 class Calibration:
     """All batches of a calibration set, for a model.
 
-    source: an iterable of batches: tensors (one argument), tuples or lists (positional arguments),
-    mappings (keyword arguments) or, with ``forward_fn(model, batch)``, anything. A lone tensor or
-    mapping is cut into batches of 32. It is iterated once, so generators and shuffling loaders are
+    source: an iterable of batches: tensors, tuples, lists or mappings, which the model is given as
+    :class:`Arguments` says, or with ``forward_fn(model, batch)`` anything. A lone tensor or mapping
+    is cut into batches of 32. It is iterated once, so generators and shuffling loaders are
     fine; what the caller does not hold in a list anyway is kept in ``cache``.
     padding_mask: the name of the model's argument [batch, tokens] that is 0 at padding, or a
     function from a batch to such a mask or None, or None. fingerprint: whether there is to be a
     :meth:`digest`, which takes longer than a small network on a GPU.
-    Raises TypeError and ValueError naming ``calibration``: no iterable, no data, NaN or infinity.
+    Raises TypeError and ValueError naming ``calibration``: no iterable, no data, NaN or infinity,
+    batches that do not fit the model.
     """
 
     def __init__(
@@ -58,12 +59,12 @@ class Calibration:
         self._cache = cache
         self.device = device
         self._gpus = gpus(t.device for t in model.parameters())
-        self._signature = _signature(model)
+        self._reader = Arguments(model, "calibration", device)
+        self._signature = self._reader.signature
         self._own: list[Any] | None = None
-        self._first_of_tuple = False
         # By batch and name; asked for on every pass.
         self._masks: dict[tuple[int, str], Tensor | None] = {}
-        self.notes: list[str] = []
+        self.notes = self._reader.notes
         self._sizes: list[int] = []  # samples of each batch
         self._hash = hashlib.blake2b(digest_size=16) if fingerprint else None
         self.batches = self._draw(source)
@@ -72,7 +73,7 @@ class Calibration:
 
     def _draw(self, source: Iterable[Any]) -> int:
         if isinstance(source, (Tensor, Mapping)):
-            source = _cut(source)
+            source = cut(source)
         if isinstance(source, (str, bytes)) or not isinstance(source, Iterable):
             rule = "calibration must be an iterable of batches, or one tensor or mapping of samples"
             raise TypeError(f"{rule}, got {type(source).__name__}")
@@ -113,9 +114,9 @@ class Calibration:
                     )
         if self._hash is not None:
             self._add_to_digest(self._hash, item, found)
-        self._sizes.append(len(found[0]) if found and found[0].dim() > 0 else 0)
-        if index == 0 and self._forward_fn is None:
-            self._check_arguments(item)
+        self._sizes.append(next((len(tensor) for tensor in found if tensor.dim() > 0), 0))
+        if self._forward_fn is None:
+            self._check_arguments(index, item)
 
     @staticmethod
     def _add_to_digest(digest: Any, item: Any, found: list[Tensor]) -> None:
@@ -126,41 +127,18 @@ class Calibration:
         for tensor in found:
             add_tensor(digest, tensor)
 
-    def _check_arguments(self, item: Any) -> None:
-        """That the model takes such a batch; (inputs, labels) for a model of one input is noted."""
+    def _check_arguments(self, index: int, item: Any) -> None:
+        """That the model takes such a batch."""
         if not isinstance(item, (Tensor, Mapping, tuple, list)):
             raise TypeError(
                 "calibration must hold tensors, tuples or mappings unless forward_fn is given, got "
-                f"{type(item).__name__}"
+                f"{type(item).__name__} in batch {index}"
             )
-        if self._signature is None:
-            return
-        args, kwargs = self._arguments(item)
-        try:
-            self._signature.bind(*args, **kwargs)
-        except TypeError as error:
-            if isinstance(item, (tuple, list)) and len(item) > 1:
-                try:
-                    self._signature.bind(item[0])
-                except TypeError:
-                    pass
-                else:
-                    self._first_of_tuple = True
-                    self.notes.append(
-                        f"calibration batches hold {len(item)} values and the model takes one: "
-                        "the first is used"
-                    )
-                    return
-            raise TypeError(
-                f"calibration must hold what the model takes, or forward_fn must be given: {error}"
-            ) from error
+        rule = "calibration must hold what the model takes, or forward_fn must be given"
+        self._reader.check(_plain(item), index, rule)
 
     def _arguments(self, item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if isinstance(item, Mapping):
-            return (), dict(item)
-        if isinstance(item, (tuple, list)):
-            return (item[0],) if self._first_of_tuple else tuple(item), {}
-        return (item,), {}
+        return self._reader.of(item)
 
     def _item(self, index: int) -> Any:
         # Copies of what the caller holds: a model may write to its inputs.
@@ -240,32 +218,9 @@ class Calibration:
         return self._hash.hexdigest()
 
 
-def _signature(model: nn.Module) -> inspect.Signature | None:
-    try:
-        return inspect.signature(model.forward)
-    except (TypeError, ValueError):
-        return None
-
-
 def _plain(item: Any) -> Any:
     """Mappings that torch does not know, as a tokenizer's output, as dicts."""
     return dict(item) if isinstance(item, Mapping) and not isinstance(item, dict) else item
-
-
-def _cut(samples: Tensor | Mapping[str, Any]) -> Iterable[Any]:
-    """One tensor or mapping of all samples, as a list of batches."""
-    if isinstance(samples, Tensor):
-        if samples.dim() == 0:
-            raise ValueError("calibration must have a dimension of samples, got a scalar")
-        return list(samples.split(_ROWS)) if len(samples) else []
-    lengths = {len(t) for t in samples.values() if isinstance(t, Tensor) and t.dim() > 0}
-    if not all(isinstance(t, Tensor) for t in samples.values()) or len(lengths) != 1:
-        return [samples]
-    (count,) = lengths
-    return [
-        {name: tensor[begin : begin + _ROWS] for name, tensor in samples.items()}
-        for begin in range(0, count, _ROWS)
-    ]
 
 
 def unpadded(x: Tensor, mask: Tensor | None) -> Tensor:

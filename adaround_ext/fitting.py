@@ -27,6 +27,7 @@ from adaround_ext.recording import Stream
 from adaround_ext.report import LayerReport
 from adaround_ext.result import LayerResult, QuantizedWeight
 from adaround_ext.shared_work import owners_of, solved, solved_apart, take_alike
+from adaround_ext.wording import some
 
 _logger = logging.getLogger("adaround_ext")
 _NAMED = 8  # layers in one note
@@ -235,13 +236,13 @@ class Fitter:
             notes.append(
                 "the model chooses rows by its data: for these shares of them the full-precision "
                 "model has other tokens in their place, and the layer's outputs on them were the "
-                f"targets: {_some(shares)}"
+                f"targets: {some(shares, _NAMED)}"
             )
         if self._unrepeatable:
             notes.append(
                 "the model does not repeat itself (random numbers of a generator of its own, or "
                 "state that runs leave behind), and the outputs of these layers on their inputs "
-                f"were the targets: {_some(self._unrepeatable)}"
+                f"were the targets: {some(self._unrepeatable, _NAMED)}"
             )
         return notes
 
@@ -286,11 +287,6 @@ class Fitter:
                 fitted = self.fitted[target]
                 self._pending[target] = fitted.weight.dequantize(target.matrix), fitted.bias
         return swapped([(t, weight, bias) for t, (weight, bias) in self._pending.items()])
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f"{', '.join(names[:_NAMED])}{more}"
 
 
 def wanted_by(unit: Unit) -> Wanted:

@@ -89,8 +89,9 @@ def quantize_(
 
     calibration: an iterable of batches of whatever the model takes: tensors, tuples (positional
     arguments), mappings (keyword arguments; a tokenizer's output); with ``forward_fn(model,
-    batch)`` anything. One tensor or mapping of all samples is cut into batches of 32. It is
-    iterated once: generators and shuffling loaders are fine.
+    batch)`` anything. Labels behind the inputs are left out, as the report then says. One tensor or
+    mapping of all samples is cut into batches of 32. It is iterated once: generators and shuffling
+    loaders are fine.
     config and settings: of every layer, see :class:`AdaRoundConfig`; as ``bits=4``.
 
     mode: "sequential": x are inputs from the model with all layers before quantized, y what the

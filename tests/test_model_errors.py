@@ -276,7 +276,7 @@ def test_without_gradients_from_the_caller() -> None:
 def test_ways_to_give_data(data: Any) -> None:
     report = quantize_(net(), data, **FAST)
     assert report.samples == 8 and len(report.layers) == 2
-    assert any("the first is used" in note for note in report.notes) == (
+    assert any("no parameter is left for it" in note for note in report.notes) == (
         isinstance(data, list) and isinstance(data[0], tuple)
     )
 

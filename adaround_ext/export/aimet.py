@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext.activations import ActivationQuantizer
+from adaround_ext.arguments import arguments
 from adaround_ext.attachment import quantizers
 from adaround_ext.export.aimet_encodings import VERSIONS, Encoding
 from adaround_ext.export.aimet_graph import FloatGraph, operator_of
@@ -37,7 +38,7 @@ from adaround_ext.export.onnx_names import (
 from adaround_ext.export.onnx_program import output_of, save, traced
 from adaround_ext.export.onnx_trace import automatic_shapes, is_plain_linear
 from adaround_ext.export.packages import need
-from adaround_ext.export.runner import Runner, arguments
+from adaround_ext.export.runner import Runner
 from adaround_ext.native import build_info
 from adaround_ext.trace import evaluation
 
@@ -70,7 +71,7 @@ def export_aimet(
     if placed and version != "1.0.0":
         rule = "version must be '1.0.0' for quantized activations"
         raise ValueError(f"{rule}, got {version!r} and {', '.join(placed)}")
-    positional, named = distinct(ordered(model, *arguments(args)))
+    positional, named = distinct(ordered(model, *arguments(model, args, "args")))
     with new_export(folder, KIND) as (part, details), evaluation(model):
         inputs, outputs = _names(model, positional, named)
         shapes = automatic_shapes(model, positional, named)

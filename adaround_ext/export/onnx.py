@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adaround_ext.arguments import arguments
 from adaround_ext.export.manifest import new_export
 from adaround_ext.export.onnx_contents import Contents
 from adaround_ext.export.onnx_graph import expand_
@@ -26,7 +27,6 @@ from adaround_ext.export.onnx_runtimes import FILE, KIND, runners
 from adaround_ext.export.onnx_targets import MATMUL_BLOCKS, TARGETS
 from adaround_ext.export.onnx_trace import automatic_shapes
 from adaround_ext.export.packages import need
-from adaround_ext.export.runner import arguments
 from adaround_ext.trace import evaluation
 
 __all__ = ["export_onnx", "runners"]
@@ -71,7 +71,7 @@ def export_onnx(
     need("the ONNX export", "onnx", "onnx", "onnxscript")
     _check_options(target, opset, channel_blocks, dynamic_shapes)
     contents = Contents(model, TARGETS[target], channel_blocks)
-    positional, named = arguments(args)
+    positional, named = arguments(model, args, "args")
     positional, named = ordered(model, positional, named | dict(kwargs or {}))
     positional, named = distinct((positional, named))
     with new_export(folder, KIND) as (part, details), evaluation(model):

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaround_ext.arguments import Arguments
 from adaround_ext.export.formats import format_module
 from adaround_ext.export.manifest import path_of, read_manifest
-from adaround_ext.export.runner import Runner, arguments, module_runner
+from adaround_ext.export.runner import Runner, module_runner
 from adaround_ext.model_checks import check_module
 from adaround_ext.trace import evaluation, tensors
 
@@ -59,6 +60,7 @@ class ParityReport:
     batches: int
     tolerance: float
     runs: tuple[RunnerParity, ...]
+    notes: tuple[str, ...] = ()  # on which parameter got what of a batch
 
     @property
     def ok(self) -> bool:
@@ -73,7 +75,8 @@ class ParityReport:
         lines = [
             f"{self.model}: exported and simulated model on {self.batches} batches, "
             f"{'equal' if self.ok else 'NOT EQUAL'} where equality is promised "
-            f"(relative error at most {self.tolerance:g})"
+            f"(relative error at most {self.tolerance:g})",
+            *(f"  {note}" for note in self.notes),
         ]
         for run in self.runs:
             within = run.relative_error <= self.tolerance
@@ -99,14 +102,15 @@ def verify(
 ) -> ParityReport:
     """Runs exported directories in their runtimes beside ``model``, the simulated one.
 
-    data: batches as the model takes them; one tensor or mapping is one batch. tolerance: of the
+    data: batches as ``quantize_`` takes them; one tensor or mapping is one batch. tolerance: of the
     relative error, where equality is promised. Raises ValueError for a damaged directory, one of an
     unknown format, and data that can show nothing: none, NaN, or such that an output of the model
     has no finite number; ImportError where a runtime is not installed.
     """
     check_module(model)
     paths = _paths(folders)
-    batches = _batches(data)
+    reader = Arguments(model, "data")
+    batches = _batches(data, reader)
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
         raise TypeError(f"tolerance must be a number, got {tolerance!r}")
     if not 0 <= tolerance < inf:
@@ -119,7 +123,9 @@ def verify(
             for path in paths
             for kind, runner in _runners(path, model)
         ]
-    return ParityReport(type(model).__name__, len(batches), tolerance, tuple(runs))
+    return ParityReport(
+        type(model).__name__, len(batches), tolerance, tuple(runs), tuple(reader.notes)
+    )
 
 
 def _paths(folders: object) -> list[Path]:
@@ -131,10 +137,12 @@ def _paths(folders: object) -> list[Path]:
     return paths
 
 
-def _batches(data: object) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+def _batches(data: object, reader: Arguments) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
         raise TypeError(f"data must be an iterable of batches, got {type(data).__name__}")
-    batches = [arguments(b) for b in ([data] if isinstance(data, (Tensor, Mapping)) else data)]
+    rule = "data must hold what the model takes"
+    given = [data] if isinstance(data, (Tensor, Mapping)) else data
+    batches = [reader.check(batch, index, rule) for index, batch in enumerate(given)]
     if not batches:
         raise ValueError("data must hold at least one batch, got none")
     for index, batch in enumerate(batches):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from adaround_ext.arguments import arguments
 from adaround_ext.export.hugging_face import (
     check_alike,
     load_alike,
@@ -29,7 +30,7 @@ from adaround_ext.export.manifest import new_export, read_manifest
 from adaround_ext.export.onnx_names import ordered
 from adaround_ext.export.onnx_program import NAMES_HINT
 from adaround_ext.export.onnx_trace import automatic_shapes, signature_of
-from adaround_ext.export.runner import Runner, arguments, module_runner, output_tensors
+from adaround_ext.export.runner import Runner, module_runner, output_tensors
 
 if TYPE_CHECKING:
     from torchao.quantization import IntxUnpackedToInt8Tensor  # type: ignore[import-untyped]
@@ -204,7 +205,7 @@ def _converted(model: nn.Module, layers: Sequence[QuantizedLayer]) -> nn.Module:
 
 def _save_program(model: nn.Module, batch: Any, path: Path) -> None:
     """The model is a copy, which nothing else uses any more."""
-    args, kwargs = ordered(model, *arguments(batch))
+    args, kwargs = ordered(model, *arguments(model, batch, "args"))
     shapes = automatic_shapes(model, args, kwargs)
     own = model.forward
 
