@@ -35,7 +35,10 @@ def few_quantized(
     left: dict[str, Counter[str]] = defaultdict(Counter)
     seen = set(done)
     for name, module in model.named_modules():
-        own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+        held = list(module.parameters(recurse=False))
+        if any(id(parameter) in done for parameter in held):
+            continue  # a bias is no layer that was left
+        own = [parameter for parameter in held if id(parameter) not in seen]
         seen.update(map(id, own))
         count = sum(parameter.numel() for parameter in own)
         if count:
