@@ -32,7 +32,7 @@ from adaround_ext.mapped import Offload
 from adaround_ext.memory import device_memory, free_device_memory, host_memory
 from adaround_ext.model_checks import check_module, refuse_inference
 from adaround_ext.model_report import LayerEntry, ModelReport
-from adaround_ext.overrides import Overrides
+from adaround_ext.overrides import Overrides, check_overrides
 from adaround_ext.padding import PaddingMask
 from adaround_ext.plan import FilterFn, Plan
 from adaround_ext.prepare import BatchNorm, prepare_, quantize_activations_
@@ -133,9 +133,10 @@ def quantize_(
     Returns a :class:`ModelReport`: every layer in numbers, and what was skipped, with the reason.
     Raises TypeError and ValueError that name the argument or layer, the rule and what came.
     """
-    config = make_config(config, settings)
+    config = make_config(config, settings, quantize_)
     _check(model, mode, batch_norm, activations)
     _check_budgets(memory_budget, device_budget)
+    check_overrides(overrides, config, model)
     ranks = Ranks(process_group, reduction)
     started = time.perf_counter()
     host_before, _ = host_memory()
