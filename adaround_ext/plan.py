@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from adaround_ext.adapters import adapter_note
 from adaround_ext.config import AdaRoundConfig, check_flag
 from adaround_ext.dataflow import Dataflow
 from adaround_ext.function_preserving import extent
@@ -119,6 +120,8 @@ def make_plan(
         _check_finite(target)
         targets.append(target)
     notes += changes.unused(skipped)
+    adapters = adapter_note(target.name for target in targets)
+    notes += [adapters] if adapters else []
     if not targets:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:5])
         raise ValueError(
