@@ -34,3 +34,8 @@ __all__ = [
     "verify",
 ]
 __version__ = build_info()["version"]
+
+
+def __dir__() -> list[str]:
+    """The public names; modules are there to be imported all the same."""
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

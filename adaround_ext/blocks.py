@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from adaround_ext.layers import SUPPORTED
+from adaround_ext.overrides import plain_module_name
 from adaround_ext.trace import ModuleCall, Trace, Value
 
 _MOST_LAYERS = 16  # in one block: a layer's statistics cost a run through half of its block
@@ -53,15 +54,16 @@ def find_blocks(model: nn.Module, trace: Trace, blocks: Blocks) -> list[nn.Modul
     rule = "blocks must be a sequence of names, patterns or module types"
     if isinstance(blocks, str) or not isinstance(blocks, Iterable):
         raise TypeError(f"{rule}, got {blocks!r}")
-    names = {name: module for name, module in model.named_modules() if name}
+    names = [(plain_module_name(name), m) for name, m in model.named_modules() if name]
     given: list[nn.Module] = []
     for wanted in blocks:
         if not isinstance(wanted, (str, type)):
             raise TypeError(f"{rule}, got {wanted!r} in it")
         if isinstance(wanted, str):
-            matches = [m for name, m in names.items() if fnmatchcase(name, wanted)]
+            pattern = plain_module_name(wanted)
+            matches = [m for name, m in names if fnmatchcase(name, pattern)]
         else:
-            matches = [m for m in names.values() if isinstance(m, wanted)]
+            matches = [m for _, m in names if isinstance(m, wanted)]
         if not matches:
             raise ValueError(f"blocks must name modules of the model, got {wanted!r}")
         given += [m for m in matches if trace.calls_of(m)]
@@ -100,7 +102,7 @@ def _holds_blocks(module: nn.Module) -> bool:
 
 def block_calls(model: nn.Module, trace: Trace, blocks: list[nn.Module]) -> list[BlockCall]:
     """Every call of a block that is not inside another one's, in order, and what it needs."""
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: plain_module_name(name) for name, module in model.named_modules()}
     calls: list[ModuleCall] = []
     wanted = set(blocks)
     for call in trace.calls:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import tempfile
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, TracebackType
@@ -191,11 +194,14 @@ class ActivationCache:
         return "file" if size else "memory"
 
     def _write(self, flat: Tensor) -> str:
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="adaround_ext_", dir=self._directory)
-        path = Path(self._folder.name) / f"{self._files}.bin"
-        self._files += 1
-        flat.view(torch.uint8).numpy().tofile(path)
+        with _room_needed(self._directory, flat):
+            if self._folder is None:
+                self._folder = tempfile.TemporaryDirectory(
+                    prefix="adaround_ext_", dir=self._directory
+                )
+            path = Path(self._folder.name) / f"{self._files}.bin"
+            self._files += 1
+            flat.view(torch.uint8).numpy().tofile(path)
         return str(path)
 
     def _read(self, held: _Held) -> Tensor:
@@ -220,6 +226,22 @@ def _dense(leaf: object) -> bool:
     return isinstance(leaf, Tensor) and leaf.layout == torch.strided
 
 
+@contextmanager
+def _room_needed(directory: str | os.PathLike[str] | None, tensor: Tensor) -> Iterator[None]:
+    """OSError with the folder, the bytes needed and free, and the cause where writing fails."""
+    try:
+        yield
+    except OSError as error:
+        folder = tempfile.gettempdir() if directory is None else os.fspath(directory)
+        given = "cache_dir" if directory is not None else "cache_dir (None: the system's folder)"
+        free = shutil.disk_usage(folder).free
+        needed = tensor.numel() * tensor.element_size()
+        rule = f"{given} must have room for what memory_budget does not hold"
+        got = f"got {free} bytes free in {folder} where {needed} more are needed: {error}"
+        # NumPy, which writes, says how much it wrote and not what was wrong.
+        raise OSError(error.errno or errno.ENOSPC, f"{rule}, {got}") from error
+
+
 class GrowingTensor:
     """A tensor [n, ...] that grows in its first dimension: in memory or, if told, in a file."""
 
@@ -242,10 +264,13 @@ class GrowingTensor:
         if self._folder is None:
             self._parts.append(part.clone())
             return
-        if self._file is None:
-            # Open as long as this object lives, gone with it.
-            self._file = tempfile.NamedTemporaryFile(dir=self._folder)  # noqa: SIM115
-        part.cpu().contiguous().numpy().tofile(self._file)
+        with ExitStack() as undo, _room_needed(self._folder, part):
+            if self._file is None:
+                # Open as long as this object lives, gone with it.
+                self._file = tempfile.NamedTemporaryFile(dir=self._folder)  # noqa: SIM115
+            undo.callback(self._file.close)  # an error's traceback may keep this object alive
+            part.cpu().contiguous().numpy().tofile(self._file)
+            undo.pop_all()
 
     def joined(self, ranks: Ranks) -> GrowingTensor:
         """What all ranks have, in their order."""

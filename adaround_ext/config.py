@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from adaround_ext.wording import nearest_first, suggestion
 
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
 
@@ -43,13 +46,13 @@ class AdaRoundConfig:
 
     The grid. bits: 2 to 8. symmetric: codes in [-2^(b-1), 2^(b-1) - 1] with zero point 0, else
     [0, 2^b - 1]. narrow_range: symmetric codes from -2^(b-1) + 1, as TensorRT wants 8 bits.
-    granularity: a scale per_tensor, per_channel (row) or per_group of ``group_size``
-    columns. scale: "gram" (the scale, and zero point, of least output error; where the objective is
-    sampled, "mse"), "mse" (of least squared weight error), "min_max" or a tensor: [1, 1] for
-    per_tensor, else [rows or 1, n_groups] or, without groups, [rows]. scale_candidates*: how many
-    scales "gram" tries for each row, all but a few near the best so far. scale_dtype: the dtype
-    that scales are stored in; they are rounded to it before they are used, and the report notes
-    where that costs digits.
+    granularity: a scale per_tensor, per_channel (row) or per_group of ``group_size`` columns; None
+    is per_group where there is a group_size, else per_channel. scale: "gram" (the scale, and zero
+    point, of least output error; where the objective is sampled, "mse"), "mse" (of least squared
+    weight error), "min_max" or a tensor: [1, 1] for per_tensor, else [rows or 1, n_groups] or,
+    without groups, [rows]. scale_candidates*: how many scales "gram" tries for each row, all but a
+    few near the best so far. scale_dtype: the dtype that scales are stored in; they are rounded to
+    it before they are used, and the report notes where that costs digits.
     bias: "refit" puts the mean error of the outputs into biases that exist, "create" also makes one
     where the layer has none, "keep" leaves biases alone, as the sampled objective always does (the
     report notes where "refit" was asked for).
@@ -84,7 +87,7 @@ class AdaRoundConfig:
     bits: int = 4
     symmetric: bool = True
     narrow_range: bool = False
-    granularity: Granularity = "per_channel"
+    granularity: Granularity | None = None
     group_size: int | None = None
     scale: str | Tensor = "gram"
     scale_candidates: int | None = None
@@ -110,6 +113,9 @@ class AdaRoundConfig:
     progress: bool = False
 
     def __post_init__(self) -> None:
+        if self.granularity is None:
+            implied = "per_channel" if self.group_size is None else "per_group"
+            object.__setattr__(self, "granularity", implied)
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 fail(name, f"one of {', '.join(choices)}", getattr(self, name))
@@ -205,17 +211,43 @@ class AdaRoundConfig:
         return cls(**values)
 
 
-def make_config(config: AdaRoundConfig | None, overrides: Mapping[str, Any]) -> AdaRoundConfig:
-    """``config`` (or the defaults) with ``overrides``; errors name the argument."""
+def make_config(
+    config: AdaRoundConfig | None,
+    overrides: Mapping[str, Any],
+    function: Callable[..., Any] | None = None,
+) -> AdaRoundConfig:
+    """``config`` (or the defaults) with ``overrides``; errors name the argument.
+
+    Of granularity and group_size the one that is given decides on the other. function: that was
+    called with ``overrides`` among its keywords: an unknown one may be a misspelt argument.
+    """
     if config is not None and not isinstance(config, AdaRoundConfig):
         raise TypeError(f"config must be an AdaRoundConfig, got {type(config).__name__}")
     fields = {field.name for field in dataclasses.fields(AdaRoundConfig)}
     unknown = sorted(set(overrides) - fields)
     if unknown:
-        raise TypeError(
-            f"{unknown[0]!r} is no setting; the settings are {', '.join(sorted(fields))}"
-        )
-    return dataclasses.replace(config or AdaRoundConfig(), **overrides)
+        name, names, kind = unknown[0], fields, "the settings"
+        if function is not None:
+            parameters = inspect.signature(function).parameters.values()
+            names = names | {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+            kind = f"the arguments and settings of {function.__name__}"
+        hint = suggestion(name, names)
+        listed = f"{kind} are {', '.join(nearest_first(name, names))}"
+        raise TypeError(f"{name!r} is no setting; {hint + ' (' + listed + ')' if hint else listed}")
+    base, changes = config or AdaRoundConfig(), with_granularity(overrides)
+    if "granularity" in changes and changes["granularity"] is None:
+        changes["granularity"] = None if base.granularity == "per_group" else base.granularity
+    return dataclasses.replace(base, **changes)
+
+
+def with_granularity(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes of settings in which granularity and group_size are both set if one of them is."""
+    changes = dict(changes)
+    if changes.get("granularity") is None and "group_size" in changes:
+        changes["granularity"] = None if changes["group_size"] is None else "per_group"
+    elif changes.get("granularity") in ("per_channel", "per_tensor"):
+        changes.setdefault("group_size", None)
+    return changes
 
 
 def _plain(config: AdaRoundConfig) -> dict[str, Any]:
@@ -233,9 +265,8 @@ def refuse_unknown(kind: type[Any], values: Mapping[str, Any]) -> None:
     known = {field.name for field in dataclasses.fields(kind)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise ValueError(
-            f"{kind.__name__} has no {unknown[0]!r}; it has {', '.join(sorted(known))}"
-        )
+        names = ", ".join(nearest_first(unknown[0], known))
+        raise ValueError(f"{kind.__name__} has no {unknown[0]!r}; it has {names}")
 
 
 def fail(name: str, rule: str, got: object) -> None:

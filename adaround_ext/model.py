@@ -18,6 +18,7 @@ from adaround_ext.activations import ActivationConfig
 from adaround_ext.analysis import Choices, Traces, analyse
 from adaround_ext.apply import apply_, uninterrupted
 from adaround_ext.attachment import full_precision_activations
+from adaround_ext.attachment import quantizers as quantizers_of
 from adaround_ext.blocks import BlockCall, Blocks
 from adaround_ext.cache import MEMORY_BUDGET, ActivationCache
 from adaround_ext.calibration import Calibration, ForwardFn, single_device
@@ -40,13 +41,14 @@ from adaround_ext.model_checks import (
     refuse_inference,
 )
 from adaround_ext.model_report import LayerEntry, ModelReport
-from adaround_ext.overrides import Overrides
+from adaround_ext.overrides import Overrides, check_overrides
 from adaround_ext.padding import PaddingMask
 from adaround_ext.plan import FilterFn, Plan
 from adaround_ext.prepare import BatchNorm, prepare_, quantize_activations_
 from adaround_ext.residence import Residence
 from adaround_ext.run_record import plain_config, plain_name, run_fingerprint, versions
 from adaround_ext.trace import evaluation
+from adaround_ext.wording import some
 
 _logger = logging.getLogger("adaround_ext")
 _MODES = ("sequential", "parallel")
@@ -110,7 +112,8 @@ def quantize_(
     equalize: cross-layer equalization (Nagel et al. 2019) first, for per-tensor grids.
     activations: quantizes activations too (simulated): see :class:`ActivationConfig`. Their ranges
     come from one pass of the full-precision model; in sequential mode the weights are fitted to
-    inputs that are quantized so.
+    inputs that are quantized so. A model that has quantizers already is refused:
+    ``adaround_ext.attachment.detach(model)`` takes them out. With None they stay as they are.
     activation_aware: puts the ReLU, ReLU6, GELU or SiLU that directly follows a layer into its
     loss: then minibatches instead of the Gram matrix, and the layer's inputs kept (at
     ``cache_dir`` if that is given, else in memory).
@@ -149,10 +152,12 @@ def quantize_(
     """
     _check(model, mode, batch_norm, activations)
     goal = Goal(export_for, model)
-    config = goal.config(config, settings)
+    config = goal.config(config, settings, quantize_)
     goal.check_activations(activations)
     batch_norm = goal.batch_norm(batch_norm)
     _check_budgets(memory_budget, device_budget)
+    check_overrides(overrides, config, model)
+    attached = quantizers_of(model)
     ranks = Ranks(process_group, reduction)
     started = time.perf_counter()
     host_before, _ = host_memory()
@@ -184,7 +189,7 @@ def quantize_(
         digest = model_digest(model) if told else ""
         wanted = goal.overrides(overrides)
         choices = Choices(config, wanted, filter_fn, padding_mask, activation_aware, blocks, goal)
-        with ranks.together("tracing"):
+        with ranks.together("tracing"), full_precision_activations(model):
             run = partial(data.run, 0, config.seed)
             prepared = prepare_(model, run, undo, batch_norm, equalize)
             traces = Traces(model, data, {0: prepared.trace})
@@ -204,7 +209,7 @@ def quantize_(
         data.share(ranks)
         while True:
             quantizers = undo.enter_context(ExitStack())
-            with ranks.together("tracing"):
+            with ranks.together("tracing"), full_precision_activations(model):
                 traces.add(new)
                 known = analyse(model, traces, choices)
                 calls, plan, units = known.calls, known.plan, known.units
@@ -216,6 +221,9 @@ def quantize_(
                         model, known.trace, layers, data, activations, quantizers, known.flow,
                         known.masks,
                     )  # fmt: skip
+                elif attached:
+                    notes = [f"{len(attached)} quantizers of activations stay as they were"]
+                if activations is not None or attached:
                     switch, common = partial(full_precision_activations, model), 0
             if sequential:
                 segments = sequential_segments(units)
@@ -302,6 +310,13 @@ def _check(model: nn.Module, mode: object, batch_norm: object, activations: obje
     if activations is not None and not isinstance(activations, ActivationConfig):
         came = type(activations).__name__
         raise TypeError(f"activations must be an ActivationConfig or None, got {came}")
+    attached = list(quantizers_of(model))
+    if activations is not None and attached:
+        raise ValueError(
+            "activations must be None for a model that has quantizers of activations, got "
+            f"{len(attached)} of them ({some(attached)}): adaround_ext.attachment.detach(model) "
+            "takes them out; with activations=None they stay as they are"
+        )
 
 
 def _check_budgets(memory: object, device: object) -> None:

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from adaround_ext.adapters import adapter_note
 from adaround_ext.config import AdaRoundConfig, check_flag
 from adaround_ext.dataflow import Dataflow
 from adaround_ext.function_preserving import extent
 from adaround_ext.layers import SUPPORTED, MatrixLayer, matrix_layer
-from adaround_ext.overrides import RESERVED, LayerSettings, Overrides
+from adaround_ext.overrides import RESERVED, LayerSettings, Overrides, module_names
 from adaround_ext.padding import PaddingMasks
 from adaround_ext.trace import ModuleCall, Trace, Value
 
@@ -85,9 +86,7 @@ def make_plan(
     check_flag("activation_aware", activation_aware)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn must be a function of module and name, got {filter_fn!r}")
-    names: dict[nn.Module, list[str]] = defaultdict(list)
-    for name, module in model.named_modules(remove_duplicate=False):
-        names[module].append(name)
+    names = module_names(model)
     found, skipped = _find(model, trace, names, filter_fn, refused or {})
     notes: list[str] = []
 
@@ -124,7 +123,9 @@ def make_plan(
         _check_groups(target)
         _check_finite(target)
         targets.append(target)
-    changes.check_used()
+    notes += changes.unused(skipped)
+    adapters = adapter_note(target.name for target in targets)
+    notes += [adapters] if adapters else []
     if not targets:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:5])
         raise ValueError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from adaround_ext.activations import ActivationConfig
-from adaround_ext.attachment import attach, detach, observing
+from adaround_ext.attachment import attach, detach, full_precision_activations, observing
 from adaround_ext.batch_norm import fold_batch_norm_
 from adaround_ext.calibration import Calibration, unpadded
 from adaround_ext.census import first_marks
@@ -131,6 +131,8 @@ def unlike_layers(
             found[module] = _REASON
 
     with ExitStack() as hooks:
+        # Quantizers of activations are hooks too, of which a layer's fit knows.
+        hooks.enter_context(full_precision_activations(model))
         for module in suspects:
             hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
             hooks.enter_context(module.register_forward_hook(after))

@@ -70,7 +70,7 @@ def optimize_layer(
     starting grid as a whole). Raises TypeError for an unsupported module or argument
     and ValueError for one that does not fit: each names it, the rule and what came.
     """
-    config = make_config(config, overrides)
+    config = make_config(config, overrides, optimize_layer)
     if not isinstance(layer, (nn.Module, Iterable)):
         raise TypeError(f"layer must be a module or a sequence of them, got {type(layer).__name__}")
     single = isinstance(layer, nn.Module)

@@ -27,7 +27,7 @@ from adaround_ext.coverage import few_quantized
 from adaround_ext.distributed import ALONE
 from adaround_ext.fitting import of_calls
 from adaround_ext.model_checks import check_devices, check_module
-from adaround_ext.overrides import Overrides
+from adaround_ext.overrides import Overrides, check_overrides
 from adaround_ext.padding import PaddingMask
 from adaround_ext.plan import FilterFn, Target
 from adaround_ext.precision import full_precision
@@ -83,12 +83,15 @@ def sensitivity(
     check_module(model)
     check_devices(model)
     widths = _widths(bits)
-    config = make_config(AdaRoundConfig(preset="fast") if config is None else config, settings)
+    if config is None:
+        config = AdaRoundConfig(preset="fast")
+    config = make_config(config, settings, sensitivity)
     if average_bits is not None:
         check_budget(average_bits, widths)
     if batches is not None:
         check_int("batches", batches, 1)
     _check_overrides(overrides)
+    check_overrides(overrides, config, model)
     if batch_norm not in ("fold", "keep"):
         raise ValueError(f"batch_norm must be fold or keep, got {batch_norm!r}")
     with (

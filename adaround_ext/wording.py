@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import SequenceMatcher
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+
+_LEAST = 0.6  # as difflib itself has it
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
@@ -22,6 +25,21 @@ def warning_lines(text: str) -> list[str]:
         text, 100, initial_indent="  WARNING      ", subsequent_indent=" " * 15,
         break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip
+
+
+def nearest_first(name: str, names: Iterable[str]) -> list[str]:
+    """All names, those that are spelt most like ``name`` first."""
+    return sorted(set(names), key=lambda other: (-_alike(name, other), other))
+
+
+def suggestion(name: str, names: Iterable[str]) -> str:
+    """ "did you mean ...?" with the name that is spelt most like it; "" where none is."""
+    first = nearest_first(name, names)[:1]
+    return f"did you mean {first[0]}?" if first and _alike(name, first[0]) >= _LEAST else ""
+
+
+def _alike(name: str, other: str) -> float:
+    return SequenceMatcher(None, name.lower(), other.lower()).ratio()
 
 
 def describe(batch: Any) -> str:

@@ -160,7 +160,7 @@ CASES: dict[str, Case] = {
         {"targets": with_bad_values(torch.ones(8, 4))},
     ),
     "bits": (ValueError, r"^bits must be from 2 to 8, got 9", {"bits": 9}),
-    "unknown": (TypeError, r"^'bit' is no setting; the settings are ", {"bit": 4}),
+    "unknown": (TypeError, r"^'bit' is no setting; did you mean bits\? ", {"bit": 4}),
     "config": (TypeError, r"^config must be an AdaRoundConfig, got dict", {"config": {"bits": 4}}),
     "group-size": (
         ValueError,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from adaround_ext import AdaRoundConfig
+from adaround_ext import AdaRoundConfig, optimize_layer, quantize_, sensitivity
 from adaround_ext.config import ACTIVATIONS, make_config
 
 FIELDS = {field.name for field in dataclasses.fields(AdaRoundConfig)}
@@ -23,7 +25,6 @@ WRONG_VALUES = [
     ("narrow_range", 1),
     ("granularity", "per_row"),
     ("group_size", 0),
-    ("group_size", 8),  # granularity is not per_group
     ("scale", "max"),
     ("scale", 0.5),
     ("scale", torch.ones(4, 1, device="meta")),
@@ -152,6 +153,42 @@ def test_per_group_needs_a_group_size() -> None:
         AdaRoundConfig(granularity="per_group")
 
 
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+def test_group_size_of_another_granularity(granularity: Any) -> None:
+    with pytest.raises(ValueError, match=r"^group_size must be set exactly when .*got 8"):
+        AdaRoundConfig(granularity=granularity, group_size=8)
+
+
+def test_a_group_size_alone_means_per_group() -> None:
+    config = AdaRoundConfig(group_size=8)
+    assert config.granularity == "per_group" and AdaRoundConfig().granularity == "per_channel"
+    assert config == AdaRoundConfig(granularity="per_group", group_size=8)
+    assert AdaRoundConfig.from_dict({"group_size": 8}) == config
+    assert AdaRoundConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "granularity", "size"),
+    [
+        ({}, {"group_size": 8}, "per_group", 8),
+        ({"granularity": "per_tensor"}, {"group_size": 8}, "per_group", 8),
+        ({"granularity": "per_tensor"}, {"group_size": None}, "per_tensor", None),
+        ({"group_size": 4}, {"group_size": 8}, "per_group", 8),
+        ({"group_size": 4}, {"group_size": None}, "per_channel", None),
+        ({"group_size": 4}, {"granularity": "per_channel"}, "per_channel", None),
+        ({"group_size": 4}, {"granularity": "per_tensor"}, "per_tensor", None),
+        ({"group_size": 4}, {"granularity": "per_group"}, "per_group", 4),
+        ({"group_size": 4}, {"bits": 3}, "per_group", 4),
+        ({"granularity": "per_tensor"}, {"bits": 3}, "per_tensor", None),
+    ],
+)
+def test_changes_of_groups(
+    base: dict[str, Any], changes: dict[str, Any], granularity: str, size: int | None
+) -> None:
+    config = make_config(AdaRoundConfig(**base), changes)
+    assert (config.granularity, config.group_size) == (granularity, size)
+
+
 def test_gram_objective_refuses_an_activation() -> None:
     with pytest.raises(ValueError, match=r"^objective must be .*got 'gram'"):
         AdaRoundConfig(objective="gram", activation="relu")
@@ -268,9 +305,44 @@ def test_make_config() -> None:
     assert make_config(base, {}) == base
     assert make_config(base, {"steps": 6}) == AdaRoundConfig(bits=3, steps=6)
     assert base.steps == 5
-    with pytest.raises(TypeError, match=r"'bitz' is no setting; the settings are .*bits"):
+    with pytest.raises(TypeError, match=r"'bitz' is no setting; did you mean bits\? \(the "):
         make_config(base, {"bitz": 4})
     with pytest.raises(TypeError, match="config must be an AdaRoundConfig, got dict"):
         make_config({"bits": 4}, {})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^bits must be "):
         make_config(base, {"bits": 1})
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "meant"),
+    [
+        (quantize_, "overide", "overrides"),
+        (quantize_, "Overrides", "overrides"),
+        (quantize_, "check_point_dir", "checkpoint_dir"),
+        (quantize_, "bit", "bits"),
+        (quantize_, "groupsize", "group_size"),
+        (sensitivity, "avg_bits", "average_bits"),
+        (sensitivity, "filter", "filter_fn"),
+        (sensitivity, "preset_", "preset"),
+        (optimize_layer, "target", "targets"),
+        (optimize_layer, "symetric", "symmetric"),
+    ],
+)
+def test_misspelt_keywords(function: Callable[..., Any], name: str, meant: str) -> None:
+    """The nearest name first, and then all others that the function takes."""
+    with pytest.raises(TypeError) as caught:
+        function(nn.Linear(2, 2), [torch.ones(1, 2)], **{name: 1})
+    said = str(caught.value)
+    start = f"'{name}' is no setting; did you mean {meant}? (the arguments and settings of "
+    assert said.startswith(f"{start}{function.__name__} are {meant}, ")
+    listed = said.removesuffix(")").partition(" are ")[2].split(", ")
+    parameters = inspect.signature(function).parameters.values()
+    own = {
+        parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD
+    }
+    assert sorted(listed) == sorted(FIELDS | own)
+
+
+def test_a_keyword_like_no_other() -> None:
+    with pytest.raises(TypeError, match=r"^'zzz' is no setting; the arguments and settings of q"):
+        quantize_(nn.Linear(2, 2), [torch.ones(1, 2)], zzz=1)
