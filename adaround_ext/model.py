@@ -36,12 +36,14 @@ from adaround_ext.prepare import BatchNorm, prepare_, quantize_activations_, unl
 from adaround_ext.residence import Residence
 from adaround_ext.run_record import plain_config, plain_name, run_fingerprint, versions
 from adaround_ext.trace import evaluation
+from adaround_ext.turns import one_caller
 
 _MODES = ("sequential", "parallel")
 _BATCH_NORM = ("fold", "keep")
 _SHARE = 4  # of a GPU's free memory one in so many bytes is for what is kept
 
 
+@one_caller()  # seeds and precisions are the process's
 def quantize_(
     model: nn.Module,
     calibration: Iterable[Any],

@@ -21,7 +21,8 @@ from adaround_ext.solution import comparable
 class Problem:
     """Layers whose rows, stacked to weight [rows, cols], are solved under one objective.
 
-    sizes: rows of each layer. bias: float64 [rows], 0 where there is none.
+    sizes: rows of each layer. bias: float64 [rows], 0 where there is none. first_row: of ``weight``
+    in the problem that this one is some rows of.
     """
 
     layers: list[MatrixLayer]
@@ -34,6 +35,7 @@ class Problem:
     samples: int
     collecting_seconds: float
     notes: tuple[str, ...] = ()
+    first_row: int = 0
 
     @property
     def name(self) -> str:
@@ -59,6 +61,7 @@ class Problem:
             weight=weight,
             bias=self.bias[part],
             objective=self.objective.rows(part),
+            first_row=self.first_row + part.start,
         )
 
     @staticmethod
