@@ -35,6 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bfloat16": {"products": "bfloat16", "scale_dtype": torch.float16},
     "tensor": {"granularity": "per_tensor"},
 }
+STEPS = 400_000  # half a minute's
 # Whole blocks of 16, a part of one, fewer blocks than threads; rows that are no whole vectors.
 SHAPES = [(64, 48), (37, 48), (70, 96), (5, 48), (1, 96), (37, 66), (1100, 18)]
 
@@ -184,8 +185,8 @@ def test_a_part_that_fails(
     layer, x, _ = linear(70, 48)
     begin = time.perf_counter()
     with threads(2), unchanged(), pytest.raises(kind, match="out of order"):
-        optimize_layer(layer, x, **FEW | {"steps": 100_000_000})
-    assert time.perf_counter() - begin < 60
+        optimize_layer(layer, x, **FEW | {"steps": STEPS})
+    assert time.perf_counter() - begin < 10
 
 
 def test_an_interruption_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +203,7 @@ def test_an_interruption_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     spied(monkeypatch, look)
     layer, x, _ = linear(70, 48)
     with threads(2), unchanged(), pytest.raises(KeyboardInterrupt):
-        optimize_layer(layer, x, **FEW | {"steps": 100_000_000})
+        optimize_layer(layer, x, **FEW | {"steps": STEPS})
     monkeypatch.undo()
     assert_same(solved(2, layer, x), solved(1, layer, x))
 
