@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from adaround_ext.products import BLOCK, fixed_bmm, one_thread
+from adaround_ext.lone_threads import on_one_thread
+from adaround_ext.products import BLOCK, fixed_bmm
 
 _JITTER = 1e-6  # of the mean diagonal: where a matrix is singular in float64
 # Columns of a block on the diagonal, and of one behind it: multiples of BLOCK, so that each product
@@ -56,7 +58,8 @@ class Cholesky:
         lower = _whole(self.lower) if _missing(n) else self.lower
         out = right.new_zeros(len(right), rows + -rows % BLOCK, lower.shape[1])
         out[:, :rows, :n] = right
-        inverses = [_inverse(lower[:, own, own]) for own in _blocks(lower)]
+        diagonals = [lower[:, own, own] for own in _blocks(lower)]
+        inverses = on_one_thread(lambda: [_inverse(own) for own in diagonals], lower.device)
         # y L^T = right from the first column on, then x L = y from the last one back.
         for own, inverse in zip(_blocks(lower), inverses, strict=True):
             part = out[:, :, own]
@@ -80,19 +83,25 @@ def _factored(matrices: Tensor) -> tuple[Tensor, Tensor]:
     a = _whole(matrices)
     failed = torch.zeros(len(a), dtype=torch.bool, device=a.device)
     for own in _blocks(a):
-        with one_thread(a.device):
-            diagonal, info = torch.linalg.cholesky_ex(a[:, own, own])
+        block = partial(_factored_block, a[:, own, own])
+        diagonal, inverse, info = on_one_thread(block, a.device)
         failed |= info > 0
         a[:, own, own] = diagonal
         behind = slice(own.stop, None)
         if own.stop < a.shape[1]:
-            below = fixed_bmm(a[:, behind, own], _inverse(diagonal).mT)
+            below = fixed_bmm(a[:, behind, own], inverse.mT)
             a[:, behind, own] = below
             for begin in range(0, below.shape[1], _BEHIND):  # on the diagonal, and below it
                 part = below[:, begin : begin + _BEHIND]
                 target = a[:, own.stop + begin :, own.stop + begin : own.stop + begin + _BEHIND]
                 target.baddbmm_(below[:, begin:], part.mT, alpha=-1)
     return a.tril_()[:, :n, :n], failed
+
+
+def _factored_block(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(L, its inverse, above 0 where there is none), as the library has it on one thread."""
+    diagonal, info = torch.linalg.cholesky_ex(matrices)
+    return diagonal, _inverse(diagonal), info
 
 
 def _whole(matrices: Tensor) -> Tensor:
@@ -117,6 +126,5 @@ def _blocks(matrices: Tensor) -> Iterator[slice]:
 
 def _inverse(lower: Tensor) -> Tensor:
     one = torch.eye(lower.shape[1], dtype=lower.dtype, device=lower.device).expand_as(lower)
-    with one_thread(lower.device):
-        inverse: Tensor = torch.linalg.solve_triangular(lower, one, upper=False)
+    inverse: Tensor = torch.linalg.solve_triangular(lower, one, upper=False)
     return inverse

@@ -63,9 +63,15 @@ class Goal:
                 rule = f"model must have no circular padding for {target.name}"
                 raise ValueError(f"{rule}, got that of {name}")
 
-    def config(self, config: AdaRoundConfig | None, settings: Mapping[str, Any]) -> AdaRoundConfig:
-        """That of all layers; ValueError where the target has no such grid."""
-        made = self._config = make_config(config, settings)
+    def config(
+        self,
+        config: AdaRoundConfig | None,
+        settings: Mapping[str, Any],
+        function: Callable[..., Any] | None = None,
+    ) -> AdaRoundConfig:
+        """That of all layers, see :func:`make_config`; ValueError where the target has no such
+        grid."""
+        made = self._config = make_config(config, settings, function)
         if self._target is None:
             return made
         plain = AdaRoundConfig()

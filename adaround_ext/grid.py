@@ -90,13 +90,17 @@ def nearest_codes(weight: Tensor, grid: QuantGrid) -> Tensor:
     return _codes((weight / scale).round() + zero_point, grid)
 
 
-def baseline_codes(weight: Tensor, grid: QuantGrid, seed: int) -> dict[str, Tensor]:
+def baseline_codes(
+    weight: Tensor, grid: QuantGrid, seed: int, first_row: int = 0
+) -> dict[str, Tensor]:
     """Codes of the simple rules: "floor", "ceil" and "stochastic".
 
     stochastic is one draw in which a weight goes up with the probability of its fraction.
+    first_row: of ``weight`` in the matrix for which numbers are drawn.
     """
     at = position(weight, grid)
     generator = torch.Generator(weight.device).manual_seed(seed)
+    torch.rand(first_row, at.shape[1], generator=generator, dtype=torch.float32, device=at.device)
     drawn = torch.rand(at.shape, generator=generator, dtype=torch.float32, device=at.device)
     return {
         "floor": _codes(at.floor(), grid),
@@ -202,31 +206,32 @@ def _search(runs: Tensor, qmin: int, qmax: int, config: AdaRoundConfig) -> tuple
     zeros = full == 0
 
     def at(share: Tensor) -> tuple[Tensor, Tensor]:
-        scale = torch.where(
-            zeros, torch.ones_like(full), stored_scale(full * share, config.scale_dtype)
-        )
+        """For shares [runs, n]."""
+        scale = torch.where(zeros, 1.0, stored_scale(full * share, config.scale_dtype))
         return scale, _zero_point(low * share, scale, qmin, qmax, config.symmetric)
 
-    best_share = torch.ones_like(full)
-    if config.scale != "min_max":
-        best = torch.full_like(full, torch.inf)
+    def best_of(shares: Tensor) -> Tensor:
+        """The first of least error, [runs, 1]; 1 where no error is finite."""
+        errors = []
+        for scale, zero_point in zip(*(own.split(1, 1) for own in at(shares)), strict=True):
+            error = (runs / scale).round_()
+            if config.symmetric:
+                error.clamp_(qmin, qmax)
+            else:
+                error.add_(zero_point).clamp_(qmin, qmax).sub_(zero_point)
+            errors.append(error.mul_(scale).sub_(runs).square_().sum(1, keepdim=True))
+        found = torch.cat(errors, 1).nan_to_num_(torch.inf, torch.inf)
+        best, index = found.min(1, keepdim=True)
+        return torch.where(best < torch.inf, shares.gather(1, index), 1.0)
 
-        def consider(share: Tensor) -> None:
-            nonlocal best, best_share
-            scale, zero_point = at(share)
-            error = (runs / scale).round_().add_(zero_point).clamp_(qmin, qmax)
-            error = error.sub_(zero_point).mul_(scale).sub_(runs).square_().sum(1, keepdim=True)
-            better = error < best
-            best = torch.where(better, error, best)
-            best_share = torch.where(better, share, best_share)
-
-        only_start = config.scale == "gram"  # which looks around it by itself
-        for share in _COARSE[::2] if only_start else _COARSE:
-            consider(torch.full_like(full, share))
-        if config.scale_dtype != torch.float32:  # which may have rounded the whole range down
-            above = next_scale(at(torch.ones_like(full))[0], config.scale_dtype, up=True)
-            consider(torch.where(zeros, torch.ones_like(full), above / full))
-        centre = best_share
-        for offset in () if only_start else _FINE:
-            consider(centre + offset)
-    return at(best_share)
+    if config.scale == "min_max":
+        return at(torch.ones_like(full))
+    only_start = config.scale == "gram"  # which looks around it by itself
+    coarse = full.new_tensor(_COARSE[::2] if only_start else _COARSE).expand(len(full), -1)
+    if config.scale_dtype != torch.float32:  # which may have rounded the whole range down
+        above = next_scale(at(torch.ones_like(full))[0], config.scale_dtype, up=True)
+        coarse = torch.cat([coarse, torch.where(zeros, 1.0, above / full)], 1)
+    best = best_of(coarse)
+    if not only_start:
+        best = best_of(best + full.new_tensor([0.0, *_FINE]))
+    return at(best)

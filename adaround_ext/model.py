@@ -48,6 +48,7 @@ from adaround_ext.prepare import BatchNorm, prepare_, quantize_activations_
 from adaround_ext.residence import Residence
 from adaround_ext.run_record import plain_config, plain_name, run_fingerprint, versions
 from adaround_ext.trace import evaluation
+from adaround_ext.turns import one_caller
 from adaround_ext.wording import some
 
 _logger = logging.getLogger("adaround_ext")
@@ -56,6 +57,7 @@ _BATCH_NORM = ("fold", "keep")
 _SHARE = 4  # of a GPU's free memory one in so many bytes is for what is kept
 
 
+@one_caller()  # seeds and precisions are the process's
 def quantize_(
     model: nn.Module,
     calibration: Iterable[Any],

@@ -17,7 +17,6 @@ from adaround_ext.config import AdaRoundConfig
 from adaround_ext.grid import QuantGrid, make_grid, nearest_codes
 from adaround_ext.objective import GramObjective
 from adaround_ext.problem import Problem, Solved
-from adaround_ext.products import BLOCK
 
 
 def no_worse_on_inputs(
@@ -25,12 +24,13 @@ def no_worse_on_inputs(
     solved: Solved,
     config: AdaRoundConfig,
     solve: Callable[[Problem], Solved],
+    size: int,
 ) -> Solved:
     """``solved``, but rows that change their outputs more than rounding to nearest does are solved
     with the layer's outputs on its inputs as targets.
 
     Where rows share a scale all of them are, if together they do. ``solve`` gives the rows of a
-    problem.
+    problem; size: of the blocks in which a row has the same bits whatever else is solved.
     """
     objective = problem.objective
     assert isinstance(objective, GramObjective)
@@ -43,8 +43,7 @@ def no_worse_on_inputs(
         return solved
     if problem.grams > 1:
         return solved.with_rows(worse, solve(plain), worse)
-    # Whole blocks, in which a row has the same bits whatever else is solved.
-    blocks = torch.arange(len(worse), device=worse.device) // BLOCK
+    blocks = torch.arange(len(worse), device=worse.device) // size
     chosen = torch.isin(blocks, blocks[worse])
     return solved.with_rows(worse, solve(plain.rows(chosen)), worse[chosen])
 

@@ -1,4 +1,7 @@
-"""While a layer is solved float32 means float32, whatever the caller allows elsewhere."""
+"""While a layer is solved float32 means float32, whatever the caller allows elsewhere.
+
+What is set for that is the process's, so one thread at a time has it: see turns.py.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import torch
+
+from adaround_ext.turns import one_caller
 
 # torch keeps a precision for each kind of operator, and where that is "none" looks it up in the
 # backend's, then in the generic one. By backend and operator, those that others look into first.
@@ -22,7 +27,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
     ``torch.set_float32_matmul_precision`` acts on the CPU too, and convolutions on CUDA take TF32
     unless told otherwise. Theirs are algorithms that have the same bits each time.
     """
-    with _ieee(), _repeatable(), torch.autocast(device.type, enabled=False):
+    with one_caller(), _ieee(), _repeatable(), torch.autocast(device.type, enabled=False):
         yield
 
 
@@ -32,11 +37,13 @@ def tf32_products(device: torch.device, wanted: bool = True) -> Iterator[None]:
     if device.type != "cuda" or not wanted:
         yield
         return
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    with one_caller():
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ class Problem:
 
     sizes: rows of each layer. bias: float64 [rows], 0 where there is none. rows_chosen: whether
     the model's data decided which rows the layers got, so that targets are those of some only.
+    first_row: of ``weight`` in the problem that this one is some rows of.
     """
 
     layers: list[MatrixLayer]
@@ -36,6 +37,7 @@ class Problem:
     collecting_seconds: float
     notes: tuple[str, ...] = ()
     rows_chosen: bool = False
+    first_row: int = 0
 
     @property
     def name(self) -> str:
@@ -61,6 +63,7 @@ class Problem:
             weight=weight,
             bias=self.bias[part],
             objective=self.objective.rows(part),
+            first_row=self.first_row + (part.start if isinstance(part, slice) else 0),
         )
 
     @staticmethod

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from adaround_ext.lone_threads import on_one_thread
 from adaround_ext.precision import tf32_products
 
 # The libraries' kernels work on blocks of this many rows and columns; where a block is not full,
@@ -37,8 +37,7 @@ def fixed_bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     if a.is_cuda or (len(a) > 1 and a.dtype != torch.float64):
         return torch.bmm(a, b) if out is None else torch.bmm(a, b, out=out)
     if len(a) > 1:
-        with one_thread(a.device):
-            return torch.bmm(a, b)
+        return on_one_thread(partial(torch.bmm, a, b), a.device)
     m, k, n = a.shape[1], a.shape[2], b.shape[2]
     if m % BLOCK:
         a, out = F.pad(a, (0, 0, 0, -m % BLOCK)), None
@@ -84,18 +83,6 @@ def _to_tf32(x: Tensor) -> Tensor:
     rounds = x.abs() < _TF32_END
     bits = x.view(torch.int32).add(rounds, alpha=_TF32_UNIT // 2).bitwise_and_(-_TF32_UNIT)
     return bits.view(torch.float32).masked_fill_(x.isnan(), torch.nan)
-
-
-@contextmanager
-def one_thread(device: torch.device) -> Iterator[None]:
-    """For factorisations, whose bits depend on the threads whatever their size."""
-    before = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def annealing_dtype(products: str, device: torch.device) -> torch.dtype:

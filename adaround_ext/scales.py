@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from adaround_ext import ops
 from adaround_ext.config import AdaRoundConfig
 from adaround_ext.gptq import GptqFactor, OrderedCholesky
 from adaround_ext.grid import QuantGrid, next_scale, stored_scale
+from adaround_ext.lone_threads import on_one_thread
 from adaround_ext.per_device import PerDevice
-from adaround_ext.products import fixed_bmm, one_thread
+from adaround_ext.products import fixed_bmm
 from adaround_ext.quadratic import Quadratic
 from adaround_ext.refine import MAX_SWEEPS, descend
 from adaround_ext.repeat import repeat
@@ -164,8 +166,8 @@ def refit_scales(
     if n_groups == 1:
         factors = right / matrix[:, :, 0]
     else:
-        with one_thread(matrix.device):
-            factors = torch.linalg.solve_ex(matrix, right).result
+        solve = partial(torch.linalg.solve_ex, matrix, right)
+        factors = on_one_thread(solve, matrix.device).result
     usable = (factors > 0) & factors.isfinite() & ~empty
     scale = stored_scale(grid.scale.double() * factors, config.scale_dtype)
     scale = torch.where(usable, scale, grid.scale)

@@ -38,10 +38,12 @@ from adaround_ext.sensitivity_report import Errors, Sensitivity
 from adaround_ext.shared_work import problems_of, take_alike
 from adaround_ext.solve import solve
 from adaround_ext.trace import evaluation, tensors
+from adaround_ext.turns import one_caller
 
 _SAMPLES = 64  # that the network's error is measured on, about
 
 
+@one_caller()  # seeds and precisions are the process's
 def sensitivity(
     model: nn.Module,
     calibration: Iterable[Any],

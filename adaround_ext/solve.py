@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +25,7 @@ from adaround_ext.grid import (
     scale_notes,
 )
 from adaround_ext.layers import MatrixLayer
+from adaround_ext.lone_threads import on_one_thread, run_apart
 from adaround_ext.objective import GramObjective
 from adaround_ext.own_inputs import no_worse_on_inputs
 from adaround_ext.precision import tf32_products
@@ -30,10 +34,16 @@ from adaround_ext.problem import Outcome, Problem, Solved, Stopwatch
 from adaround_ext.report import LayerReport
 from adaround_ext.result import LayerResult
 
-# Products are made in blocks of this many rows, see products.py: a cut between two changes no bits.
-_ROWS = 16
+# Products are made in blocks of this many rows, see products.py, and what is elementwise in chunks
+# of this many weights, whose vectors have up to this many: a cut between two changes no bits.
+_ROWS, _CHUNK, _VECTOR = 16, 1024, 16
 # At once, of rows that can be solved apart: a solver keeps about twenty matrices of this size.
 _WEIGHTS = 1 << 27
+# Columns up to which two threads are no faster for what all rows share: and those that wait for
+# more of it spin for milliseconds, when rows are solved apart already.
+_SMALL = 512
+# Multiplications a step up to which a thread alone is about as fast as two.
+_FEW = 1 << 22
 
 
 def solve(
@@ -59,29 +69,73 @@ def shareable(layer: MatrixLayer, config: AdaRoundConfig, kind: str) -> bool:
 def _share_rows(problem: Problem, config: AdaRoundConfig, ranks: Ranks) -> Solved:
     """Each rank solves some of the rows."""
     rows = len(problem.weight)
-    blocks = [min(_ROWS, rows - begin) for begin in range(0, rows, _ROWS)]
+    size = _block_rows(problem, config)
+    blocks = [min(size, rows - begin) for begin in range(0, rows, size)]
     own = ranks.share(blocks)[ranks.rank]
 
     def solve_own() -> Solved | None:
-        part = slice(own.start * _ROWS, min(own.stop * _ROWS, rows))
+        part = slice(own.start * size, min(own.stop * size, rows))
         return _in_parts(problem.rows(part), config) if own else None
 
     parts = ranks.exchange(f"the rounding of {problem.name}", solve_own)
     return Solved.join([part for part in parts if part is not None], problem.weight.device)
 
 
+def _block_rows(problem: Problem, config: AdaRoundConfig) -> int:
+    """How many rows at a time have the same bits alone and among others (on a GPU none need to)."""
+    cols = problem.weight.shape[1]
+    whole_vectors = problem.weight.is_cuda or (config.group_size or cols) % _VECTOR == 0
+    return _ROWS if whole_vectors else math.lcm(_ROWS, _CHUNK // math.gcd(cols, _CHUNK))
+
+
 def _in_parts(problem: Problem, config: AdaRoundConfig) -> Solved:
     """Some rows after the other, where all of them would take too much memory."""
     rows, cols = problem.weight.shape
-    most = max(_WEIGHTS // max(cols, 1) // _ROWS, 1) * _ROWS
+    size = _block_rows(problem, config)
+    most = max(_WEIGHTS // max(cols, 1) // size, 1) * size
     apart = all(shareable(layer, config, problem.kind) for layer in problem.layers)
-    if rows <= most or not apart or problem.grams > 1:
+    if not apart or problem.grams > 1:
         return _solve_rows(problem, config)
+    if rows <= most:
+        return _on_threads(problem, config)
     parts = []
     for begin in range(0, rows, most):
-        parts.append(_solve_rows(problem.rows(slice(begin, min(begin + most, rows))), config))
+        parts.append(_on_threads(problem.rows(slice(begin, min(begin + most, rows))), config))
         problem = dataclasses.replace(problem, collecting_seconds=0.0)  # counted already
     return Solved.join(parts, problem.weight.device, sum)
+
+
+def _on_threads(problem: Problem, config: AdaRoundConfig) -> Solved:
+    """On the CPU each of the caller's number of threads solves some of the rows, from the grid to
+    what is said of them: see lone_threads.py."""
+    (rows, cols), device = problem.weight.shape, problem.weight.device
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    size = _block_rows(problem, config)
+    blocks = -(-rows // size)
+    if threads == 1 or blocks == 0 or (blocks == 1 and rows * cols**2 > _FEW):
+        return _solve_rows(problem, config)
+    started = time.perf_counter()
+    starts = settings(config, problem.kind, cols).starts
+    assert isinstance(problem.objective, GramObjective)
+    gptq = config.searches_scales or "gptq" in starts
+    prepare = partial(problem.objective.prepare, gptq, annealing="adaround" in starts)
+    if cols <= _SMALL:
+        on_one_thread(prepare, device)
+    else:
+        prepare()
+    prepared = time.perf_counter() - started
+    count = min(threads, blocks)
+    ends = [min(blocks * (index + 1) // count * size, rows) for index in range(count)]
+    parts = [problem.rows(slice(*ends)) for ends in zip([0, *ends], ends, strict=False)]
+    quiet = dataclasses.replace(config, progress=False)  # one bar for all, that of the first rows
+    first, *others = parts
+    tasks = [partial(_solve_rows, first, config)]
+    tasks += [partial(_solve_rows, part, quiet) for part in others]
+    solved = run_apart(tasks)
+    seconds = max((part.seconds for part in solved), key=lambda own: own["total"])
+    seconds["scales"] += prepared
+    seconds["total"] += prepared
+    return dataclasses.replace(Solved.join(solved, device), seconds=seconds)
 
 
 def _solve_rows(problem: Problem, config: AdaRoundConfig) -> Solved:
@@ -89,7 +143,8 @@ def _solve_rows(problem: Problem, config: AdaRoundConfig) -> Solved:
     solved = _solve_posed(problem, config)
     if not problem.rows_chosen:
         return solved
-    return no_worse_on_inputs(problem, solved, config, lambda rows: _solve_posed(rows, config))
+    size = _block_rows(problem, config)
+    return no_worse_on_inputs(problem, solved, config, lambda p: _solve_posed(p, config), size)
 
 
 def _solve_posed(problem: Problem, config: AdaRoundConfig) -> Solved:
@@ -155,7 +210,9 @@ def _described(
     """The outcome with all that is reported of it."""
     weight, grid, objective = problem.weight, outcome.grid, problem.objective
     losses = dict(outcome.losses)
-    rules = baseline_codes(weight, base, config.seed) if chosen.diagnostics else {}
+    rules = (
+        baseline_codes(weight, base, config.seed, problem.first_row) if chosen.diagnostics else {}
+    )
     # Losses that are only shown, so fewer digits do: see GramSolver.
     with tf32_products(weight.device, problem.kind == "gram" and config.products != "float32"):
         for name, rule in rules.items():

@@ -145,8 +145,8 @@ def test_rows_in_parts(
     device: torch.device, targets: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Large problems are solved some rows after the other, to the same result."""
-    layers = [nn.Linear(40, rows).to(device) for rows in (50, 30)]
-    x = torch.randn(600, 40).to(device)
+    layers = [nn.Linear(48, rows).to(device) for rows in (50, 30)]
+    x = torch.randn(600, 48).to(device)
     y = tuple((layer(x) * 1.1).detach() for layer in layers) if targets else None
     settings: dict[str, Any] = {"steps": 20, "search_steps": 20, "bits": 3}
     whole = optimize_layer(layers, x, y, **settings)
@@ -158,14 +158,14 @@ def test_rows_in_parts(
         return own(problem, config)
 
     monkeypatch.setattr(solve_module, "_solve_rows", counted)
-    monkeypatch.setattr(solve_module, "_WEIGHTS", 40 * 35)  # 32 rows: whole blocks of products
+    monkeypatch.setattr(solve_module, "_WEIGHTS", 48 * 35)  # 32 rows: whole blocks of products
     parts = optimize_layer(layers, x, y, **settings)
     assert calls == [32, 32, 16]
     for one, other in zip(whole, parts, strict=True):
         if device.type == "cpu":
             assert torch.equal(one.codes, other.codes) and torch.equal(one.scale, other.scale)
         for name, loss in one.report.losses.items():
-            if name != "stochastic":  # drawn for the rows at hand
+            if name != "stochastic" or device.type == "cpu":  # a GPU draws by the number of rows
                 rel = 1e-6 if device.type == "cpu" else 0.05
                 assert other.report.losses[name] == pytest.approx(loss, rel=rel)
         seconds = dict(other.report.seconds)
