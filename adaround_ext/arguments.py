@@ -128,14 +128,13 @@ class Arguments:
         unknown = {key for key in batch if key not in self._names}
         required = {slot.name for slot in self._slots if slot.default is slot.empty}
         if unknown and len(unknown) == len(batch) and self._slots and len(required) < 2:
-            if self._any_key and not required:
-                return _Reading()
-            whole = _Reading(whole=True)
-            error = self._failure(batch, whole)
+            by_name = self._any_key and not required
+            reading = _Reading(whole=not by_name)
+            error = self._failure(batch, reading)
             if error is not None:
-                why = f"with all of it as {self._slots[0].name}, {type(error).__name__}: {error}"
-                raise self._misfit(batch, why) from error
-            return whole
+                how = "with these names" if by_name else f"with all of it as {self._slots[0].name}"
+                raise self._misfit(batch, f"{how}, {type(error).__name__}: {error}") from error
+            return reading
         if not self._any_key and unknown <= _LABELS:
             return _Reading(left_out=frozenset(unknown))
         return _Reading()

@@ -67,6 +67,10 @@ def typed(x: Tensor):
     return x
 
 
+def swallowing(ids=None, mask=None, **named):
+    return named["other"] if ids is None else ids * 1
+
+
 def anything(*values, **named):
     return values[0]
 
@@ -124,6 +128,7 @@ def boxed(images, boxes=None):
         (masked, {"ids": IDS, "mask": MASK}, (), {"ids": IDS, "mask": MASK}, None),
         (masked, {"ids": IDS, "label": LABEL}, (), {"ids": IDS}, r"label \(int64.*\): taken as"),
         (labelled, {"ids": IDS, "labels": LABEL}, (), {"ids": IDS, "labels": LABEL}, None),
+        (swallowing, {"other": IDS}, (), {"other": IDS}, None),
         (anything, {"ids": IDS, "labels": 1}, (), {"ids": IDS, "labels": 1}, None),
         (masked, ({"ids": IDS, "mask": MASK}, LABEL), (), {"ids": IDS, "mask": MASK}, "holds all"),
         (required, ((X, LABEL), LABEL), (X, LABEL), {}, "holds all"),
@@ -177,6 +182,7 @@ def test_tuples_whatever_the_batch_size(size: int, labels: tuple[int, ...]) -> N
         (masked, {"ids": IDS, "msk": MASK}, r"mask=None\), got .*msk \(int64 \[4, 8\]\).*'msk'"),
         (one, {"pixels": 3, "b": None}, r"takes \(x\), got a mapping with pixels \(3\), b \(None"),
         (features, {"pixels": IMAGE}, r"takes \(features\), got .*pixels.*KeyError: 'ids'"),
+        (swallowing, {"id": IDS}, r"mask=None, \*\*named\), got .*id \(int64.*these names, KeyErr"),
         (typed, (), r"takes \(x\), got a tuple of nothing"),
     ],
 )
