@@ -211,7 +211,11 @@ class Replay:
         if self._cache.rounds and self._recording:  # the census saw rounded outputs
             second = self._marks_of(batch, context)
         first = first or self._marks_of(batch, context)
-        self.census.unrepeatable |= first.differing(second, batch)
+        differing = first.differing(second, batch)
+        if differing:  # another thread of the process may have drawn random numbers meanwhile
+            again = self._marks_of(batch, context)
+            differing &= again.differing(self._marks_of(batch, context), batch)
+        self.census.unrepeatable |= differing
 
     def _marks_of(self, batch: int, context: Context) -> Marks:
         with first_marks(self._model, batch) as marks, context(), self._residence.while_running():
