@@ -23,12 +23,12 @@ def seed_all(seed: int, devices: Iterable[torch.device]) -> None:
     ``torch.manual_seed`` would also change the state of all other GPUs, which the caller may use,
     and takes longer than a small model where there is no GPU.
     """
-    torch.default_generator.manual_seed(seed)
     np.random.seed(seed % _NUMPY_SEEDS)
     random.seed(seed)
     for device in devices:
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # last: other threads draw from it, if any do
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from adaround_ext import optimize_layer, quantize_, sensitivity
 from adaround_ext.precision import full_precision, tf32_products
@@ -22,7 +23,7 @@ from tests.test_row_threads import process_threads
 
 
 def of_a_layer() -> list[Tensor]:
-    layer = nn.Linear(48, 40)
+    layer = skip_init(nn.Linear, 48, 40)
     with torch.no_grad():
         layer.weight.copy_(torch.linspace(-1, 1, 40 * 48).sin().mul(40).sin().view(40, 48))
         layer.bias.zero_()
@@ -47,8 +48,9 @@ class _Noise(nn.Module):
 
 
 def noisy() -> nn.Module:
-    """With weights that are not drawn: the threads would have each other's."""
-    model = nn.Sequential(nn.Conv2d(2, 6, 3), _Noise(), nn.Flatten(), nn.Linear(24, 8), nn.ReLU())
+    """With weights that are not drawn, since all threads draw from one generator."""
+    first, last = skip_init(nn.Conv2d, 2, 6, 3), skip_init(nn.Linear, 24, 8)
+    model = nn.Sequential(first, _Noise(), nn.Flatten(), last, nn.ReLU())
     with torch.no_grad():
         for index, parameter in enumerate(model.parameters()):
             parameter.copy_(torch.arange(parameter.numel()).add(index).sin().view_as(parameter))
@@ -66,7 +68,7 @@ def of_broken_data() -> list[Tensor]:
         raise _Fault
 
     with pytest.raises(_Fault):
-        optimize_layer(nn.Linear(12, 5), batches(), **FEW)
+        optimize_layer(skip_init(nn.Linear, 12, 5), batches(), **FEW)
     return []
 
 
