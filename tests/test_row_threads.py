@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import resource
 import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -223,3 +225,22 @@ def test_tasks() -> None:
     with pytest.raises(ValueError, match="one"):
         run_apart([goes_on, lambda: fails("one"), goes_on])
     check_stop()  # here nothing is to stop
+
+
+def test_free_memory_of_the_threads_is_given_back() -> None:
+    """Also where something small at the end of it is still there."""
+    resident = Path("/proc/self/statm")
+    if not resident.exists():
+        pytest.skip("needs Linux")
+
+    def task() -> Tensor:
+        many = [torch.zeros(10_000) for _ in range(2_000)]  # 80 MB
+        return many[-1]
+
+    def megabytes() -> float:
+        return int(resident.read_text().split()[1]) * resource.getpagesize() / 1e6
+
+    run_apart([lambda: None, lambda: None])
+    before = megabytes()
+    held = run_apart([task, task])
+    assert megabytes() - before < 30 and len(held) == 2
