@@ -82,10 +82,9 @@ class Target:
                 "granularity='per_channel'"
             )
         if linear and self.only_those and stored.block_size not in self.linear_blocks:
-            return (
-                f"it computes groups of {layer.group_size} inputs wrongly; quantize with an even "
-                "group_size"
-            )
+            odd = layer.cols % 2  # of which there are no even groups
+            hint = "granularity='per_channel'" if odd else "an even group_size"
+            return f"it computes groups of {layer.group_size} inputs wrongly; quantize with {hint}"
         return None
 
     def refuses_quantizer(self, quantizer: ActivationQuantizer) -> str | None:
