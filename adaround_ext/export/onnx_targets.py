@@ -82,9 +82,10 @@ class Target:
                 "granularity='per_channel'"
             )
         if linear and self.only_those and stored.block_size not in self.linear_blocks:
-            odd = layer.cols % 2  # of which there are no even groups
-            hint = "granularity='per_channel'" if odd else "an even group_size"
-            return f"it computes groups of {layer.group_size} inputs wrongly; quantize with {hint}"
+            return (
+                f"it computes groups of {layer.group_size} inputs wrongly; quantize with an even "
+                "group_size, or granularity='per_channel'"
+            )
         return None
 
     def refuses_quantizer(self, quantizer: ActivationQuantizer) -> str | None:
