@@ -203,6 +203,8 @@ def test_layers_of_two_dtypes(dtypes: tuple[torch.dtype, torch.dtype], tmp_path:
             export_model(model, folder, kind, batch=x)
             report = verify(model, folder, x)
             assert report.ok, str(report)
+            if kind == "onnx":  # runtimes round float16 elsewhere: nothing is promised
+                assert "onnxruntime, default: differs" in str(report)
             assert max(each.relative_error for each in report.runs) < 0.03
         else:
             with pytest.raises(ValueError, match=refusal):

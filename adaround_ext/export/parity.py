@@ -66,8 +66,12 @@ class RunnerParity:
         return within and not self.changed
 
     def __str__(self) -> str:
-        equal = "equal" if self.exact else f"equal up to {self.allowed:.2g}"
-        verdict = "WRONG" if not self.ok else "differs" if self.allowed is None else equal
+        if not self.ok:
+            verdict = "WRONG"
+        elif self.allowed is None:
+            verdict = "differs"
+        else:
+            verdict = "equal" if self.exact else f"equal up to {self.allowed:.2g}"
         lines = [f"  {self.kind}, {self.runner}: {verdict}"]
         for index, output in enumerate(self.outputs):
             agree = "" if output.agreement is None else f", argmax {output.agreement:.2%} equal"
