@@ -122,6 +122,47 @@ def test_reused_modules_stay_one() -> None:
     assert_near(compact(x), model(x))
 
 
+LAYERS = [
+    (nn.Linear(8, 6, bias=False), (4, 8)),
+    (nn.Conv1d(8, 16, 3, padding=1, stride=2), (2, 8, 9)),
+    (nn.Conv2d(4, 8, (3, 2), padding="same", dilation=2, groups=2, padding_mode="circular"),
+     (2, 4, 9, 9)),
+    (nn.Conv3d(2, 4, 2, padding=(1, 0, 1), bias=False), (2, 2, 5, 5, 5)),
+    (nn.ConvTranspose1d(4, 6, 3, stride=2, output_padding=1), (2, 4, 7)),
+    (nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2), (2, 4, 5, 5)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=lambda value: type(value).__name__)
+def test_what_a_layer_says_of_itself(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    """All of it: a model may compute with the stride of its convolution, or read its own marks."""
+    layer = copy.deepcopy(layer)
+    layer.mark = "of the model"
+    model = quantized(nn.Sequential(layer), torch.randn(shape))
+    compact = packed(model)[0]
+    public = [name for name in vars(layer) if not name.startswith("_")]
+    assert len(public) > 3
+    for name in (*public, *type(layer).__constants__):
+        if name != "quantized_weight":
+            assert getattr(compact, name) == getattr(layer, name), name
+    assert torch.equal(compact.weight, layer.weight)
+    assert not hasattr(compact, "quantized_weight")
+
+
+@pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=lambda value: type(value).__name__)
+def test_float64(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(copy.deepcopy(layer)).double()
+    x = torch.randn(shape, dtype=torch.float64)
+    quantized(model, x, bias="refit" if layer.bias is not None else "keep")
+    compact = packed(model)
+    assert compact[0].weight.dtype == torch.float64
+    assert torch.equal(compact[0].weight, model[0].weight)
+    assert torch.allclose(compact(x), model(x), rtol=1e-12, atol=1e-12)
+    assert compact.float()(x.float()).dtype == torch.float32
+    assert compact.double()(x).dtype == torch.float64
+
+
 def test_compiles() -> None:
     model = quantized(nn.Sequential(nn.Linear(32, 16), nn.ReLU()), torch.randn(64, 32))
     compact = packed(model)

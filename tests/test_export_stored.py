@@ -53,6 +53,17 @@ def other_constant(model: nn.Module) -> None:
     model.factor += 1
 
 
+def other_dtype(model: nn.Module) -> None:
+    model.factor = model.factor.double()
+
+
+def other_class(model: nn.Module) -> None:
+    class Odd(nn.Embedding):
+        pass
+
+    model.embedding.__class__ = Odd
+
+
 def no_layer(model: nn.Module) -> None:
     del model.last
 
@@ -70,7 +81,13 @@ def no_layer(model: nn.Module) -> None:
         (tied_otherwise, "got first.bias, second.bias"),
         (more_bias, "model must have no bias at 'last'"),
         (more_layers, "state/extra.bias must be .*, got absent"),
-        (other_constant, "structure and constants of the Tied saved"),
+        (
+            other_constant,
+            "structure and constants of the Tied saved: factor must be torch.float32 "
+            r"of shape \[\] with the hash \w+, got torch.float32 of shape \[\] with the hash \w+$",
+        ),
+        (other_dtype, r"factor must be torch.float32 of shape \[\] .*, got torch.float64 of shape"),
+        (other_class, "saved: module embedding must be Embedding, got .*Odd$"),
         (no_layer, "model must have the layer 'last', got none"),
     ],
 )

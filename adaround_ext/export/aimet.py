@@ -118,7 +118,8 @@ def _of_layers(layers: Sequence[QuantizedLayer]) -> dict[str, Encoding]:
 
     def obstacle(layer: QuantizedLayer) -> str | None:
         if layer.matrix.weight.dtype != torch.float32:
-            return f"AIMET computes in float32, got a weight in {layer.matrix.weight.dtype}"
+            got = f"got a weight in {layer.matrix.weight.dtype}"
+            return f"AIMET computes in float32, {got}; convert the model before it is quantized"
         if isinstance(layer.module, nn.Linear) and not is_plain_linear(layer.module):
             return "a Linear with a forward of its own may put Transpose between weight and MatMul"
         try:

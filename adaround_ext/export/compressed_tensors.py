@@ -28,7 +28,7 @@ from adaround_ext.export.hugging_face import (
     no_progress_bars,
     skeleton,
 )
-from adaround_ext.export.layers import QuantizedLayer, quantized_layers, refuse
+from adaround_ext.export.layers import LEAVE_OUT, QuantizedLayer, quantized_layers, refuse
 from adaround_ext.export.manifest import new_export, read_manifest
 from adaround_ext.export.runner import Runner, module_runner
 from adaround_ext.packing import pack_bits
@@ -131,11 +131,13 @@ def obstacle(layer: QuantizedLayer, dtype: torch.dtype) -> str | None:
     """Why a model of this dtype cannot have a layer packed, None where it can."""
     own = layer.matrix.weight.dtype
     if not isinstance(layer.module, nn.Linear):
-        return f"it must be a Linear, got {type(layer.module).__name__}"
+        return f"it must be a Linear, got {type(layer.module).__name__}{LEAVE_OUT}"
     if len(layer.names) > 1:
-        return f"packed weights cannot be shared, got that of {', '.join(layer.names)}"
+        shared = ", ".join(layer.names)
+        return f"packed weights cannot be shared, got that of {shared}{LEAVE_OUT}"
     if own not in _DTYPES or own != dtype:
-        return f"its dtype must be that of the model and float32, float16 or bfloat16, got {own}"
+        rule = "its dtype must be that of the model and float32, float16 or bfloat16"
+        return f"{rule}, got {own} in a model of {dtype}; convert the model before it is quantized"
     if not torch.equal(layer.weight.scale.to(own).float(), layer.weight.scale):
         return f"its scales must be exact in {own}, the loader's: quantize with scale_dtype={own}"
     return None
@@ -225,8 +227,12 @@ def _check_loaded(loaded: nn.Module, model: nn.Module, layers: Sequence[Quantize
     state = loaded.state_dict()
     for key, tensor in model.state_dict().items():
         back = state.get(key)
-        if back is None or back.dtype != tensor.dtype or not torch.equal(back, tensor.cpu()):
-            raise ValueError(f"model must be the same after loading again, got another {key}")
+        rule = "model must be the same after loading again"
+        if back is not None and back.dtype != tensor.dtype:
+            got = f"{key} in {back.dtype} instead of {tensor.dtype}"
+            raise ValueError(f"{rule}, got {got}; convert the model before it is quantized")
+        if back is None or not torch.equal(back, tensor.cpu()):
+            raise ValueError(f"{rule}, got another {key}")
 
 
 def _details(layers: Sequence[QuantizedLayer]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from adaround_ext.attachment import quantizers
 from adaround_ext.export.gguf_architecture import Architecture, architecture, row_order
-from adaround_ext.export.layers import QuantizedLayer, quantized_layers, refuse
+from adaround_ext.export.layers import LEAVE_OUT, QuantizedLayer, quantized_layers, refuse
 from adaround_ext.export.manifest import new_export, read_manifest
 from adaround_ext.export.runner import Runner, module_runner
 
@@ -105,8 +105,10 @@ def _gguf() -> ModuleType:
 def obstacle(layer: QuantizedLayer) -> str | None:
     """Why blocks cannot hold a layer, None where they can."""
     if not isinstance(layer.module, nn.Linear):
-        kind = type(layer.module).__name__
-        return f"blocks run along the columns of a matrix, so it must be a Linear, got {kind}"
+        rule = "blocks run along the columns of a matrix, so it must be a Linear"
+        return f"{rule}, got {type(layer.module).__name__}{LEAVE_OUT}"
+    if layer.cols % BLOCK:
+        return f"its columns must be whole blocks of {BLOCK}, got {layer.cols}{LEAVE_OUT}"
     if not layer.symmetric:
         return "codes must be signed: quantize with symmetric=True"
     if layer.group_size % BLOCK:
@@ -201,7 +203,10 @@ def _blocks(layer: QuantizedLayer, order: Tensor | None) -> Tensor:
 def _read(folder: Path, tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
     """What gguf-py reads, dequantized, by key in the state dict; rows in the model's order."""
     gguf = _gguf()
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(folder / FILE).tensors}
+    try:
+        stored = {tensor.name: tensor for tensor in gguf.GGUFReader(folder / FILE).tensors}
+    except ValueError as error:  # numpy may have written a part, and said nothing
+        raise OSError(f"{FILE} is not whole: {error}") from error
     quantized = (gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q8_0)
     found = {}
     for key, entry in tensors.items():

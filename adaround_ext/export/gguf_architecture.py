@@ -98,7 +98,7 @@ def _heads(keys: Iterable[str], config: Any) -> dict[str, int]:
 def _decoder_obstacle(config: Any) -> bool:
     # Optional biases would be lost in transformers, which does not look for them in GGUF files.
     options = ("use_sliding_window", "attention_bias", "mlp_bias")
-    rope = config.rope_parameters["rope_type"]
+    rope = _rope(config)["rope_type"]
     unusual = any(getattr(config, option, False) for option in options)
     return config.hidden_act != "silu" or rope != "default" or unusual
 
@@ -108,10 +108,18 @@ def _decoder_settings(writer: GGUFWriter, config: Any) -> None:
     head_dim = head_dim or config.hidden_size // config.num_attention_heads
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_freq_base(_rope(config)["rope_theta"])
     writer.add_rope_dimension_count(head_dim)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    """rope_type and rope_theta, which transformers 4 has in two places."""
+    if hasattr(config, "rope_parameters"):
+        return dict(config.rope_parameters)
+    scaling = {"rope_type": "default", **(config.rope_scaling or {})}
+    return scaling | {"rope_theta": config.rope_theta}
 
 
 def _encoder_obstacle(config: Any) -> bool:

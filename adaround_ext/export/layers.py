@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -118,15 +118,39 @@ def _checked(names: Sequence[str], module: nn.Module) -> QuantizedLayer:
     return QuantizedLayer(names[0], tuple(names), matrix, weight)
 
 
+LEAVE_OUT = "; leave it out"  # the end of a reason to refuse a layer that no settings can mend
+_LISTED = 8
+
+
 def refuse(
     what: str, layers: Sequence[QuantizedLayer], reason: Callable[[QuantizedLayer], str | None]
 ) -> None:
-    """ValueError naming the layers for which ``what`` (a format) has a reason to refuse them."""
+    """ValueError naming the layers for which ``what`` (a format) has a reason to refuse them.
+
+    Behind one that ends with LEAVE_OUT comes how to do that.
+    """
     found: dict[str, list[str]] = defaultdict(list)
     for layer in layers:
         why = reason(layer)
         if why is not None:
             found[why].append(layer.name)
     if found:
-        listed = "; ".join(f"{some(names)}: {why}" for why, names in found.items())
+        kinds = {layer.name: type(layer.module) for layer in layers}
+        listed = "; ".join(
+            f"{some(names)}: {why}{_how(names, kinds) if why.endswith(LEAVE_OUT) else ''}"
+            for why, names in found.items()
+        )
         raise ValueError(f"{what} cannot hold this model: {listed}")
+
+
+def _how(names: Sequence[str], kinds: Mapping[str, type[nn.Module]]) -> str:
+    """The overrides of quantize_ that skip these layers, and the options of the command line.
+
+    Many of them by their class, where they are all that are quantized of it.
+    """
+    classes = list(dict.fromkeys(kinds[name] for name in names))
+    if len(names) > _LISTED and sum(kind in classes for kind in kinds.values()) == len(names):
+        keys = ", ".join(f'nn.{kind.__name__}: "skip"' for kind in classes)
+        return f" by overrides={{{keys}}}"
+    keys = ", ".join(f'"{name}": "skip"' for name in names)
+    return f" by overrides={{{keys}}}, or {' '.join(f'--skip {name}' for name in names)}"

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from adaround_ext.files import share_files
 from adaround_ext.json_values import check_keys, check_type, write_atomically
 
@@ -36,7 +38,8 @@ def new_export(folder: str | os.PathLike[str], kind: str) -> Iterator[tuple[Path
     """A directory to write an export to, and a dict for what the manifest is to say of it.
 
     It becomes ``folder``, with its manifest, when all is written; after an error nothing is left.
-    ValueError unless ``folder`` is new or an empty directory.
+    ValueError unless ``folder`` is new or an empty directory; OSError that names it, with the
+    cause, where it cannot be written.
     """
     folder = new_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -53,9 +56,33 @@ def new_export(folder: str | os.PathLike[str], kind: str) -> Iterator[tuple[Path
             part.rmdir()
         else:
             os.replace(part, folder)
-    except BaseException:
+    except BaseException as error:
+        unwritten = _unwritten(error, part)
         shutil.rmtree(part, ignore_errors=True)
-        raise
+        if unwritten is None:
+            raise
+        text = f"folder must be one that can be written to, {folder}, got "
+        if unwritten.errno is None:
+            raise OSError(f"{text}{unwritten}") from error
+        raise OSError(unwritten.errno, f"{text}{os.strerror(unwritten.errno)}") from error
+
+
+def _unwritten(error: BaseException, part: Path) -> OSError | None:
+    """What the system said to a file that could not be written; None for another error.
+
+    Libraries that write files may not pass it on: then it is asked again, for every file.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    if isinstance(error, (OSError, SafetensorError, RuntimeError)):
+        for path in (*part.rglob("*"), part / NAME):
+            try:
+                if not path.is_dir():
+                    with path.open("ab") as file:
+                        file.write(bytes(_PIECE))
+            except OSError as cause:
+                return cause
+    return OSError(str(error)) if isinstance(error, (OSError, SafetensorError)) else None
 
 
 def new_folder(folder: object) -> Path:

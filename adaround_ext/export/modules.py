@@ -20,7 +20,8 @@ class PackedLayer(nn.Module):
     Buffers: packed uint8 [rows, ceil(cols bits / 8)] as :func:`adaround_ext.packing.pack_bits` has
     them, scale float32 and zero_point int32 [rows or 1, n_groups]; bias is a parameter or None.
     ``weight`` is computed when it is asked for, in the shape and dtype of the layer that this one
-    stands for. The buffers keep their dtypes: model.half() must not round scales.
+    stands for, whose public attributes it has. The buffers keep their dtypes: model.half() must not
+    round scales.
     """
 
     packed: Tensor
@@ -40,9 +41,13 @@ class PackedLayer(nn.Module):
         self._adopt(module)
 
     def _adopt(self, module: nn.Module) -> None:
-        """Hooks and submodules of the layer: its activation quantizers."""
+        """Hooks and submodules of the layer: its activation quantizers; and its public attributes.
+
+        A model may read those, as the stride of a convolution.
+        """
         for name, value in module.__dict__.items():
-            if "hooks" in name:
+            public = not name.startswith("_") and name != "quantized_weight"
+            if "hooks" in name or (public and not hasattr(self, name)):
                 self.__dict__[name] = value
         self._modules.update(module._modules)
         self.train(module.training)
@@ -51,8 +56,10 @@ class PackedLayer(nn.Module):
     def weight(self) -> Tensor:
         """The dequantized weight."""
         codes = unpack_bits(self.packed, self.bits, self._matrix.cols, self.qmin)
-        matrix = dequantize(codes, self.scale, self.zero_point, self.dtype)
-        return self._matrix.weight_from_matrix(matrix)
+        # Weights in float64 have the numbers of float32, in which codes and scales are multiplied.
+        dtype = torch.float32 if self.dtype == torch.float64 else self.dtype
+        matrix = dequantize(codes, self.scale, self.zero_point, dtype)
+        return self._matrix.weight_from_matrix(matrix.to(self.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """What the layer gave with its dequantized weight."""
@@ -74,17 +81,21 @@ class PackedLayer(nn.Module):
 
 
 class QuantLinear(PackedLayer):
-    """A Linear with packed codes: y = x W_q^T + b by :func:`adaround_ext.packing.packed_linear`."""
+    """A Linear with packed codes: y = x W_q^T + b by :func:`adaround_ext.packing.packed_linear`.
 
-    def __init__(self, layer: QuantizedLayer, module: nn.Linear) -> None:
-        super().__init__(layer, module)
-        self.in_features, self.out_features = module.in_features, module.out_features
+    In float64, which that does not know, its weight is dequantized at every call.
+    """
+
+    in_features: int
+    out_features: int
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] to [..., out_features]; ValueError for another width."""
         if x.shape[-1:] != (self.in_features,):  # the op sees whole bytes of codes only
             rule = f"input must have {self.in_features} features in its last dimension"
             raise ValueError(f"{rule}, got shape {list(x.shape)}")
+        if x.dtype == torch.float64:
+            return super().forward(x)
         return packed_linear(
             x, self.packed, self.scale, self.zero_point, self.bias, self.bits, self.qmin
         )
@@ -100,8 +111,9 @@ def pack_(model: nn.Module) -> None:
 
     Linear becomes :class:`QuantLinear`, convolutions :class:`QuantConv`; hooks (of activation
     quantizers) and biases move along. Outputs are those of the simulated model up to the order of
-    sums. Save before: packed models are for running. Raises TypeError and ValueError as
-    :func:`quantized_layers`, and for layers whose class does more than its base.
+    sums; in 16 bits up to their rounding, as a :class:`QuantLinear` on the CPU does not round its
+    weights before it multiplies. Save before: packed models are for running. Raises TypeError and
+    ValueError as :func:`quantized_layers`, and for layers whose class does more than its base.
     """
     layers = quantized_layers(model)
     if any("" in layer.names for layer in layers):

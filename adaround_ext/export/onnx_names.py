@@ -103,8 +103,33 @@ def chosen_names(
 
 
 def _leaves(tree: object) -> list[tuple[list[str], Any]]:
-    leaves, _ = pytree.tree_flatten_with_path(tree)
-    return [([_step(entry) for entry in path], leaf) for path, leaf in leaves]
+    """All leaves of a pytree, each with the steps that lead to it."""
+    found = []
+    for path, node in pytree.tree_flatten_with_path(tree, is_leaf=_has_no_keys)[0]:
+        steps = [_step(entry) for entry in path]
+        if _has_no_keys(node):
+            found += [([*steps, *more], leaf) for more, leaf in _leaves_without_keys(node)]
+        else:
+            found.append((steps, node))
+    return found
+
+
+def _has_no_keys(node: object) -> bool:
+    """Whether its class was registered without them, as ModelOutput in transformers 4."""
+    known = pytree.SUPPORTED_NODES.get(type(node))
+    return known is not None and known.flatten_with_keys_fn is None
+
+
+def _leaves_without_keys(node: Any) -> list[tuple[list[str], Any]]:
+    """The keys of a mapping whose values the children are, else their numbers."""
+    children, _ = pytree.SUPPORTED_NODES[type(node)].flatten_fn(node)
+    children = list(children)
+    keys: list[str] = [str(index) for index in range(len(children))]
+    if isinstance(node, Mapping) and len(node) == len(children):
+        matched = zip(node.values(), children, strict=True)
+        keys = list(map(str, node)) if all(a is b for a, b in matched) else keys
+    pairs = zip(keys, children, strict=True)
+    return [([key, *steps], leaf) for key, child in pairs for steps, leaf in _leaves(child)]
 
 
 def _step(entry: Any) -> str:

@@ -84,7 +84,7 @@ class Target:
         if linear and self.only_those and stored.block_size not in self.linear_blocks:
             return (
                 f"it computes groups of {layer.group_size} inputs wrongly; quantize with an even "
-                "group_size"
+                "group_size, or granularity='per_channel'"
             )
         return None
 

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from adaround_ext.arguments import Arguments
 from adaround_ext.export.formats import format_module
+from adaround_ext.export.half_precision import HalfPrecision, changed
 from adaround_ext.export.manifest import path_of, read_manifest
 from adaround_ext.export.runner import Runner, module_runner
 from adaround_ext.model_checks import check_module
 from adaround_ext.trace import evaluation, tensors
+from adaround_ext.wording import some
 
 TOLERANCE = 1e-5  # of the relative error: float32 sums in another order
 
@@ -38,23 +40,56 @@ class OutputParity:
 
 @dataclasses.dataclass(frozen=True)
 class RunnerParity:
-    """One way of running an export. exact: it promises equality; note: else what differs."""
+    """One way of running an export. exact: it promises equality; note: else what differs.
+
+    allowed: the relative error up to which it is right: the tolerance where equality is promised,
+    else what arithmetic in 16 bits leaves open, else None: nothing is promised. changed: parameters
+    of a 16-bit model that it has with other bits, which are wrong whatever the outputs are.
+    """
 
     kind: str
     runner: str
     exact: bool
     note: str
     outputs: tuple[OutputParity, ...]
+    allowed: float | None = None
+    changed: tuple[str, ...] = ()
 
     @property
     def relative_error(self) -> float:
         """Of the worst output."""
         return max((output.relative_error for output in self.outputs), default=0.0)
 
+    @property
+    def ok(self) -> bool:
+        """Whether it gives what it promises."""
+        within = self.allowed is None or self.relative_error <= self.allowed
+        return within and not self.changed
+
+    def __str__(self) -> str:
+        if not self.ok:
+            verdict = "WRONG"
+        elif self.allowed is None:
+            verdict = "differs"
+        else:
+            verdict = "equal" if self.exact else f"equal up to {self.allowed:.2g}"
+        lines = [f"  {self.kind}, {self.runner}: {verdict}"]
+        for index, output in enumerate(self.outputs):
+            agree = "" if output.agreement is None else f", argmax {output.agreement:.2%} equal"
+            lines.append(
+                f"    output {index} {list(output.shape)}: relative error "
+                f"{output.relative_error:.2g}, largest {output.max_error:.2g}{agree}"
+            )
+        if self.changed:
+            lines.append(f"    other weights than the model's: {some(self.changed)}")
+        if self.note:
+            lines.append(f"    {self.note}")
+        return "\n".join(lines)
+
 
 @dataclasses.dataclass(frozen=True)
 class ParityReport:
-    """All that was run; ``ok`` is whether every exact runner keeps to the tolerance."""
+    """All that was run; ``ok`` is whether every runner keeps what it promises."""
 
     model: str
     batches: int
@@ -64,8 +99,8 @@ class ParityReport:
 
     @property
     def ok(self) -> bool:
-        """Whether all outputs of exact runners are equal, up to the tolerance."""
-        return all(not run.exact or run.relative_error <= self.tolerance for run in self.runs)
+        """Whether outputs are equal up to the tolerance, or to what 16 bits allow."""
+        return all(run.ok for run in self.runs)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -78,18 +113,7 @@ class ParityReport:
             f"(relative error at most {self.tolerance:g})",
             *(f"  {note}" for note in self.notes),
         ]
-        for run in self.runs:
-            within = run.relative_error <= self.tolerance
-            verdict = "differs" if not run.exact else "equal" if within else "WRONG"
-            lines.append(f"  {run.kind}, {run.runner}: {verdict}")
-            for index, output in enumerate(run.outputs):
-                agree = "" if output.agreement is None else f", argmax {output.agreement:.2%} equal"
-                lines.append(
-                    f"    output {index} {list(output.shape)}: relative error "
-                    f"{output.relative_error:.2g}, largest {output.max_error:.2g}{agree}"
-                )
-            if run.note:
-                lines.append(f"    {run.note}")
+        lines += map(str, self.runs)
         return "\n".join(lines)
 
 
@@ -103,9 +127,12 @@ def verify(
     """Runs exported directories in their runtimes beside ``model``, the simulated one.
 
     data: batches as ``quantize_`` takes them; one tensor or mapping is one batch. tolerance: of the
-    relative error, where equality is promised. Raises ValueError for a damaged directory, one of an
-    unknown format, and data that can show nothing: none, NaN, or such that an output of the model
-    has no finite number; ImportError where a runtime is not installed.
+    relative error, where equality is promised. In 16 bits that is where the model's own operators
+    run. Elsewhere its weights must be stored bit by bit, and outputs be no farther from the
+    model's than 16 bits make them: some times the distance between these and those of a copy of
+    the model in float32, which is run for that. Raises ValueError for a damaged directory, one of
+    an unknown format, and data that can show nothing: none, NaN, or such that an output of the
+    model has no finite number; ImportError where a runtime is not installed.
     """
     check_module(model)
     paths = _paths(folders)
@@ -118,8 +145,9 @@ def verify(
     with evaluation(model):
         wanted = [module_runner("simulated", model).run(*batch) for batch in batches]
         _check_outputs(wanted)
+        half = HalfPrecision(model, batches, wanted, _relative_error)
         runs = [
-            _compare(kind, runner, batches, wanted)
+            _judged(kind, runner, _compare(kind, runner, batches, wanted), half, tolerance)
             for path in paths
             for kind, runner in _runners(path, model)
         ]
@@ -173,7 +201,7 @@ def _compare(
     runner: Runner,
     batches: Sequence[tuple[tuple[Any, ...], dict[str, Any]]],
     wanted: Sequence[list[Tensor]],
-) -> RunnerParity:
+) -> tuple[OutputParity, ...]:
     got = [runner.run(*batch) for batch in batches]
     counts = {len(outputs) for outputs in (*got, *wanted)}
     if len(counts) != 1:
@@ -181,11 +209,43 @@ def _compare(
             f"{kind}, {runner.name} must give the {len(wanted[0])} outputs of the simulated model, "
             f"got {len(got[0])}"
         )
-    outputs = tuple(
-        _parity([outputs[i] for outputs in got], [outputs[i] for outputs in wanted])
-        for i in range(counts.pop())
+    return _parities(got, wanted)
+
+
+def _judged(
+    kind: str,
+    runner: Runner,
+    outputs: tuple[OutputParity, ...],
+    half: HalfPrecision,
+    tolerance: float,
+) -> RunnerParity:
+    """By what the runner promises, as far as the model's dtypes let anything be promised."""
+    run = RunnerParity(kind, runner.name, runner.exact, runner.note, outputs)
+    if not runner.exact:
+        return run
+    if runner.same_operators or not half.dtypes:
+        return dataclasses.replace(run, allowed=tolerance)
+    near = run.relative_error <= tolerance  # then there is nothing to measure
+    return dataclasses.replace(
+        run,
+        exact=False,
+        note=f"the model is {half.names}: other operators and orders of sums round otherwise",
+        allowed=tolerance if near else max(tolerance, half.allowed),
+        changed=() if runner.stored is None else changed(runner.stored(), half.model),
     )
-    return RunnerParity(kind, runner.name, runner.exact, runner.note, outputs)
+
+
+def _parities(
+    got: Sequence[Sequence[Tensor]], wanted: Sequence[Sequence[Tensor]]
+) -> tuple[OutputParity, ...]:
+    """By output, over all batches."""
+    by_output = zip(zip(*got, strict=True), zip(*wanted, strict=True), strict=True)
+    return tuple(_parity(a, b) for a, b in by_output)
+
+
+def _relative_error(got: Sequence[Sequence[Tensor]], wanted: Sequence[Sequence[Tensor]]) -> float:
+    """Of the worst output."""
+    return max((output.relative_error for output in _parities(got, wanted)), default=0.0)
 
 
 def _parity(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> OutputParity:

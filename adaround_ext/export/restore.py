@@ -18,6 +18,7 @@ from adaround_ext.model_checks import refuse_inference
 from adaround_ext.packing import unpack_bits
 from adaround_ext.placement import KINDS, Place, Site
 from adaround_ext.result import QuantizedWeight, write_
+from adaround_ext.wording import some
 
 _SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -35,9 +36,7 @@ def restore_(
     _check_identities(stored, model)
     _check_tensors(stored, matrices, tensors, model, rule)
     places = _places(stored, tensors, model, rule)
-    if stored.fingerprint != stored.fingerprint_of(model):
-        rest = "structure and constants" if stored.complete else "structure and other parameters"
-        raise ValueError(f"model must have the {rest} of the {stored.model} saved, got others")
+    stored.check_rest(model)
     weights = {
         name: _weight(stored.layers[name], tensors, name, matrix, rule)
         for name, matrix in matrices.items()
@@ -155,7 +154,9 @@ def _attach(
     there = attached_sites(model)
     if there:
         if there != wanted:
-            raise ValueError("model must have no activation quantizers, or those that were saved")
+            rule = "model must have no activation quantizers, or those that were saved"
+            others = [name for name in there if there[name] != wanted.get(name)] or list(there)
+            raise ValueError(f"{rule}, got {some(others)}")
         return
     try:
         for place, config in places.values():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from adaround_ext.export.modules import PackedLayer
 
 FLIPS = (
     "activations are quantized: float32 sums in another order move some across a rounding "
@@ -23,13 +25,17 @@ class Runner:
     name: of the runtime and its settings, as "onnxruntime, default". exact: whether it promises
     the simulated model's arithmetic, up to the order of float32 sums; else ``note`` says what
     differs and what restores equality. run: from a model's positional and keyword arguments to
-    all tensors of its output, in order.
+    all tensors of its output, in order. same_operators: whether that is by the model's own
+    operators, so that equality holds in 16 bits too. stored: the parameters that it runs with, by
+    their names in the model, in floating point.
     """
 
     name: str
     exact: bool
     note: str
     run: Callable[[tuple[Any, ...], dict[str, Any]], list[Tensor]]
+    same_operators: bool = False
+    stored: Callable[[], Iterator[tuple[str, Tensor]]] | None = None
 
 
 def output_tensors(output: object) -> list[Tensor]:
@@ -45,4 +51,14 @@ def module_runner(name: str, model: nn.Module) -> Runner:
         with torch.no_grad():
             return output_tensors(model(*args, **kwargs))
 
-    return Runner(name, True, "", run)
+    return Runner(name, True, "", run, stored=lambda: _parameters(model))
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Those of a module, and the weights that it dequantizes."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        packed = hasattr(parameter, "qdata")  # a tensor of torchao
+        yield name, parameter.dequantize() if packed else parameter
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PackedLayer):
+            yield f"{name}.weight", module.weight

@@ -77,9 +77,13 @@ def write_codes(model: nn.Module, folder: Path, complete: bool) -> dict[str, Any
         quantizers=_stored_quantizers(model),
         layers={layer.name: _stored_layer(layer, modules) for layer in layers},
         versions={"adaround_ext": str(build_info()["version"]), "torch": torch.__version__},
+        described={},
     )
     stored = dataclasses.replace(
-        stored, shared=stored.shared_by(model), fingerprint=stored.fingerprint_of(model)
+        stored,
+        shared=stored.shared_by(model),
+        fingerprint=stored.fingerprint_of(model),
+        described=stored.description_of(model),
     )
     tensors: dict[str, Tensor] = {}
     for layer in layers:
@@ -113,7 +117,8 @@ def load_quantized(
     manifest = read_manifest(folder, KIND)
     rule = f"{folder} must be a directory that save_quantized wrote"
     try:
-        stored: StoredModel = read_value(StoredModel, manifest.details, "details")
+        details = {"described": {}, **manifest.details}  # older versions did not write that
+        stored: StoredModel = read_value(StoredModel, details, "details")
         with safe_open(path_of(folder) / FILE, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (ValueError, SafetensorError, OSError) as error:
@@ -130,7 +135,8 @@ def runners(folder: Path, model: nn.Module) -> list[Runner]:
     compact = module_runner("QuantLinear, QuantConv", packed)
     if quantizers(packed):
         compact = dataclasses.replace(compact, exact=False, note=FLIPS)
-    return [module_runner("load_quantized", plain), compact]
+    loaded = dataclasses.replace(module_runner("load_quantized", plain), same_operators=True)
+    return [loaded, compact]
 
 
 def _check_switch(name: str, value: object) -> None:

@@ -55,7 +55,8 @@ class StoredQuantizer:
 class StoredModel:
     """layers, quantizers: by name. identities: modules that are nn.Identity, as batch norms that
     were folded. shared: names of parameters and buffers that are one tensor. complete: whether all
-    other parameters and buffers are stored too. fingerprint: of what is not stored. versions: of
+    other parameters and buffers are stored too. fingerprint: of what is not stored. described: the
+    same, piece by piece, to name what differs; empty in exports of older versions. versions: of
     what wrote it.
     """
 
@@ -67,6 +68,7 @@ class StoredModel:
     quantizers: dict[str, StoredQuantizer]
     layers: dict[str, StoredLayer]
     versions: dict[str, str]
+    described: dict[str, str]
 
     def check_layers(self, model: nn.Module) -> dict[str, MatrixLayer]:
         """The model's layers, by the names stored; ValueError where one does not fit."""
@@ -139,6 +141,40 @@ class StoredModel:
                 digest.update(f"{key}=".encode())
                 add_tensor(digest, tensor)
         return digest.hexdigest()
+
+    def description_of(self, model: nn.Module) -> dict[str, str]:
+        """What the fingerprint is of: a class by each module's name, and what tells tensors apart.
+
+        Those by their names, with dtype, shape and a hash.
+        """
+        stored = set(model.state_dict(keep_vars=True)) if self.complete else set()
+        found = {
+            f"module {name}": type(module).__qualname__
+            for name, module in model.named_modules(remove_duplicate=False)
+            if name not in self.identities and not isinstance(module, ActivationQuantizer)
+        }
+        for key, tensor in _named_tensors(model):
+            if key not in stored and not self.is_changed(key):
+                digest = hashlib.blake2b(digest_size=8)
+                add_tensor(digest, tensor)
+                kind = f"{tensor.dtype} of shape {list(tensor.shape)}"
+                found[key] = f"{kind} with the hash {digest.hexdigest()}"
+        return found
+
+    def check_rest(self, model: nn.Module) -> None:
+        """ValueError naming what is not stored and differs from what it was when it was saved."""
+        if self.fingerprint == self.fingerprint_of(model):
+            return
+        rest = "structure and constants" if self.complete else "structure and other parameters"
+        rule = f"model must have the {rest} of the {self.model} saved"
+        now = self.description_of(model)
+        differ = [k for k in (*self.described, *now) if self.described.get(k) != now.get(k)]
+        if not self.described or not differ:
+            raise ValueError(f"{rule}, got others")
+        key, more = differ[0], len(set(differ)) - 1
+        was, came = (each.get(key, "none") for each in (self.described, now))
+        others = f"; {more} more differ" if more else ""
+        raise ValueError(f"{rule}: {key} must be {was}, got {came}{others}")
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -9,6 +9,7 @@ quantization/quantize_/workflows/intx.
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Sequence
 from functools import wraps
@@ -25,7 +26,7 @@ from adaround_ext.export.hugging_face import (
     no_progress_bars,
     skeleton,
 )
-from adaround_ext.export.layers import QuantizedLayer, quantized_layers, refuse
+from adaround_ext.export.layers import LEAVE_OUT, QuantizedLayer, quantized_layers, refuse
 from adaround_ext.export.manifest import new_export, read_manifest
 from adaround_ext.export.onnx_names import ordered
 from adaround_ext.export.onnx_program import NAMES_HINT
@@ -67,8 +68,9 @@ def export_torchao(
     """Writes a new directory with the weights of :func:`to_torchao`, and a program where ``args``.
 
     A PreTrainedModel of transformers that holds just what its class builds becomes config.json and
-    model.safetensors, for ``from_pretrained``; it is loaded and compared bit by bit before the
-    directory gets its name. Any other model becomes weights.pt, a state dict for
+    model.safetensors (pytorch_model.bin by transformers 4), for ``from_pretrained``; it is loaded
+    and compared bit by bit before the directory gets its name. Any other, and one with tensors in a
+    dtype that transformers would not load them in, model becomes weights.pt, a state dict for
     ``load_state_dict(torch.load(path, weights_only=True), assign=True)`` of a model of the same
     structure. Loading needs ``import torchao`` first.
 
@@ -85,11 +87,14 @@ def export_torchao(
     held = _held(layers, others)
     converted = _converted(model, held).eval()
     with new_export(folder, KIND) as (part, details):
-        pretrained = bool(held) and _is_as_built(model)
-        if pretrained:
-            _save_pretrained(converted, held, part, model)
-        else:
-            torch.save(converted.state_dict(), part / WEIGHTS)
+        pretrained = (
+            bool(held) and _is_as_built(model) and _save_pretrained(converted, held, part, model)
+        )
+        if not pretrained:
+            try:
+                torch.save(converted.state_dict(), part / WEIGHTS)
+            except RuntimeError as error:  # so torch says that it cannot write
+                raise OSError(str(error)) from error
         if args is not None:
             _save_program(converted, args, part / PROGRAM)
         details.update(
@@ -140,9 +145,11 @@ def _held(layers: Sequence[QuantizedLayer], others: Others) -> list[QuantizedLay
 
 def _obstacle(layer: QuantizedLayer) -> str | None:
     if not isinstance(layer.module, (nn.Linear, nn.Conv2d)):
-        return f"its tensors work in Linear and Conv2d, got {type(layer.module).__name__}"
+        kind = type(layer.module).__name__
+        return f"its tensors work in Linear and Conv2d, got {kind}{LEAVE_OUT}"
     if layer.matrix.weight.dtype not in _DTYPES:
-        return f"its tensors are float32, float16 or bfloat16, got {layer.matrix.weight.dtype}"
+        got = f"got {layer.matrix.weight.dtype}; convert the model before it is quantized"
+        return f"its tensors are float32, float16 or bfloat16, {got}"
     if _block_size(layer) is None:
         shape = list(layer.matrix.weight.shape)
         return f"groups must be blocks of the weight {shape}, got {layer.group_size} columns"
@@ -264,29 +271,43 @@ def _is_as_built(model: nn.Module) -> bool:
 
 def _save_pretrained(
     converted: Any, layers: Sequence[QuantizedLayer], folder: Path, model: nn.Module
-) -> None:
-    """As transformers saves a model that it has quantized by torchao itself."""
+) -> bool:
+    """As transformers saves a model that it has quantized by torchao itself.
+
+    Without files, and False, where it would load tensors in other dtypes than the model's.
+    """
     from torchao.quantization import FqnToConfig
     from transformers import TorchAoConfig
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    settings = {layer.name: _config(layer) for layer in layers}
+    configs = {layer.name: _config(layer) for layer in layers}
     linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    first, *others = settings.values()
+    first, *others = configs.values()
     config = TorchAoConfig(
-        first if all(other == first for other in others) else FqnToConfig(settings),
-        modules_to_not_convert=[name for name in linears if name not in settings] or None,
+        first if all(other == first for other in others) else FqnToConfig(configs),
+        modules_to_not_convert=[name for name in linears if name not in configs] or None,
     )
     converted.config.quantization_config = config
     converted.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+    settings: dict[str, Any] = {}
+    if "safe_serialization" in inspect.signature(converted.hf_quantizer.is_serializable).parameters:
+        # transformers 4 writes these tensors as a state dict of torch alone, and asks for what its
+        # own loading has set.
+        settings["safe_serialization"] = False
+        converted.hf_quantizer.offload = False
     with no_progress_bars():
-        converted.save_pretrained(folder)
+        converted.save_pretrained(folder, **settings)
     del converted.hf_quantizer, converted.config.quantization_config
     state = load_alike(folder, type(model)).state_dict()
     for key, tensor in model.state_dict().items():
         back = state[key].dequantize() if hasattr(state[key], "qdata") else state[key]
-        if back.dtype != tensor.dtype or not torch.equal(back, tensor.cpu()):
+        if back.dtype != tensor.dtype:
+            for path in folder.iterdir():
+                path.unlink()
+            return False
+        if not torch.equal(back, tensor.cpu()):
             raise ValueError(f"model must be the same after loading again, got another {key}")
+    return True
 
 
 def _config(layer: QuantizedLayer) -> Any:
