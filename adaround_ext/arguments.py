@@ -283,7 +283,10 @@ def _sizes(first: Any) -> set[int]:
 def arguments(model: nn.Module, batch: Any, name: str) -> Given:
     """One batch as :meth:`Arguments.of` reads it; its notes go to the log."""
     reader = Arguments(model, name)
-    given = reader.of(batch)
+    try:
+        given = reader.of(batch)
+    except _Misfit as error:
+        raise TypeError(f"{name} must fit the model's forward: {error}") from error.__cause__
     for note in reader.notes:
         _logger.info("%s", note)
     return given

@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from adaround_ext import ActivationConfig, quantize_
+from adaround_ext.arguments import Arguments
 from adaround_ext.export.aimet import export_aimet
 from adaround_ext.export.onnx_names import bind
-from adaround_ext.export.runner import arguments, output_tensors
+from adaround_ext.export.runner import output_tensors
 from benchmarks import common, digits, minilm
 from benchmarks.common import Options, Target
 
@@ -62,7 +63,7 @@ def quantized(model: nn.Module, batches: list[Any], **settings: Any) -> nn.Modul
 def write(folder: Path, model: nn.Module, batch: Any, version: str) -> None:
     """The export, and beside it a batch and what the simulated model makes of it."""
     export_aimet(model, batch, folder, version=version)
-    args, kwargs = arguments(batch)
+    args, kwargs = Arguments(model, "batch").of(batch)
     arrays = {f"in {name}": x.numpy() for name, x in bind(model, args, kwargs).items()}
     for index, output in enumerate(output_tensors(model.eval()(*args, **kwargs))):
         arrays[f"out {index}"] = output.numpy()

@@ -23,10 +23,11 @@ import torch
 from torch import nn
 
 from adaround_ext import ActivationConfig, export_model, quantize_, verify
+from adaround_ext.arguments import Arguments
 from adaround_ext.export import FORMATS
 from adaround_ext.export.layers import quantized_layers
 from adaround_ext.export.parity import TOLERANCE, RunnerParity
-from adaround_ext.export.runner import arguments, module_runner
+from adaround_ext.export.runner import module_runner
 from benchmarks import common, digits, minilm
 from benchmarks.common import Options, Target
 
@@ -111,7 +112,9 @@ def drift(model: nn.Module, batches: Sequence[Any], draws: int = 5) -> float:
     bits: with quantized activations some values then cross a rounding threshold.
     """
     quantized = {id(layer.matrix.layer.weight) for layer in quantized_layers(model)}
-    want = [module_runner("", model).run(*arguments(batch)) for batch in batches]
+    reader = Arguments(model, "batch")
+    given = [reader.of(batch) for batch in batches]
+    want = [module_runner("", model).run(*arguments) for arguments in given]
     found = []
     for seed in range(draws):
         generator = torch.Generator().manual_seed(seed)
@@ -119,7 +122,7 @@ def drift(model: nn.Module, batches: Sequence[Any], draws: int = 5) -> float:
         for parameter, own in zip(other.parameters(), model.parameters(), strict=True):
             if id(own) not in quantized:
                 parameter *= 1 + 1e-7 * torch.randn(own.shape, generator=generator)
-        got = [module_runner("", other).run(*arguments(batch)) for batch in batches]
+        got = [module_runner("", other).run(*arguments) for arguments in given]
         for left, right in zip(chain(*got), chain(*want), strict=True):
             found.append(float((left - right).norm() / right.norm()))
     return max(found)

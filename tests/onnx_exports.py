@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext import AdaRoundConfig
+from adaround_ext.arguments import Arguments
 from adaround_ext.export.onnx import export_onnx, runners
-from adaround_ext.export.runner import arguments, output_tensors
+from adaround_ext.export.runner import output_tensors
 from adaround_ext.grid import make_grid, nearest_codes
 from adaround_ext.layers import SUPPORTED, matrix_layer
 from adaround_ext.result import QuantizedWeight, write_
@@ -64,7 +65,7 @@ def assert_same(model: nn.Module, folder: Path, batches: Sequence[Any]) -> None:
     exact = [runner for runner in runners(folder, model) if runner.exact]
     assert exact
     for batch in batches:
-        args, kwargs = arguments(batch)
+        args, kwargs = Arguments(model, "batch").of(batch)
         with torch.no_grad():
             wanted = output_tensors(model(*args, **kwargs))
         for runner in exact:

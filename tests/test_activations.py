@@ -28,7 +28,7 @@ def test_config_round_trip() -> None:
     assert ActivationConfig.from_dict(config.to_dict()) == config
     assert ActivationConfig.from_dict({}) == ActivationConfig()
     assert hash(config) == hash(ActivationConfig.from_dict(config.to_dict()))
-    with pytest.raises(ValueError, match="has no 'bit'; it has bits, percentile"):
+    with pytest.raises(ValueError, match="has no 'bit'; it has bits, symmetric"):
         ActivationConfig.from_dict({"bit": 8})
 
 

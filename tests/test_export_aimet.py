@@ -338,7 +338,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"version must be '1.0.0' or '2.0.0', got '0.6.1'"):
         export_aimet(model, x, tmp_path / "out", version="0.6.1")
     with pytest.raises(TypeError, match="args must fit the model's forward"):
-        export_aimet(model, (x, x), tmp_path / "out")
+        export_aimet(model, {"other": x}, tmp_path / "out")
     with pytest.raises(ValueError, match=r"args must be what the model takes, got RuntimeError"):
         export_aimet(model, x[:, :3], tmp_path / "out")
     assert not list(tmp_path.iterdir())
