@@ -41,6 +41,7 @@ from adaround_ext.model_checks import (
     refuse_inference,
 )
 from adaround_ext.model_report import LayerEntry, ModelReport
+from adaround_ext.omp_waits import short_waits_when_busy
 from adaround_ext.overrides import Overrides, check_overrides
 from adaround_ext.padding import PaddingMask
 from adaround_ext.plan import FilterFn, Plan
@@ -164,6 +165,7 @@ def quantize_(
     started = time.perf_counter()
     host_before, _ = host_memory()
     with ExitStack() as stack:
+        stack.enter_context(short_waits_when_busy())
         stack.enter_context(goal.widened())
         home = single_device(model)
         device = home if device is None else device_here(device)

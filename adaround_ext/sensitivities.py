@@ -27,6 +27,7 @@ from adaround_ext.coverage import few_quantized
 from adaround_ext.distributed import ALONE
 from adaround_ext.fitting import of_calls
 from adaround_ext.model_checks import check_devices, check_module
+from adaround_ext.omp_waits import short_waits_when_busy
 from adaround_ext.overrides import Overrides, check_overrides
 from adaround_ext.padding import PaddingMask
 from adaround_ext.plan import FilterFn, Target
@@ -97,6 +98,7 @@ def sensitivity(
     if batch_norm not in ("fold", "keep"):
         raise ValueError(f"batch_norm must be fold or keep, got {batch_norm!r}")
     with (
+        short_waits_when_busy(),
         ActivationCache(MEMORY_BUDGET) as cache,
         evaluation(model, config.seed),
         ExitStack() as undo,
