@@ -141,10 +141,6 @@ class GramObjective(Quadratic):
             joined._mismatch = torch.cat([none if own is None else own for own in missed])
         return joined
 
-    def prepare(self, gptq: bool, annealing: bool) -> None:
-        """Makes what all rows share, so that it is not made again for some of them."""
-        _ = gptq and self.gptq_factor, annealing and self._twice_gram
-
     @cached_property
     def gptq_factor(self) -> GptqFactor:
         """Of ``gram``."""

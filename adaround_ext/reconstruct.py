@@ -15,6 +15,7 @@ from adaround_ext.choice import choose_objective
 from adaround_ext.config import AdaRoundConfig, make_config
 from adaround_ext.layers import MatrixLayer, matrix_layer
 from adaround_ext.native import check_device
+from adaround_ext.omp_waits import short_waits_when_busy
 from adaround_ext.pose import gram_problems, sampled_problems
 from adaround_ext.precision import full_precision
 from adaround_ext.problem import Problem
@@ -79,7 +80,7 @@ def optimize_layer(
     _check_layers(layers)
     objective, reason = choose_objective(config)
     problems = _gram_problems if objective == "gram" else _sampled_problems
-    with full_precision(layers[0].weight.device):
+    with short_waits_when_busy(), full_precision(layers[0].weight.device):
         found: dict[MatrixLayer, LayerResult] = {}
         for problem in problems(layers, inputs, targets, config, reason):
             found.update(zip(problem.layers, solve([problem], config), strict=True))

@@ -7,8 +7,6 @@ from collections.abc import Callable
 
 import torch
 
-from adaround_ext.lone_threads import check_stop
-
 _CHUNK = 25  # small steps in a graph
 _BEFORE = 3  # plain steps first, in which buffers are made and libraries set themselves up
 _LEAST = 4  # so many graphs, or a capture is not worth it
@@ -34,7 +32,6 @@ def repeat(
         with torch.cuda.device(device):
             left -= _replayed(step, count, generator, done, chunk)
     for _ in range(left):
-        check_stop()
         step()
         done(1)
 

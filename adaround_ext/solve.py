@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,7 +23,6 @@ from adaround_ext.grid import (
     scale_notes,
 )
 from adaround_ext.layers import MatrixLayer
-from adaround_ext.lone_threads import on_one_thread, run_apart
 from adaround_ext.objective import GramObjective
 from adaround_ext.own_inputs import no_worse_on_inputs
 from adaround_ext.precision import tf32_products
@@ -39,11 +36,6 @@ from adaround_ext.result import LayerResult
 _ROWS, _CHUNK, _VECTOR = 16, 1024, 16
 # At once, of rows that can be solved apart: a solver keeps about twenty matrices of this size.
 _WEIGHTS = 1 << 27
-# Columns up to which two threads are no faster for what all rows share: and those that wait for
-# more of it spin for milliseconds, when rows are solved apart already.
-_SMALL = 512
-# Multiplications a step up to which a thread alone is about as fast as two.
-_FEW = 1 << 22
 
 
 def solve(
@@ -94,48 +86,13 @@ def _in_parts(problem: Problem, config: AdaRoundConfig) -> Solved:
     size = _block_rows(problem, config)
     most = max(_WEIGHTS // max(cols, 1) // size, 1) * size
     apart = all(shareable(layer, config, problem.kind) for layer in problem.layers)
-    if not apart or problem.grams > 1:
+    if not apart or problem.grams > 1 or rows <= most:
         return _solve_rows(problem, config)
-    if rows <= most:
-        return _on_threads(problem, config)
     parts = []
     for begin in range(0, rows, most):
-        parts.append(_on_threads(problem.rows(slice(begin, min(begin + most, rows))), config))
+        parts.append(_solve_rows(problem.rows(slice(begin, min(begin + most, rows))), config))
         problem = dataclasses.replace(problem, collecting_seconds=0.0)  # counted already
     return Solved.join(parts, problem.weight.device, sum)
-
-
-def _on_threads(problem: Problem, config: AdaRoundConfig) -> Solved:
-    """On the CPU each of the caller's number of threads solves some of the rows, from the grid to
-    what is said of them: see lone_threads.py."""
-    (rows, cols), device = problem.weight.shape, problem.weight.device
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
-    size = _block_rows(problem, config)
-    blocks = -(-rows // size)
-    if threads == 1 or blocks == 0 or (blocks == 1 and rows * cols**2 > _FEW):
-        return _solve_rows(problem, config)
-    started = time.perf_counter()
-    starts = settings(config, problem.kind, cols).starts
-    assert isinstance(problem.objective, GramObjective)
-    gptq = config.searches_scales or "gptq" in starts
-    prepare = partial(problem.objective.prepare, gptq, annealing="adaround" in starts)
-    if cols <= _SMALL:
-        on_one_thread(prepare, device)
-    else:
-        prepare()
-    prepared = time.perf_counter() - started
-    count = min(threads, blocks)
-    ends = [min(blocks * (index + 1) // count * size, rows) for index in range(count)]
-    parts = [problem.rows(slice(*ends)) for ends in zip([0, *ends], ends, strict=False)]
-    quiet = dataclasses.replace(config, progress=False)  # one bar for all, that of the first rows
-    first, *others = parts
-    tasks = [partial(_solve_rows, first, config)]
-    tasks += [partial(_solve_rows, part, quiet) for part in others]
-    solved = run_apart(tasks)
-    seconds = max((part.seconds for part in solved), key=lambda own: own["total"])
-    seconds["scales"] += prepared
-    seconds["total"] += prepared
-    return dataclasses.replace(Solved.join(solved, device), seconds=seconds)
 
 
 def _solve_rows(problem: Problem, config: AdaRoundConfig) -> Solved:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from adaround_ext.grid import QuantGrid
-from adaround_ext.lone_threads import check_stop
 from adaround_ext.per_device import PerDevice
 from adaround_ext.quadratic import Quadratic
 from adaround_ext.solution import Solution
@@ -103,6 +102,5 @@ def pieces(
     if owners is not None and len(quadratic.gram) > 1:
         most = 1
     for begin in range(0, len(items), most):
-        check_stop()
         part = items[begin : begin + most]
         yield part, Together(quadratic, owners, len(part))
