@@ -52,8 +52,10 @@ def pictures():
 """
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["vllm", "onnxruntime", None])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("vllm", torch.bfloat16), ("onnxruntime", torch.float16), (None, torch.bfloat16)],
+)
 def test_loaders_need_not_know_the_dtype(
     name: str | None, dtype: torch.dtype, run: Run, folder: Path
 ) -> None:

@@ -56,8 +56,7 @@ def assert_same(one: LayerResult, other: LayerResult) -> None:
         assert getattr(one.report, name) == getattr(other.report, name), name
 
 
-@pytest.mark.parametrize("bias", ["keep", "create"])
-@pytest.mark.parametrize("targets", [False, True])
+@pytest.mark.parametrize(("targets", "bias"), [(False, "create"), (True, "keep")])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
 def test_any_number_of_threads(
