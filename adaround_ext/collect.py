@@ -206,7 +206,7 @@ class Collector:
         y = self._checked("full-precision inputs", unpadded(wanted[0], mask), batch)
         y = layers[0].samples(y)
         if self.unit.rows_chosen and self.unit.sampled:
-            return None  # a minibatch has no say in what own_inputs.py decides
+            return None  # a minibatch has no say in what row_guard.py decides
         if self.unit.rows_chosen:
             paired = paired_rows(x, y)
             missing = len(x) - int(paired.sum())

@@ -2,7 +2,7 @@
 
 At the end of a parallel region GNU's OpenMP has threads spin for milliseconds, which is fastest on
 a machine that does nothing else. Beside other work a thread spins while the one that it waits for
-has no core, and small regions take many times as long. The library spins a thousandth of that when
+has no core, and small regions take many times as long. The library spins far shorter when
 the process has more OpenMP threads than there are cores: so one more team of them, asleep, is made
 while the process has to wait for cores. What is computed stays the same.
 """

@@ -24,12 +24,12 @@ from adaround_ext.grid import (
 )
 from adaround_ext.layers import MatrixLayer
 from adaround_ext.objective import GramObjective
-from adaround_ext.own_inputs import no_worse_on_inputs
 from adaround_ext.precision import tf32_products
 from adaround_ext.presets import Settings, settings
 from adaround_ext.problem import Outcome, Problem, Solved, Stopwatch
 from adaround_ext.report import LayerReport
 from adaround_ext.result import LayerResult
+from adaround_ext.row_guard import no_worse_on_inputs
 
 # Products are made in blocks of this many rows, see products.py, and what is elementwise in chunks
 # of this many weights, whose vectors have up to this many: a cut between two changes no bits.
