@@ -1,17 +1,19 @@
 """AdaRound, learned weight rounding for post-training quantization, with fused native kernels."""
 
-from adaround_ext.activations import ActivationConfig
+import sys
+
+from adaround_ext.activations.quantizer import ActivationConfig
 from adaround_ext.config import AdaRoundConfig
 from adaround_ext.export import export_model, load_quantized, pack_, save_quantized, verify
-from adaround_ext.mapped import map_weights_
-from adaround_ext.model import quantize_
-from adaround_ext.model_report import LayerEntry, ModelReport
-from adaround_ext.native import build_info
-from adaround_ext.reconstruct import optimize_layer
-from adaround_ext.report import LayerReport
+from adaround_ext.mixed_precision.result import Sensitivity
+from adaround_ext.mixed_precision.sensitivity import sensitivity
+from adaround_ext.model.mapped import map_weights_
+from adaround_ext.model.quantize import quantize_
+from adaround_ext.ops.library import build_info, use_instruction_set
+from adaround_ext.report.layer import LayerReport
+from adaround_ext.report.model import LayerEntry, ModelReport
 from adaround_ext.result import LayerResult, QuantizedWeight
-from adaround_ext.sensitivities import sensitivity
-from adaround_ext.sensitivity_report import Sensitivity
+from adaround_ext.rounding.optimize import optimize_layer
 
 __all__ = [
     "ActivationConfig",
@@ -31,9 +33,25 @@ __all__ = [
     "quantize_",
     "save_quantized",
     "sensitivity",
+    "use_instruction_set",
     "verify",
 ]
 __version__ = build_info()["version"]
+
+# Pickles name the module of a class: from here on the place where users find it. Those that are
+# older name the modules below.
+for _name in __all__:
+    if isinstance(_item := globals()[_name], type):
+        _item.__module__ = __name__
+_FORMER = {
+    "attachment": "activations.hooks",
+    "model_report": "report.model",
+    "sensitivity_report": "mixed_precision.result",
+    "export.modules": "export.packed.modules",
+}
+for _former, _module in _FORMER.items():
+    sys.modules[f"{__name__}.{_former}"] = sys.modules[f"{__name__}.{_module}"]
+del _name, _item, _former, _module
 
 
 def __dir__() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from adaround_ext.cli import main
+from adaround_ext.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from adaround_ext.config import AdaRoundConfig
-from adaround_ext.per_device import PerDevice
-from adaround_ext.reference import expand_grid
+from adaround_ext.linalg.tiles import PerDevice
+from adaround_ext.reference.rounding import expand_grid
 
 # The search runs over blocks of about so many weights: it looks at each one for every share.
 _BLOCK = PerDevice(cpu=1 << 16, cuda=1 << 24)

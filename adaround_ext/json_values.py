@@ -40,7 +40,7 @@ def read_value(hint: Any, value: Any, where: str) -> Any:
     # What is computed is written for readers, and not read.
     computed = {name for name in value if isinstance(getattr(hint, str(name), None), property)}
     value = {name: item for name, item in value.items() if name not in computed}
-    hints = typing.get_type_hints(hint)
+    hints = typing.get_type_hints(hint, hint.__init__.__globals__)
     check_keys(value, set(hints), where)
     if hasattr(hint, "check_plain"):
         hint.check_plain(value, where)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from adaround_ext.native import check_device
+from adaround_ext.ops.library import check_device
 
 
 def check_module(model: object) -> None:

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from adaround_ext import AdaRoundConfig, data
-from adaround_ext.anneal import anneal
+from adaround_ext import AdaRoundConfig
 from adaround_ext.grid import make_grid
-from adaround_ext.layers import matrix_layer
-from adaround_ext.objective import GramObjective
-from adaround_ext.precision import full_precision
+from adaround_ext.layers import inputs as data
+from adaround_ext.layers.matrix import matrix_layer
+from adaround_ext.linalg.precision import full_precision
 from adaround_ext.presets import settings
-from adaround_ext.statistics import GramStatistics
+from adaround_ext.rounding.anneal import anneal
+from adaround_ext.rounding.gram_objective import GramObjective
+from adaround_ext.statistics.moments import GramStatistics
 from benchmarks import common
 from benchmarks.common import Options, Target
 
@@ -150,7 +151,7 @@ def one_by_one() -> Iterator[None]:
         for _ in range(count):
             step()
 
-    with mock.patch("adaround_ext.anneal.repeat", plain):
+    with mock.patch("adaround_ext.rounding.anneal.repeat", plain):
         yield
 
 

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaround_ext import LayerResult, optimize_layer
-from adaround_ext.anneal import anneal
 from adaround_ext.config import AdaRoundConfig
-from adaround_ext.data import batches
 from adaround_ext.grid import nearest_codes
-from adaround_ext.layers import matrix_layer
-from adaround_ext.objective import GramObjective
-from adaround_ext.ops import dequantize
+from adaround_ext.layers.inputs import batches
+from adaround_ext.layers.matrix import matrix_layer
+from adaround_ext.ops.rounding import dequantize
 from adaround_ext.presets import settings
-from adaround_ext.statistics import GramStatistics
+from adaround_ext.rounding.anneal import anneal
+from adaround_ext.rounding.gram_objective import GramObjective
+from adaround_ext.statistics.moments import GramStatistics
 from benchmarks.common import Options, Target, geometric_mean, note, print_table
 from benchmarks.workloads import Workload, layer_workloads
 

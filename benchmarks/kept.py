@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from adaround_ext import quantize_
-from adaround_ext.cache import MEMORY_BUDGET
+from adaround_ext.replay.cache import MEMORY_BUDGET
 from benchmarks import common, measured, minilm
 from benchmarks.common import Options, Target
 

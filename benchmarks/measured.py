@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from adaround_ext.memory import host_memory
-from adaround_ext.model_report import ModelReport
+from adaround_ext.process.memory import host_memory
+from adaround_ext.report.model import ModelReport
 from benchmarks import common
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from adaround_ext.layers import matrix_layer
+from adaround_ext.layers.matrix import matrix_layer
 from benchmarks import minilm
 
 # Layers that share their inputs, by the one whose inputs are kept.

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaround_ext import data, optimize_layer
+from adaround_ext import optimize_layer
 from adaround_ext.config import AdaRoundConfig
-from adaround_ext.gptq import GptqFactor
 from adaround_ext.grid import QuantGrid, baseline_codes, make_grid, nearest_codes
-from adaround_ext.layers import matrix_layer
-from adaround_ext.ops import dequantize
-from adaround_ext.statistics import GramStatistics
+from adaround_ext.layers import inputs as data
+from adaround_ext.layers.matrix import matrix_layer
+from adaround_ext.ops.rounding import dequantize
+from adaround_ext.rounding.gptq import GptqFactor
+from adaround_ext.statistics.moments import GramStatistics
 from benchmarks import common
 from benchmarks.quality_layers import Subject
 

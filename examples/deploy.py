@@ -23,11 +23,11 @@ import torch
 from torch import nn
 
 from adaround_ext import ActivationConfig, export_model, quantize_, verify
-from adaround_ext.arguments import Arguments
 from adaround_ext.export import FORMATS
-from adaround_ext.export.layers import quantized_layers
 from adaround_ext.export.parity import TOLERANCE, RunnerParity
+from adaround_ext.export.quantized_layers import quantized_layers
 from adaround_ext.export.runner import module_runner
+from adaround_ext.tracing.arguments import Arguments
 from benchmarks import common, digits, minilm
 from benchmarks.common import Options, Target
 
@@ -140,7 +140,7 @@ def exported(model: nn.Module, kind: str, folder: Path, batches: Sequence[Any]) 
         "runs": [plain(run) for run in report.runs],
     }
     if kind == "onnx":
-        from adaround_ext.export.onnx_runtimes import matmul_nbits
+        from adaround_ext.export.onnx.runtimes import matmul_nbits
 
         row["matmul_nbits"] = matmul_nbits(folder)
     return row

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext import quantize_
-from adaround_ext.layers import SUPPORTED
+from adaround_ext.layers.matrix import SUPPORTED
 from benchmarks import common, decoder, measured, networks
 from benchmarks.common import Options
 

@@ -90,7 +90,8 @@ CASES: dict[str, Callable[[], str]] = {
         nn.Linear(32, 16), 96, 32, objective="sampled", activation="relu", steps=150
     ),
     "linear, groups of 16, 3 bits, asymmetric, best": lambda: _layer(
-        nn.Linear(64, 16, bias=False), 300, 64, bits=3, group_size=16, symmetric=False, preset="best"
+        nn.Linear(64, 16, bias=False), 300, 64, bits=3, group_size=16, symmetric=False,
+        preset="best",
     ),
     "linear, per tensor, float16, adaround from nearest": lambda: _layer(
         nn.Linear(40, 40), 200, 40, granularity="per_tensor", scale_dtype=torch.float16,

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from adaround_ext.activations import ActivationQuantizer
-from adaround_ext.placement import Placement, place
-from adaround_ext.residuals import Flow, version
-from adaround_ext.trace import evaluation, trace
+from adaround_ext.activations.placement import Placement, place
+from adaround_ext.activations.quantizer import ActivationQuantizer
+from adaround_ext.activations.residuals import Flow, version
+from adaround_ext.tracing.trace import evaluation, trace
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:

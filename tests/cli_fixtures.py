@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from adaround_ext.cli import main
+from adaround_ext.cli.main import main
 
 NETS = """
 import torch

@@ -13,8 +13,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from adaround_ext import calibration
-from adaround_ext.native import build_info
+from adaround_ext.ops.library import build_info
+from adaround_ext.replay import calibration
 from tests.cli_fixtures import bert, folder, llama, run, text  # noqa: F401  fixtures
 from tests.emulation import EMULATED, PRETENDED
 from tests.emulation.library import load

@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from adaround_ext import ActivationConfig, gram_solver, quantize_, shared_work
+from adaround_ext import ActivationConfig, quantize_
+from adaround_ext.model import solve_units as shared_work
+from adaround_ext.rounding import gram_solver
 from tests import models
 from tests.test_model import codes
 

@@ -26,7 +26,7 @@ from adaround_ext import (
     sensitivity,
     verify,
 )
-from adaround_ext.cli import main
+from adaround_ext.cli.main import main
 from tests.export_models import quantized
 
 FEW: dict[str, Any] = {"steps": 20, "search_steps": 20, "scale_candidates": 2, "bits": 3}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from adaround_ext import export_model, verify
-from adaround_ext.export_targets import EXPORT_TARGETS
+from adaround_ext.export.goal.targets import EXPORT_TARGETS
 
 FAST: dict[str, Any] = {"preset": "fast", "progress": False}
 ONNX = ("onnxruntime", "openvino", "tensorrt")
@@ -60,4 +60,4 @@ def stopped(*_: object, **__: object) -> None:
 
 @pytest.fixture
 def never_solved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adaround_ext.model.Fitter.run", stopped)
+    monkeypatch.setattr("adaround_ext.model.quantize.Fitter.run", stopped)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adaround_ext.activation_ranges import RangeObserver
-from adaround_ext.activations import ActivationConfig, ActivationQuantizer
-from adaround_ext.histogram import Histogram
+from adaround_ext.activations.histogram import Histogram
+from adaround_ext.activations.quantizer import ActivationConfig, ActivationQuantizer
+from adaround_ext.activations.ranges import RangeObserver
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from adaround_ext.activations import ActivationConfig, ActivationQuantizer
+from adaround_ext.activations.quantizer import ActivationConfig, ActivationQuantizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,15 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaround_ext import AdaRoundConfig, reference
-from adaround_ext.anneal import anneal
-from adaround_ext.data import batches
+from adaround_ext import AdaRoundConfig
 from adaround_ext.grid import QuantGrid, make_grid
-from adaround_ext.layers import MatrixLayer, matrix_layer
-from adaround_ext.objective import GramObjective, SampledObjective
+from adaround_ext.layers.inputs import batches
+from adaround_ext.layers.matrix import MatrixLayer, matrix_layer
 from adaround_ext.presets import settings
-from adaround_ext.schedule import schedule_table
-from adaround_ext.statistics import GramStatistics
+from adaround_ext.reference import rounding as reference
+from adaround_ext.rounding.anneal import anneal
+from adaround_ext.rounding.gram_objective import GramObjective, SampledObjective
+from adaround_ext.rounding.schedule import schedule_table
+from adaround_ext.statistics.moments import GramStatistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

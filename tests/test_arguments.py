@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext import export_model, quantize_, sensitivity, verify
-from adaround_ext.arguments import Arguments
+from adaround_ext.tracing.arguments import Arguments
 from tests.export_models import quantized
 
 pytestmark = pytest.mark.usefixtures("one_thread")

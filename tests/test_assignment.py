@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from adaround_ext import assignment as assignment_module
-from adaround_ext.assignment import assign_bits
+from adaround_ext.mixed_precision import assign as assignment_module
+from adaround_ext.mixed_precision.assign import assign_bits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -25,15 +25,15 @@ from activation_models import (
 )
 from torch import Tensor, nn
 
-from adaround_ext.activations import ActivationConfig, ActivationQuantizer
-from adaround_ext.attachment import (
+from adaround_ext.activations.hooks import (
     attach,
     detach,
     full_precision_activations,
     observing,
     quantizers,
 )
-from adaround_ext.placement import Place, Site
+from adaround_ext.activations.placement import Place, Site
+from adaround_ext.activations.quantizer import ActivationConfig, ActivationQuantizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaround_ext.batch_norm import Folded, fold_batch_norm_
-from adaround_ext.trace import evaluation, trace
+from adaround_ext.tracing.trace import evaluation, trace
+from adaround_ext.transforms.batch_norm import Folded, fold_batch_norm_
 from tests.models import Net
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from adaround_ext import batch_norm
-from adaround_ext.batch_norm import fold_batch_norm_
-from adaround_ext.function_preserving import Journal
-from adaround_ext.trace import evaluation, trace
+from adaround_ext.tracing.trace import evaluation, trace
+from adaround_ext.transforms import batch_norm
+from adaround_ext.transforms.batch_norm import fold_batch_norm_
+from adaround_ext.transforms.verified import Journal
 from tests.models import Net
 from tests.test_batch_norm import assert_unchanged, fold, randomize, residual, snapshot
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adaround_ext.cache import ActivationCache, GrowingTensor
+from adaround_ext.replay.cache import ActivationCache, GrowingTensor
 
 
 def tree() -> dict[str, object]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaround_ext.cholesky import Cholesky
-from adaround_ext.gptq import OrderedCholesky
+from adaround_ext.linalg.cholesky import Cholesky
+from adaround_ext.rounding.gptq import OrderedCholesky
 
 # Within a block, at its end, beyond it by less and by more than products are filled up to.
 SIZES = [1, 7, 127, 128, 129, 144, 300, 700]

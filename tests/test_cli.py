@@ -14,14 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from adaround_ext import (
-    ModelReport,
-    cli_commands,
-    load_quantized,
-    ops,
-    quantize_,
-)
-from adaround_ext.cli_sources import load_model, text_windows
+from adaround_ext import ModelReport, load_quantized, quantize_
+from adaround_ext.cli import commands as cli_commands
+from adaround_ext.cli.sources import load_model, text_windows
+from adaround_ext.ops import rounding as ops
 from adaround_ext.result import QuantizedWeight
 from tests.cli_fixtures import FAST, WORDS, Run
 
@@ -133,7 +129,7 @@ def test_checkpoint_is_used_again(run: Run, folder: Path, monkeypatch: pytest.Mo
     assert not (folder / "out").exists()
     kept = sorted(path.name for path in (folder / "kept").iterdir())
     assert kept == ["checkpoint.json", "layer_00000.safetensors", "layer_00001.safetensors"]
-    monkeypatch.setattr("adaround_ext.shared_work.solve", None)  # nothing is left to solve
+    monkeypatch.setattr("adaround_ext.model.solve_units.solve", None)  # nothing is left to solve
     assert run(*command, "--output", "out")[0] == 0
     assert (folder / "out" / "report.json").exists()
 

@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from adaround_ext import (
-    ModelReport,
-    cli_options,
-    cli_output,
-)
+from adaround_ext import ModelReport
+from adaround_ext.cli import options as cli_options
+from adaround_ext.cli import output as cli_output
 from tests.cli_fixtures import FAST, Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")

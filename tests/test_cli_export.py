@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adaround_ext import load_quantized
-from adaround_ext.cli_parser import make_parser
+from adaround_ext.cli.parser import make_parser
 from adaround_ext.export.manifest import read_manifest
 from tests.cli_fixtures import FAST, Run
 

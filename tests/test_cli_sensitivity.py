@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from adaround_ext import ModelReport, Sensitivity, sensitivity
-from adaround_ext.cli_sources import load_model, text_windows
+from adaround_ext.cli.sources import load_model, text_windows
 from tests.cli_fixtures import FAST, Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from adaround_ext import cli_models
-from adaround_ext.cache import MEMORY_BUDGET
-from adaround_ext.cli_parser import make_parser
+from adaround_ext.cli import models as cli_models
+from adaround_ext.cli.parser import make_parser
+from adaround_ext.replay.cache import MEMORY_BUDGET
 from tests.cli_fixtures import FAST, Run, save_model
 
 transformers = pytest.importorskip("transformers")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adaround_ext.export_targets import EXPORT_TARGETS
+from adaround_ext.export.goal.targets import EXPORT_TARGETS
 from tests.cli_fixtures import FAST, Run, save_model
 
 pytest.importorskip("transformers")
@@ -101,7 +101,7 @@ def test_what_cannot_end_there_is_wrong_usage(
 def test_layers_are_refused_before_anything_is_optimised(
     run: Run, llama: Path, text: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adaround_ext.model.Fitter.run", None)
+    monkeypatch.setattr("adaround_ext.model.quantize.Fitter.run", None)
     command = ["quantize", llama, "--data", text, *WINDOWS, "--output", "out", *FAST]
     flags = ["--for", "vllm", "--scale-dtype", "float16"]
     status, _, err = run(*command, *flags)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext import quantize_, sensitivity
-from adaround_ext.coverage import FEW, few_quantized
-from adaround_ext.model_report import ModelReport
+from adaround_ext.report.coverage import FEW, few_quantized
+from adaround_ext.report.model import ModelReport
 from tests.cli_fixtures import Run
 from tests.test_model_report import SCRIPT, layer, model
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from adaround_ext.data import Batch, Rebatcher, batches, gather
-from adaround_ext.layers import matrix_layer
+from adaround_ext.layers.inputs import Batch, Rebatcher, batches, gather
+from adaround_ext.layers.matrix import matrix_layer
 
 LINEAR = nn.Linear(5, 3)
 CONV = nn.Conv2d(2, 3, 3)

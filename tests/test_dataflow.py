@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaround_ext.dataflow import Dataflow, dataflow, same_positions
-from adaround_ext.trace import Trace, evaluation, trace
+from adaround_ext.tracing.dataflow import Dataflow, dataflow, same_positions
+from adaround_ext.tracing.trace import Trace, evaluation, trace
 from tests.row_models import BY_DATA, BY_ITSELF, BY_THE_MODEL, FEATURES, ROWS, Chooses, Mixture
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from adaround_ext import quantize_
-from adaround_ext.cache import ActivationCache, GrowingTensor
+from adaround_ext.replay.cache import ActivationCache, GrowingTensor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 import torch
 
-from adaround_ext import cli, quantize_
+from adaround_ext import quantize_
+from adaround_ext.cli import main as cli
 from adaround_ext.distributed import Ranks, _released
 from tests.distributed_cases import CASES, FAST, rank_of, run_case
 

@@ -15,7 +15,7 @@ from functools import cache
 import pytest
 
 import adaround_ext.export
-from adaround_ext.cli_parser import make_parser
+from adaround_ext.cli.parser import make_parser
 from examples.method.catalogue import EXPERIMENTS
 from tests import documents
 

@@ -11,7 +11,11 @@ from types import ModuleType
 import pytest
 
 import adaround_ext
-from adaround_ext import export, ops, packing, reference, reference_solvers
+from adaround_ext import export
+from adaround_ext.ops import packing
+from adaround_ext.ops import rounding as ops
+from adaround_ext.reference import rounding as reference
+from adaround_ext.reference import search as reference_solvers
 from tests import documents
 
 EXTENSION = documents.ROOT / "docs/extensions/plain_docstrings.py"
@@ -86,4 +90,4 @@ def test_no_docstring_shows_its_marks(extension: ModuleType) -> None:
         extension.process(None, kind, name, item, None, lines)
         assert "\\`" not in "\n".join(lines), name
         names.append(name)
-    assert {"adaround_ext.quantize_", "adaround_ext.ops.gptq"} <= set(names)
+    assert {"adaround_ext.quantize_", "adaround_ext.ops.rounding.gptq"} <= set(names)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import make_sample
 
-from adaround_ext import ops
+from adaround_ext.ops import rounding as ops
 from tests.emulation import EMULATED
 from tests.emulation.library import as_cpp
 from tests.emulation.pretended import cuda_device

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaround_ext import equalize
-from adaround_ext.batch_norm import fold_batch_norm_
-from adaround_ext.equalize import Equalized, equalize_
-from adaround_ext.layers import matrix_layer
-from adaround_ext.trace import evaluation, trace
+from adaround_ext.layers.matrix import matrix_layer
+from adaround_ext.tracing.trace import evaluation, trace
+from adaround_ext.transforms import equalize
+from adaround_ext.transforms.batch_norm import fold_batch_norm_
+from adaround_ext.transforms.equalize import Equalized, equalize_
 from tests.models import Net
 
 pytestmark = pytest.mark.usefixtures("one_thread")

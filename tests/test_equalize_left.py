@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from adaround_ext import equalize
-from adaround_ext.function_preserving import Journal
+from adaround_ext.transforms import equalize
+from adaround_ext.transforms.verified import Journal
 from tests.models import Net
 from tests.test_equalize import assert_unchanged, even, linear, separable, snapshot, unbalance
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext import AdaRoundConfig, optimize_layer
-from adaround_ext.layers import matrix_layer
+from adaround_ext.layers.matrix import matrix_layer
 from benchmarks.quality_layers import Moments, Subject
 
 pytest.importorskip("sklearn")  # the digits

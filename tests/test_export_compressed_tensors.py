@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from adaround_ext import ActivationConfig, quantize_
 from adaround_ext.export.compressed_tensors import _compressed, export_compressed_tensors, runners
-from adaround_ext.export.layers import quantized_layers
 from adaround_ext.export.manifest import read_manifest
+from adaround_ext.export.quantized_layers import quantized_layers
 from adaround_ext.export.runner import output_tensors
 from adaround_ext.grid import quant_range
-from adaround_ext.layers import matrix_layer
+from adaround_ext.layers.matrix import matrix_layer
 from adaround_ext.result import QuantizedWeight
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext import export_model, load_quantized, quantize_, save_quantized, verify
-from adaround_ext.export import runner, safetensors
+from adaround_ext.export import runner
 from adaround_ext.export.half_precision import HalfPrecision
-from adaround_ext.export.modules import PackedLayer
+from adaround_ext.export.packed import save as safetensors
+from adaround_ext.export.packed.modules import PackedLayer
 from adaround_ext.export.parity import ParityReport
 from tests.export_models import convolutional, quantized, tied
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext import ActivationConfig, pack_
-from adaround_ext.attachment import quantizers
+from adaround_ext.activations.hooks import quantizers
 from adaround_ext.export import QuantConv, QuantLinear
 from tests.export_models import convolutional, quantized, tied
 

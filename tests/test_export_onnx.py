@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext.export.manifest import read_manifest, write_manifest
-from adaround_ext.export.onnx import export_onnx, runners
-from adaround_ext.export.onnx_runtimes import matmul_nbits
+from adaround_ext.export.onnx.export import export_onnx, runners
+from adaround_ext.export.onnx.runtimes import matmul_nbits
 from benchmarks.minilm import load_encoder, text_batches
 from tests import models
 from tests.export_models import convolutional, quantized, tied
@@ -196,7 +196,7 @@ def test_external_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: bool | None
 ) -> None:
     """As the caller chooses, or from a size on, which here is a small one."""
-    monkeypatch.setattr("adaround_ext.export.onnx_program._LARGE", 1500)
+    monkeypatch.setattr("adaround_ext.export.onnx.program._LARGE", 1500)
     model = rounded(nn.Sequential(nn.Linear(64, 3)))
     export_onnx(model, torch.randn(2, 64), tmp_path / "small", external_data=chosen)
     assert (tmp_path / "small" / "model.onnx.data").is_file() == bool(chosen)

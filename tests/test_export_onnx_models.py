@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaround_ext.export.onnx import runners
+from adaround_ext.export.onnx.export import runners
 from tests import models
 from tests.onnx_exports import Many, assert_same, exported, initializers, nodes, rounded
 

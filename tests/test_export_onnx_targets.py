@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext import ActivationConfig
-from adaround_ext.activations import ActivationQuantizer
-from adaround_ext.attachment import quantizers
-from adaround_ext.export.onnx import runners
+from adaround_ext.activations.hooks import quantizers
+from adaround_ext.activations.quantizer import ActivationQuantizer
+from adaround_ext.export.onnx.export import runners
 from tests.export_models import quantized
 from tests.onnx_exports import (
     Many,

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from adaround_ext.export.layers import quantized_layers
-from adaround_ext.export.onnx_weights import StoredWeight, stored_weight
+from adaround_ext.export.onnx.weights import StoredWeight, stored_weight
+from adaround_ext.export.quantized_layers import quantized_layers
 from tests.onnx_exports import rounded
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from adaround_ext import export_model, verify
 from adaround_ext.export.manifest import read_manifest
-from adaround_ext.export.onnx_names import output_names_of
+from adaround_ext.export.onnx.names import output_names_of
 from tests.export_models import quantized
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -116,7 +116,8 @@ def test_outputs_must_be_as_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
             return model(ids)["logits"]
 
-    from adaround_ext.export import runner, safetensors
+    from adaround_ext.export import runner
+    from adaround_ext.export.packed import save as safetensors
 
     monkeypatch.setattr(
         safetensors, "runners", lambda folder, model: [runner.module_runner("fewer", Fewer())]

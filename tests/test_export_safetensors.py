@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext import ActivationConfig, load_quantized, save_quantized
-from adaround_ext.attachment import quantizers
-from adaround_ext.export.layers import quantized_layers
+from adaround_ext.activations.hooks import quantizers
 from adaround_ext.export.manifest import NAME
-from adaround_ext.export.safetensors import FILE, save_codes
+from adaround_ext.export.packed.save import FILE, save_codes
+from adaround_ext.export.quantized_layers import quantized_layers
 from adaround_ext.result import QuantizedWeight
 from tests.export_models import Tied, convolutional, quantized, tied
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from adaround_ext import ActivationConfig, AdaRoundConfig, quantize_
-from adaround_ext.export_targets import EXPORT_TARGETS
+from adaround_ext.export.goal.targets import EXPORT_TARGETS
 from tests.target_models import (  # noqa: F401  a fixture
     FAST,
     ONNX,

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext import ActivationConfig, quantize_
-from adaround_ext.attachment import quantizers
-from adaround_ext.export.layers import quantized_layers
+from adaround_ext.activations.hooks import quantizers
 from adaround_ext.export.manifest import read_manifest
 from adaround_ext.export.parity import verify
+from adaround_ext.export.quantized_layers import quantized_layers
 from adaround_ext.export.runner import output_tensors
 from adaround_ext.export.torchao import KIND, PROGRAM, WEIGHTS, export_torchao, runners, to_torchao
 from tests.export_models import convolutional, quantized, tied

@@ -29,10 +29,10 @@ def test_a_trial_that_shows_nothing_refuses_nothing(
     for place in ("compressed_tensors.load_alike", "trial"):
         with monkeypatch.context() as patch:
             if place == "trial":
-                patch.setattr("adaround_ext.export_trial._shallow", fails)
+                patch.setattr("adaround_ext.export.goal.trial._shallow", fails)
             else:
                 patch.setattr(f"adaround_ext.export.{place}", fails)
-                patch.setattr("adaround_ext.export_trial.load_alike", fails)
+                patch.setattr("adaround_ext.export.goal.trial.load_alike", fails)
             with pytest.raises(AssertionError, match="it was optimised"):
                 quantize_(model, tokens(), export_for="vllm", **FAST)
     assert torch.equal(torch.get_rng_state(), before)

@@ -21,7 +21,8 @@ from helpers import (
 from problems import PROBLEMS, Problem, each_dtype, each_problem, make_problem
 from torch import Tensor
 
-from adaround_ext import ops, reference_solvers
+from adaround_ext.ops import rounding as ops
+from adaround_ext.reference import search as reference_solvers
 
 each_instruction_set = pytest.mark.usefixtures("instruction_set")
 each_order = pytest.mark.parametrize("act_order", [True, False], ids=["act-order", "in-order"])

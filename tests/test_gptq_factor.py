@@ -9,14 +9,15 @@ import torch
 from problems import LAYERS, make_layer
 from torch import Tensor
 
-from adaround_ext import AdaRoundConfig, optimize_layer, reference_solvers
-from adaround_ext.cholesky import Cholesky
-from adaround_ext.data import batches
-from adaround_ext.gptq import GptqFactor
+from adaround_ext import AdaRoundConfig, optimize_layer
 from adaround_ext.grid import QuantGrid, make_grid, nearest_codes
-from adaround_ext.layers import matrix_layer
-from adaround_ext.objective import GramObjective
-from adaround_ext.statistics import GramStatistics
+from adaround_ext.layers.inputs import batches
+from adaround_ext.layers.matrix import matrix_layer
+from adaround_ext.linalg.cholesky import Cholesky
+from adaround_ext.reference import search as reference_solvers
+from adaround_ext.rounding.gptq import GptqFactor
+from adaround_ext.rounding.gram_objective import GramObjective
+from adaround_ext.statistics.moments import GramStatistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PLAIN: dict[str, Any] = {

@@ -19,8 +19,8 @@ from adaround_ext.grid import (
     scale_notes,
     stored_scale,
 )
-from adaround_ext.per_device import PerDevice
-from adaround_ext.reference import dequantize, expand_grid
+from adaround_ext.linalg.tiles import PerDevice
+from adaround_ext.reference.rounding import dequantize, expand_grid
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 both_kinds = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])

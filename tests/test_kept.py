@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaround_ext import quantize_
-from adaround_ext.cache import ActivationCache
+from adaround_ext.replay.cache import ActivationCache
 from tests.test_model import codes
 
 FEATURES, ROWS, BATCHES = 8, 16, 5

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext import ActivationConfig, optimize_layer, quantize_, sensitivity
-from adaround_ext.census import batches_to_trace
+from adaround_ext.replay.census import batches_to_trace
 from tests.row_models import FEATURES, against_nearest
 from tests.test_model import codes
 from tests.test_resume import interrupted

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaround_ext import optimize_layer, products
+from adaround_ext import optimize_layer
+from adaround_ext.linalg import products
 
 
 class Operators(TorchDispatchMode):

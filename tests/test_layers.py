@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaround_ext import layers
-from adaround_ext.layers import MatrixLayer, matrix_layer
-from adaround_ext.per_device import PerDevice
+from adaround_ext.layers import matrix as layers
+from adaround_ext.layers.matrix import MatrixLayer, matrix_layer
+from adaround_ext.linalg.tiles import PerDevice
 
 # name: (layer type, its positional arguments, its keyword arguments, input shape)
 CASES = {

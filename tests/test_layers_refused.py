@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from adaround_ext.layers import matrix_layer
+from adaround_ext.layers.matrix import matrix_layer
 from tests.test_layers import CONV, make
 
 # PyTorch says that it pads more on one side then, which is what is tested.

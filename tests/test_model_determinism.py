@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import adaround_ext.model
+import adaround_ext.model.quantize
 from adaround_ext import ActivationConfig, quantize_
 from tests import models
 from tests.helpers import threads

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext import ActivationConfig, quantize_
-from adaround_ext import model as model_module
+from adaround_ext.model import quantize as model_module
 from tests import models
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -172,7 +172,7 @@ def test_a_failure_on_the_way_leaves_the_model_as_it_was(
     mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With everything on: folded batch norms, equalized layers, quantizers of activations."""
-    from adaround_ext import shared_work
+    from adaround_ext.model import solve_units as shared_work
 
     solve, calls = shared_work.solve, []
 

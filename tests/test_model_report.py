@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from adaround_ext import AdaRoundConfig, LayerReport
-from adaround_ext.model_report import LayerEntry, ModelReport
+from adaround_ext.report.model import LayerEntry, ModelReport
 
 SCRIPT = "<script>alert(1)</script>"
 VOID = {"meta", "br", "link", "img", "input", "hr"}

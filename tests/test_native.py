@@ -14,7 +14,8 @@ from helpers import INSTRUCTION_SETS, make_sample
 from torch import nn
 
 import adaround_ext
-from adaround_ext import native, ops
+from adaround_ext.ops import library as native
+from adaround_ext.ops import rounding as ops
 from tests.emulation import EMULATED, PRETENDED
 from tests.emulation.pretended import cuda_device
 

@@ -13,10 +13,10 @@ from test_layers import CASES  # every layer type, stride, padding and group
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from adaround_ext.data import batches
-from adaround_ext.layers import MatrixLayer, matrix_layer
-from adaround_ext.objective import GramObjective, SampledObjective
-from adaround_ext.statistics import GramStatistics
+from adaround_ext.layers.inputs import batches
+from adaround_ext.layers.matrix import MatrixLayer, matrix_layer
+from adaround_ext.rounding.gram_objective import GramObjective, SampledObjective
+from adaround_ext.statistics.moments import GramStatistics
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

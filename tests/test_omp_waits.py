@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from adaround_ext import omp_waits
-from adaround_ext.omp_waits import short_waits_when_busy
+from adaround_ext.process import omp_waits
+from adaround_ext.process.omp_waits import short_waits_when_busy
 from tests.global_state import unchanged
 from tests.helpers import threads
 

@@ -24,7 +24,8 @@ from helpers import (
 )
 from torch import Tensor
 
-from adaround_ext import ops, reference
+from adaround_ext.ops import rounding as ops
+from adaround_ext.reference import rounding as reference
 
 pytestmark = pytest.mark.usefixtures("instruction_set")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import ARGUMENT_ERROR, schedule_row, transposed
 
-from adaround_ext import ops
+from adaround_ext.ops import rounding as ops
 
 ROWS, COLS = 4, 6
 Arguments = dict[str, Any]

@@ -9,7 +9,7 @@ import torch
 from helpers import GRIDS, Sample, make_sample, schedule_row, skip_unsupported, transposed
 from torch import Tensor
 
-from adaround_ext import ops
+from adaround_ext.ops import rounding as ops
 
 OPS = torch.ops.adaround_ext
 

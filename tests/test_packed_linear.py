@@ -18,8 +18,9 @@ from helpers import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaround_ext import ops, reference
-from adaround_ext.packing import _linear_of_parts, pack_bits, packed_linear
+from adaround_ext.ops import rounding as ops
+from adaround_ext.ops.packing import _linear_of_parts, pack_bits, packed_linear
+from adaround_ext.reference import rounding as reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 each_instruction_set = pytest.mark.usefixtures("instruction_set")

@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adaround_ext import reference
-from adaround_ext.packing import pack_bits, unpack_bits
+from adaround_ext.ops.packing import pack_bits, unpack_bits
+from adaround_ext.reference import rounding as reference
 from tests.emulation import EMULATED
 
 pytestmark = pytest.mark.usefixtures("one_thread")

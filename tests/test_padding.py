@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaround_ext import ActivationConfig, ModelReport, quantize_, sensitivity
-from adaround_ext.activations import ActivationQuantizer
+from adaround_ext.activations.quantizer import ActivationQuantizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BATCH, TOKENS, REAL = 4, 12, 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adaround_ext.pairing import paired_rows
+from adaround_ext.statistics.pairing import paired_rows
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-4, 0.1, 0.3])

@@ -19,8 +19,8 @@ from activation_models import (
 )
 from torch import Tensor, nn
 
-from adaround_ext.placement import Place, Placement, Site, place
-from adaround_ext.trace import evaluation, trace
+from adaround_ext.activations.placement import Place, Placement, Site, place
+from adaround_ext.tracing.trace import evaluation, trace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

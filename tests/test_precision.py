@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from adaround_ext import optimize_layer
-from adaround_ext.precision import full_precision, tf32_products
+from adaround_ext.linalg.precision import full_precision, tf32_products
 
 
 def test_results_do_not_depend_on_the_callers_precision(device: torch.device) -> None:

@@ -19,8 +19,10 @@ from problems import (
 )
 from torch import Tensor, nn
 
-from adaround_ext import AdaRoundConfig, LayerResult, gram_solver, optimize_layer, refine
+from adaround_ext import AdaRoundConfig, LayerResult, optimize_layer
 from adaround_ext.presets import settings
+from adaround_ext.rounding import gram_solver
+from adaround_ext.rounding import search as refine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PRESETS = ["fast", "balanced", "best"]

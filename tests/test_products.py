@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaround_ext import products
-from adaround_ext.precision import full_precision, tf32_products
+from adaround_ext.linalg import products
+from adaround_ext.linalg.precision import full_precision, tf32_products
 
 
 def _make(device: torch.device) -> tuple[Tensor, Tensor]:

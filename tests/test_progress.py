@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from adaround_ext import progress, quantize_
-from adaround_ext.progress import FittingBar
+from adaround_ext import quantize_
+from adaround_ext.model import progress
+from adaround_ext.model.progress import FittingBar
 from tests.test_model_report import layer_report
 
 LONG = "model.decoder.layers.11.self_attention.attention.query_key_value_projection.linear"

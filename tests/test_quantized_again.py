@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext import ActivationConfig, quantize_
-from adaround_ext.attachment import detach, quantizers
+from adaround_ext.activations.hooks import detach, quantizers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAST: dict[str, Any] = {"preset": "fast", "progress": False}

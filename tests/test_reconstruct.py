@@ -21,9 +21,10 @@ from problems import (
 from test_data import WatchedStream
 from torch import Tensor, nn
 
-from adaround_ext import AdaRoundConfig, optimize_layer, reconstruct
+from adaround_ext import AdaRoundConfig, optimize_layer
 from adaround_ext.grid import make_grid
-from adaround_ext.layers import matrix_layer
+from adaround_ext.layers.matrix import matrix_layer
+from adaround_ext.rounding import optimize as reconstruct
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 both_objectives = pytest.mark.parametrize("objective", ["gram", "sampled"])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext import quantize_
-from adaround_ext.recording import Blanks, Template
+from adaround_ext.replay.recordings import Blanks, Template
 
 
 def played(blanks: Blanks, *outputs: torch.Tensor) -> list[torch.Tensor]:

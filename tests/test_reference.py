@@ -9,8 +9,8 @@ import torch
 from helpers import CLIP_EDGE, schedule_row
 from torch import Tensor
 
-from adaround_ext import reference
-from adaround_ext.reference import ReferenceConfig
+from adaround_ext.reference import rounding as reference
+from adaround_ext.reference.rounding import ReferenceConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

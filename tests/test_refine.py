@@ -19,7 +19,8 @@ from helpers import (
 from problems import MANY, PROBLEMS, Problem, each_dtype, each_problem, make_problem
 from torch import Tensor
 
-from adaround_ext import ops, reference
+from adaround_ext.ops import rounding as ops
+from adaround_ext.reference import rounding as reference
 
 each_instruction_set = pytest.mark.usefixtures("instruction_set")
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from adaround_ext import AdaRoundConfig, optimize_layer, repeat
+from adaround_ext import AdaRoundConfig, optimize_layer
+from adaround_ext.linalg import cuda_graph as repeat
 from tests.conftest import DEVICES
 
 COUNTS = [0, 1, 99, 102, 103, 127, 128, 153, 300, 500]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from adaround_ext.model_report import ModelReport
+from adaround_ext.report.model import ModelReport
 from tests.test_model_report import SCRIPT, VOID, layer, layer_report, model, varied
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaround_ext import AdaRoundConfig, quantize_, residence
-from adaround_ext.residence import Residence
+from adaround_ext import AdaRoundConfig, quantize_
+from adaround_ext.replay import onload as residence
+from adaround_ext.replay.onload import Residence
 from tests import models
 from tests.test_model import codes
 

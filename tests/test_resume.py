@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaround_ext import ActivationConfig, checkpoint, quantize_
+from adaround_ext import ActivationConfig, quantize_
 from adaround_ext.fingerprint import model_digest
+from adaround_ext.model import checkpoint
 from tests import models
 from tests.test_model import codes
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaround_ext import LayerResult, lone_threads, optimize_layer
-from adaround_ext.lone_threads import on_one_thread
+from adaround_ext import LayerResult, optimize_layer
+from adaround_ext.process import one_thread as lone_threads
+from adaround_ext.process.one_thread import on_one_thread
 from tests.global_state import unchanged
 from tests.helpers import threads
 

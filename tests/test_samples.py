@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext import quantize_
-from adaround_ext.samples import cut
+from adaround_ext.replay.samples import cut
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 X = torch.randn(70, 4)

@@ -8,16 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaround_ext import AdaRoundConfig, optimize_layer, reference, scales
-from adaround_ext.data import batches
-from adaround_ext.gptq import GptqFactor
+from adaround_ext import AdaRoundConfig, optimize_layer
 from adaround_ext.grid import QuantGrid, make_grid, nearest_codes, stored_scale
-from adaround_ext.layers import MatrixLayer, matrix_layer
-from adaround_ext.objective import GramObjective
-from adaround_ext.refine import descend
-from adaround_ext.scales import refit_scales, search_scales
-from adaround_ext.solution import Solution, per_owner
-from adaround_ext.statistics import GramStatistics
+from adaround_ext.layers.inputs import batches
+from adaround_ext.layers.matrix import MatrixLayer, matrix_layer
+from adaround_ext.reference import rounding as reference
+from adaround_ext.rounding import scales
+from adaround_ext.rounding.gptq import GptqFactor
+from adaround_ext.rounding.gram_objective import GramObjective
+from adaround_ext.rounding.scales import refit_scales, search_scales
+from adaround_ext.rounding.search import descend
+from adaround_ext.rounding.solution import Solution, per_owner
+from adaround_ext.statistics.moments import GramStatistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GRANULARITIES: dict[str, dict[str, Any]] = {

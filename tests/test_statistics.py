@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaround_ext import optimize_layer, segment_sums
-from adaround_ext.data import batches
-from adaround_ext.layers import matrix_layer
-from adaround_ext.products import fixed_bmm
-from adaround_ext.statistics import GramStatistics
+from adaround_ext import optimize_layer
+from adaround_ext.layers.inputs import batches
+from adaround_ext.layers.matrix import matrix_layer
+from adaround_ext.linalg.products import fixed_bmm
+from adaround_ext.statistics import segment as segment_sums
+from adaround_ext.statistics.moments import GramStatistics
 
 # name: (layer, shape of the inputs, a cut of them). The cuts end within, at and beyond the fixed
 # batches of 8192 tokens or 32 samples; some of these then start at addresses that are not aligned.
@@ -127,7 +128,9 @@ def test_inputs_in_the_place_of_targets_that_do_not_come(
     expected = collect(layer, x)
     view = matrix_layer(layer)
     statistics = GramStatistics([view], None, 0, from_inputs=True)
-    monkeypatch.setattr("adaround_ext.statistics.fixed_bmm", None)  # nothing is to be multiplied
+    monkeypatch.setattr(
+        "adaround_ext.statistics.moments.fixed_bmm", None
+    )  # nothing is to be multiplied
     with torch.no_grad():
         statistics.collect(batches([view], "the layer", x, None))
     assert_same_bits(statistics, expected)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adaround_ext.sums import double_sum
+from adaround_ext.linalg.sums import double_sum
 
 
 @pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 1000])

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from adaround_ext import optimize_layer, quantize_, sensitivity
-from adaround_ext.precision import full_precision, tf32_products
-from adaround_ext.turns import one_caller
+from adaround_ext.linalg.precision import full_precision, tf32_products
+from adaround_ext.process.turns import one_caller
 from tests.global_state import differences, process_state, unchanged
 from tests.helpers import threads
 from tests.public_calls import FAST, FEW, computed, images, net, rows

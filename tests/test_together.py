@@ -8,22 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaround_ext import (
-    AdaRoundConfig,
-    LayerResult,
-    optimize_layer,
-    quantize_,
-    shared_work,
-    together,
-)
-from adaround_ext import solve as solve_module
-from adaround_ext.layers import matrix_layer
-from adaround_ext.per_device import PerDevice
-from adaround_ext.pose import gram_problems
-from adaround_ext.problem import Problem
-from adaround_ext.quadratic import Quadratic
-from adaround_ext.solve import solve
-from adaround_ext.statistics import GramStatistics
+from adaround_ext import AdaRoundConfig, LayerResult, optimize_layer, quantize_
+from adaround_ext.layers.matrix import matrix_layer
+from adaround_ext.linalg.tiles import PerDevice
+from adaround_ext.model import solve_units as shared_work
+from adaround_ext.rounding import solve as solve_module
+from adaround_ext.rounding import stacked as together
+from adaround_ext.rounding.pose import gram_problems
+from adaround_ext.rounding.problem import Problem
+from adaround_ext.rounding.quadratic import Quadratic
+from adaround_ext.rounding.solve import solve
+from adaround_ext.statistics.moments import GramStatistics
 from tests.problems import every_layer, make_layer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

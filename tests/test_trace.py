@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaround_ext.blocks import block_calls, find_blocks
-from adaround_ext.trace import Trace, evaluation, trace
+from adaround_ext.tracing.blocks import block_calls, find_blocks
+from adaround_ext.tracing.trace import Trace, evaluation, trace
 from tests import models
 
 pytestmark = pytest.mark.usefixtures("one_thread")

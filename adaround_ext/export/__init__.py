@@ -5,9 +5,9 @@ Formats that need packages of their own are imported by their modules: ``adaroun
 """
 
 from adaround_ext.export.formats import FORMATS, export_model
-from adaround_ext.export.modules import QuantConv, QuantLinear, pack_
+from adaround_ext.export.packed.modules import QuantConv, QuantLinear, pack_
+from adaround_ext.export.packed.save import load_quantized, save_quantized
 from adaround_ext.export.parity import ParityReport, verify
-from adaround_ext.export.safetensors import load_quantized, save_quantized
 
 __all__ = [
     "FORMATS",

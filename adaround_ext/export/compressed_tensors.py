@@ -21,17 +21,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaround_ext.attachment import quantizers
+from adaround_ext.activations.hooks import quantizers
 from adaround_ext.export.hugging_face import (
     check_alike,
     load_alike,
     no_progress_bars,
     skeleton,
 )
-from adaround_ext.export.layers import LEAVE_OUT, QuantizedLayer, quantized_layers, refuse
 from adaround_ext.export.manifest import new_export, read_manifest
+from adaround_ext.export.quantized_layers import LEAVE_OUT, QuantizedLayer, quantized_layers, refuse
 from adaround_ext.export.runner import Runner, module_runner
-from adaround_ext.packing import pack_bits
+from adaround_ext.ops.packing import pack_bits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

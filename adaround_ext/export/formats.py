@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 _MODULES = {
-    "safetensors": "safetensors",
+    "safetensors": "packed",
     "onnx": "onnx",
     "compressed-tensors": "compressed_tensors",
     "torchao": "torchao",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from adaround_ext.export.modules import PackedLayer
+from adaround_ext.export.packed.modules import PackedLayer
 
 FLIPS = (
     "activations are quantized: float32 sums in another order move some across a rounding "

@@ -19,19 +19,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from adaround_ext.arguments import arguments
 from adaround_ext.export.hugging_face import (
     check_alike,
     load_alike,
     no_progress_bars,
     skeleton,
 )
-from adaround_ext.export.layers import LEAVE_OUT, QuantizedLayer, quantized_layers, refuse
 from adaround_ext.export.manifest import new_export, read_manifest
-from adaround_ext.export.onnx_names import ordered
-from adaround_ext.export.onnx_program import NAMES_HINT
-from adaround_ext.export.onnx_trace import automatic_shapes, signature_of
+from adaround_ext.export.onnx.names import ordered
+from adaround_ext.export.onnx.program import NAMES_HINT
+from adaround_ext.export.onnx.trace import automatic_shapes, signature_of
+from adaround_ext.export.quantized_layers import LEAVE_OUT, QuantizedLayer, quantized_layers, refuse
 from adaround_ext.export.runner import Runner, module_runner, output_tensors
+from adaround_ext.tracing.arguments import arguments
 
 if TYPE_CHECKING:
     from torchao.quantization import IntxUnpackedToInt8Tensor  # type: ignore[import-untyped]
@@ -50,7 +50,8 @@ def to_torchao(model: nn.Module, *, others: Others = "refuse") -> nn.Module:
     groups that are no block of a kernel) raises ValueError, or stays as simulated "float".
 
     Raises ImportError without torchao; TypeError and ValueError as
-    :func:`adaround_ext.export.layers.quantized_layers`, and ValueError for another ``others``.
+    :func:`adaround_ext.export.quantized_layers.quantized_layers`, and ValueError for another
+    ``others``.
     """
     if others not in ("refuse", "float"):
         raise ValueError(f"others must be 'refuse' or 'float', got {others!r}")

@@ -9,7 +9,7 @@ from docutils import nodes
 from docutils.parsers.rst import Directive
 from sphinx.application import Sphinx
 
-from adaround_ext.cli_parser import make_parser
+from adaround_ext.cli.parser import make_parser
 
 
 class CommandHelp(Directive):

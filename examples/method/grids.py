@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from adaround_ext import AdaRoundConfig, data, optimize_layer
+from adaround_ext import AdaRoundConfig, optimize_layer
 from adaround_ext.grid import QuantGrid, make_grid, nearest_codes
-from adaround_ext.objective import GramObjective
-from adaround_ext.ops import dequantize
-from adaround_ext.statistics import GramStatistics
+from adaround_ext.layers import inputs as data
+from adaround_ext.ops.rounding import dequantize
+from adaround_ext.rounding.gram_objective import GramObjective
+from adaround_ext.statistics.moments import GramStatistics
 from examples.method import comparison
 from examples.method.comparison import Setting, Way
 from examples.method.experiment import Claim, Experiment, Table, Text, Values, papers

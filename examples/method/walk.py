@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from adaround_ext import AdaRoundConfig
 from adaround_ext.grid import QuantGrid, make_grid
-from adaround_ext.layers import MatrixLayer
-from adaround_ext.ops import dequantize
-from adaround_ext.trace import evaluation
+from adaround_ext.layers.matrix import MatrixLayer
+from adaround_ext.ops.rounding import dequantize
+from adaround_ext.tracing.trace import evaluation
 from benchmarks import reference_model
 
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from unittest import mock
 
-from adaround_ext import native  # noqa: F401  the kernels that are replaced come first
+from adaround_ext.ops import library as native  # noqa: F401  the kernels that are replaced come first
 
 _ROOT = Path(__file__).resolve().parents[2]
 _HERE = _ROOT / "tests" / "emulation"

@@ -181,8 +181,8 @@ _FAKES: dict[str, Any] = {
     "torch.cuda.set_rng_state": lambda state, device="cuda": None,
     "torch.cuda.manual_seed": lambda seed: None,
     "torch.cuda.manual_seed_all": lambda seed: None,
-    "adaround_ext.native._CUDA_LOADED": True,
-    "adaround_ext.repeat._LEAST": 1 << 40,  # steps are launched one by one
+    "adaround_ext.ops.library._CUDA_LOADED": True,
+    "adaround_ext.linalg.cuda_graph._LEAST": 1 << 40,  # steps are launched one by one
 }
 
 

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 
 from adaround_ext import LayerResult, ModelReport, optimize_layer, quantize_
 from adaround_ext.grid import quant_range
-from adaround_ext.layers import SUPPORTED, matrix_layer
-from adaround_ext.report import LayerReport
+from adaround_ext.layers.matrix import SUPPORTED, matrix_layer
+from adaround_ext.report.layer import LayerReport
 from adaround_ext.result import QuantizedWeight
 from tests import models
 from tests.fuzz import driver_models, driver_state, driver_values

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaround_ext.layers import SUPPORTED
+from adaround_ext.layers.matrix import SUPPORTED
 from tests.fuzz.bits import bits
 from tests.fuzz.verdict import require
 

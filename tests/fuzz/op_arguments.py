@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaround_ext import ops, packing, reference
+from adaround_ext.ops import packing
+from adaround_ext.ops import rounding as ops
+from adaround_ext.reference import rounding as reference
 from tests.fuzz.tensor_changes import change
 from tests.helpers import arithmetic_dtype, make_sample, schedule_row
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaround_ext import reference, reference_solvers
+from adaround_ext.reference import rounding as reference
+from adaround_ext.reference import search as reference_solvers
 from tests.fuzz import op_contract
 from tests.fuzz.op_arguments import QUANTIZERS, SEARCHES, WRITTEN, Arguments, OpCase
 from tests.fuzz.tensor_changes import LAYOUTS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adaround_ext.native import use_instruction_set
+from adaround_ext.ops.library import use_instruction_set
 from tests.fuzz import op_contract, op_oracle
 from tests.fuzz.bits import bits
 from tests.fuzz.op_arguments import WRITTEN, Arguments, OpCase, arguments, function, names

@@ -1,0 +1,5 @@
+"""The command line."""
+
+from adaround_ext.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,118 @@
+"""Quantized models as ONNX files: QuantizeLinear and DequantizeLinear around float operators."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from adaround_ext.export.manifest import new_export
+from adaround_ext.export.onnx.contents import Contents
+from adaround_ext.export.onnx.graph import expand_
+from adaround_ext.export.onnx.names import (
+    bind,
+    chosen_names,
+    distinct,
+    name_axes_,
+    name_values_,
+    ordered,
+    output_names_of,
+    plain_leaves,
+)
+from adaround_ext.export.onnx.program import output_of, save, traced
+from adaround_ext.export.onnx.runtimes import FILE, KIND, runners
+from adaround_ext.export.onnx.targets import MATMUL_BLOCKS, TARGETS
+from adaround_ext.export.onnx.trace import automatic_shapes
+from adaround_ext.export.packages import need
+from adaround_ext.tracing.arguments import arguments
+from adaround_ext.tracing.trace import evaluation
+
+__all__ = ["export_onnx", "runners"]
+
+_FIRST_OPSET = 21  # with int4 and blocks
+
+
+def export_onnx(
+    model: nn.Module,
+    args: Any,
+    folder: str | os.PathLike[str],
+    *,
+    target: str = "ort",
+    kwargs: Mapping[str, Any] | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    dynamic_shapes: Any = "auto",
+    opset: int = _FIRST_OPSET,
+    channel_blocks: int | None = None,
+    external_data: bool | None = None,
+) -> None:
+    """Writes a quantized model to a new directory, as model.onnx that computes what it computes.
+
+    A weight w = s (q - z) becomes DequantizeLinear of its codes: those up to 4 bits as int4
+    (symmetric) or uint4, others as int8 or uint8. Linears become DequantizeLinear -> MatMul -> Add
+    (or Sum) of a weight [in, out]; quantizers of activations QuantizeLinear -> DequantizeLinear of
+    int8 or uint8 up to 8 bits, else int16 or uint16, behind Clip where the codes are fewer.
+
+    args: an example of what the model takes, like a batch of ``quantize_``; kwargs: more of it.
+    target: "ort" (ONNX Runtime), "openvino", "tensorrt" or "qnn", which decides what is refused
+    (:class:`adaround_ext.export.onnx.targets.Target`). Names are those of the parameters of
+    ``forward`` and of the output's fields unless they are given. dynamic_shapes: as torch.export
+    takes them; with "auto" dimension 0 of inputs, and 1 of token ids and masks, may change where
+    the model lets them. channel_blocks: repeats scales of Linears that have one a channel, or one,
+    for blocks of 16, 32, 64, 128 or 256 inputs: ONNX Runtime before 1.25 makes MatMulNBits of
+    blocks only. external_data: weights in model.onnx.data; from 1.5 GiB on unless given.
+
+    The model is not changed. Raises ImportError without onnx and onnxscript; TypeError and
+    ValueError for options, arguments and models that do not fit, naming layers with the reason.
+    Format: https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html.
+    """
+    need("the ONNX export", "onnx", "onnx", "onnxscript")
+    _check_options(target, opset, channel_blocks, dynamic_shapes)
+    contents = Contents(model, TARGETS[target], channel_blocks)
+    positional, named = arguments(model, args, "args")
+    positional, named = ordered(model, positional, named | dict(kwargs or {}))
+    positional, named = distinct((positional, named))
+    with new_export(folder, KIND) as (part, details), evaluation(model):
+        leaves = bind(model, positional, named)
+        tensors = [name for name, leaf in leaves.items() if isinstance(leaf, Tensor)]
+        found = output_names_of(output_of(model, positional, named))
+        inputs = chosen_names("input_names", input_names, tensors)
+        outputs = chosen_names("output_names", output_names, found, inputs)
+        if isinstance(dynamic_shapes, str):
+            shapes = automatic_shapes(model, positional, named)
+        else:
+            shapes = dynamic_shapes
+        graph = traced(
+            model, contents.layers, contents.quantizers, positional, named, shapes, opset
+        )
+        expand_(graph, contents.weight_of, contents.quantizer_of, contents.target.bias_apart)
+        if isinstance(dynamic_shapes, str):
+            name_axes_(graph)
+        name_values_(graph, inputs, outputs)
+        save(graph, part / FILE, external_data)
+        details.update(
+            target=target,
+            opset=opset,
+            inputs=dict(zip(tensors, inputs, strict=True)),
+            constants=plain_leaves(leaves),
+            outputs=outputs,
+            **contents.details(),
+        )
+
+
+def _check_options(target: str, opset: int, channel_blocks: int | None, shapes: Any) -> None:
+    from onnx import defs
+
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+    latest = defs.onnx_opset_version()
+    if not isinstance(opset, int) or not _FIRST_OPSET <= opset <= latest:
+        raise ValueError(f"opset must be in {_FIRST_OPSET}..{latest}, got {opset!r}")
+    if channel_blocks is not None and (target != "ort" or channel_blocks not in MATMUL_BLOCKS):
+        sizes = ", ".join(map(str, MATMUL_BLOCKS))
+        rule = f"channel_blocks must be None, or for target 'ort' one of {sizes}"
+        raise ValueError(f"{rule}, got {channel_blocks!r} for {target!r}")
+    if isinstance(shapes, str) and shapes != "auto":
+        raise ValueError(f"dynamic_shapes must be 'auto' or as torch.export's, got {shapes!r}")

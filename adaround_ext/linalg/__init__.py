@@ -1,0 +1,1 @@
+"""Products and factorisations whose bits do not depend on threads, and their precision."""

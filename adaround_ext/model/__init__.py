@@ -1,0 +1,1 @@
+"""A whole model, from its first batch to its report."""

@@ -1,0 +1,303 @@
+"""Layers that share their inputs, and what is collected of these inputs on the way to a problem."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from adaround_ext.distributed import ALONE, Ranks
+from adaround_ext.layers.inputs import check, check_kind, has_finite_sum, infinite
+from adaround_ext.layers.matrix import MatrixLayer
+from adaround_ext.linalg.precision import full_precision
+from adaround_ext.planning.plan import Target
+from adaround_ext.replay.cache import GrowingTensor
+from adaround_ext.replay.calibration import unpadded
+from adaround_ext.rounding.choice import choose_objective
+from adaround_ext.rounding.pose import gram_problems, sampled_problems
+from adaround_ext.rounding.problem import Problem
+from adaround_ext.rounding.solve import shareable
+from adaround_ext.statistics.moments import GramStatistics
+from adaround_ext.statistics.pairing import paired_rows
+from adaround_ext.statistics.segment import TOKENS
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """Targets that see the same patches, and so share statistics."""
+
+    targets: tuple[Target, ...]
+
+    @cached_property
+    def sampled(self) -> bool:
+        return _objective(self.targets[0])[0] == "sampled"
+
+    @cached_property
+    def from_inputs(self) -> bool:
+        """Whether the full-precision inputs stand for the outputs: less to compute and to run."""
+        first = self.targets[0].matrix
+        linear = isinstance(first.layer, nn.Linear) and not self.sampled
+        return linear and sum(layer.rows for layer in self.layers) > first.cols
+
+    @property
+    def rows_chosen(self) -> bool:
+        """Whether the model's data decide which rows it gets: two streams may differ in them."""
+        return self.targets[0].rows_chosen
+
+    @property
+    def watches_inputs(self) -> bool:
+        """Whether it is the full-precision stream's inputs that are needed of it, not outputs."""
+        return self.from_inputs or self.rows_chosen
+
+    @property
+    def names(self) -> str:
+        return ", ".join(target.name for target in self.targets)
+
+    @property
+    def layers(self) -> list[MatrixLayer]:
+        return [target.matrix for target in self.targets]
+
+    @property
+    def shareable(self) -> bool:
+        """Whether its rows can be solved apart."""
+        return all(shareable(t.matrix, t.config, _objective(t)[0]) for t in self.targets)
+
+    @property
+    def cost(self) -> float:
+        """What solving it takes, in the unit of Target.cost."""
+        return sum(target.cost for target in self.targets)
+
+    def bytes(self) -> int:
+        """Roughly, of what is collected."""
+        first = self.targets[0].matrix
+        rows = sum(layer.rows for layer in self.layers)
+        moments = 8 * first.cols * (first.groups * first.cols + rows)
+        return moments + 4 * TOKENS * first.cols
+
+    def same_settings(self) -> Iterator[list[int]]:
+        """Indices of the targets that are solved in one go."""
+        found: dict[int, list[int]] = defaultdict(list)
+        for index, target in enumerate(self.targets):
+            found[id(target.config)].append(index)
+        yield from found.values()
+
+
+def make_units(targets: Iterable[Target]) -> list[Unit]:
+    """Units in execution order."""
+    found: dict[object, list[Target]] = defaultdict(list)
+    for target in targets:
+        matrix, config = target.matrix, target.config
+        key = (
+            target.inputs, type(matrix), matrix.geometry, matrix.weight.dtype, matrix.weight.device,
+            config.positions, config.seed, _objective(target)[0],
+        )  # fmt: skip
+        found[key].append(target)
+    return [Unit(tuple(group)) for group in found.values()]
+
+
+def _objective(target: Target) -> tuple[str, str]:
+    """Which objective, and why."""
+    return choose_objective(target.config)
+
+
+def sequential_segments(units: Sequence[Unit]) -> list[list[Unit]]:
+    """Units that are fitted on one pass, since they see the same tensor."""
+    found: dict[object, list[Unit]] = defaultdict(list)
+    for unit in units:
+        found[unit.targets[0].inputs].append(unit)
+    return list(found.values())
+
+
+def parallel_segments(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
+    """As many units on one pass as the budget has room for, one at least."""
+    segments: list[list[Unit]] = []
+    used = 0
+    for unit in units:
+        if not segments or used + unit.bytes() > budget:
+            segments.append([])
+            used = 0
+        segments[-1].append(unit)
+        used += unit.bytes()
+    return segments
+
+
+class Collector:
+    """What one unit needs of the data: moments, or for the sampled objective all of it."""
+
+    def __init__(self, unit: Unit, folder: str | None, ranks: Ranks = ALONE) -> None:
+        """folder: where the sampled objective's inputs go, None for memory. ranks: those that
+        collect the rest of the same data."""
+        self.unit = unit
+        self._ranks = ranks
+        self.seconds = 0.0
+        self.rows = 0  # of all calls, without padding
+        self.unpaired = 0  # of them those whose targets are the layer's outputs on them
+        self._sequences = 0
+        # Whether a GPU's tensors are: it would have to be waited for with every batch.
+        self._finite: list[tuple[str, str, Tensor]] = []
+        self._statistics: GramStatistics | None = None
+        self._inputs = GrowingTensor(folder)
+        self._targets = [GrowingTensor(folder) for _ in unit.targets]
+
+    def add(
+        self,
+        batch: int,
+        inputs: list[Tensor],
+        targets: list[list[Tensor]] | None,
+        mask: Tensor | None,
+        segment: int,
+    ) -> None:
+        """Tensors of one batch, one a call.
+
+        targets: of each layer its outputs, or where unit.watches_inputs the one list of inputs
+        that give them; None where there is one stream. mask: of ``inputs`` as the unit's first
+        target has it. segment: of the data, as :class:`GramStatistics` has it.
+        """
+        started = time.perf_counter()
+        with full_precision(self.unit.layers[0].weight.device):
+            self._add(batch, inputs, targets, mask, segment)
+        self.seconds += time.perf_counter() - started
+
+    def _add(
+        self,
+        batch: int,
+        inputs: list[Tensor],
+        targets: list[list[Tensor]] | None,
+        mask: Tensor | None,
+        segment: int,
+    ) -> None:
+        first = self.unit.layers[0]
+        if not isinstance(first.layer, nn.Linear):
+            mask = None  # of tokens, which only a linear layer has
+        for call, given in enumerate(inputs):
+            wanted: list[Tensor] | None = None
+            if targets is not None:
+                wanted = [values[call] for values in targets if call < len(values)]
+                if len(wanted) < len(targets) or not all(self._fits(given, y) for y in wanted):
+                    wanted = None  # data-dependent shapes
+            self._sequences += len(given) if given.dim() > 1 else 1
+            x = first.samples(self._checked("inputs", unpadded(given, mask), batch))
+            outputs = None if wanted is None else self._targets_of(x, wanted, mask, batch)
+            self.rows += len(x)
+            if targets is not None and outputs is None:
+                self.unpaired += len(x)
+            if len(x) == 0:
+                continue
+            if self.unit.sampled:
+                self._keep(x, outputs)
+                continue
+            self._moments().add(x, outputs, segment)
+
+    def _targets_of(
+        self, x: Tensor, wanted: list[Tensor], mask: Tensor | None, batch: int
+    ) -> tuple[Tensor, ...] | None:
+        """What the statistics take as targets for samples x; None for the layers' own outputs."""
+        layers = self.unit.layers
+        if not self.unit.watches_inputs:
+            return tuple(
+                layer.output_samples(self._checked("outputs", unpadded(y, mask), batch))
+                for layer, y in zip(layers, wanted, strict=True)
+            )
+        y = self._checked("full-precision inputs", unpadded(wanted[0], mask), batch)
+        y = layers[0].samples(y)
+        if self.unit.rows_chosen and self.unit.sampled:
+            return None  # a minibatch has no say in what row_guard.py decides
+        if self.unit.rows_chosen:
+            paired = paired_rows(x, y)
+            missing = len(x) - int(paired.sum())
+            if missing == len(x):
+                return None
+            self.unpaired += missing
+            y = torch.where(paired.view(-1, *[1] * (y.dim() - 1)), y, x)
+        if self.unit.from_inputs:
+            return (y,)
+        return tuple(layer.forward(y.float(), layer.weight, layer.bias) for layer in layers)
+
+    def _moments(self) -> GramStatistics:
+        if self._statistics is None:  # not before: the layer may have been elsewhere
+            config = self.unit.targets[0].config
+            self._statistics = GramStatistics(
+                self.unit.layers, config.positions, config.seed, self._ranks, self.unit.from_inputs
+            )
+        return self._statistics
+
+    def _fits(self, x: Tensor, y: Tensor) -> bool:
+        """Whether an output [..., features] or [samples, channels, *size] fits an input."""
+        layer = self.unit.layers[0]
+        if self.unit.watches_inputs:
+            return x.shape == y.shape
+        if isinstance(layer.layer, nn.Linear):
+            return x.shape[:-1] == y.shape[:-1]
+        if x.dim() < layer.weight.dim():  # no dimension of samples
+            return x.dim() == y.dim()
+        return x.shape[:1] == y.shape[:1]
+
+    def _checked(self, kind: str, value: Tensor, batch: int) -> Tensor:
+        name = f"{self.unit.names} in calibration batch {batch}"
+        device = self.unit.layers[0].weight.device
+        if device.type != "cuda":
+            return check(kind, value, device, name)
+        tensor = check_kind(kind, value, device)
+        self._finite.append((kind, name, has_finite_sum(tensor)))
+        return tensor
+
+    def _refuse_infinite(self) -> None:
+        found, self._finite = self._finite, []
+        flags = torch.stack([flag for *_, flag in found]).tolist() if found else []
+        for (kind, name, _), finite in zip(found, flags, strict=True):
+            if not finite:
+                raise infinite(kind, name, "NaN or infinite values")
+
+    def _keep(self, x: Tensor, outputs: tuple[Tensor, ...] | None) -> None:
+        self._inputs.append(x)
+        for index, (layer, kept) in enumerate(zip(self.unit.layers, self._targets, strict=True)):
+            if outputs is None:
+                kept.append(layer.forward(x.float(), layer.weight, layer.bias))
+            else:
+                kept.append(outputs[index])
+
+    def finish(self) -> bool:
+        """Joins what all ranks have collected, once; False where no row came to any of them."""
+        started = time.perf_counter()
+        with self._ranks.together("statistics"):
+            self._refuse_infinite()
+        ranks = self._ranks
+        counts = ranks.gather((self._sequences, self.rows, self.unpaired), "statistics")
+        columns = zip(*counts, strict=True)
+        self._sequences, self.rows, self.unpaired = (sum(column) for column in columns)
+        if self.rows == 0:
+            return False
+        if not self.unit.sampled:
+            with full_precision(self.unit.layers[0].weight.device):
+                self._moments().finish()
+        elif ranks.size > 1:
+            self._inputs = self._inputs.joined(ranks)
+            self._targets = [kept.joined(ranks) for kept in self._targets]
+        self.seconds += time.perf_counter() - started
+        return True
+
+    def problems(self) -> Iterator[tuple[list[int], Iterator[Problem]]]:
+        """Indices of targets with the same settings, and their problems, after finish()."""
+        seconds = self.seconds
+        rows = torch.arange(sum(layer.rows for layer in self.unit.layers), device="cpu")
+        split = rows.split([layer.rows for layer in self.unit.layers])
+        for part in self.unit.same_settings():
+            targets = [self.unit.targets[i] for i in part]
+            layers, config = [t.matrix for t in targets], targets[0].config
+            reason = _objective(targets[0])[1]
+            if self._statistics is None:
+                outputs = tuple(self._targets[i].tensor() for i in part)
+                yield part, sampled_problems(
+                    layers, self._inputs.tensor(), outputs, self._sequences, config, reason,
+                    seconds,
+                )  # fmt: skip
+            else:
+                own = self._statistics.rows(torch.cat([split[i] for i in part]))
+                chosen = self.unit.rows_chosen and self._statistics.has_targets
+                yield part, gram_problems(layers, own, config, reason, seconds, chosen)
+            seconds = 0.0

@@ -1,0 +1,1 @@
+"""The plan: which layers are quantized, with which settings, and which not and why."""

@@ -1,0 +1,1 @@
+"""The process that the package runs in: whose turn it is, its threads, its memory."""

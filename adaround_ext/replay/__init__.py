@@ -1,0 +1,1 @@
+"""A model run again and again, with finished blocks replaced by recordings."""

@@ -1,0 +1,82 @@
+"""The optimisation of V: the loop and only the loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from adaround_ext.config import AdaRoundConfig
+from adaround_ext.grid import QuantGrid
+from adaround_ext.linalg.cuda_graph import repeat
+from adaround_ext.linalg.precision import tf32_products
+from adaround_ext.ops import rounding as ops
+from adaround_ext.presets import Settings
+from adaround_ext.reference import rounding as reference
+from adaround_ext.rounding.gram_objective import Objective
+from adaround_ext.rounding.schedule import schedule_table
+
+_UNDECIDED = (0.05, 0.95)
+
+
+@dataclass
+class RoundingState:
+    """What the loop changes, all [rows, cols]: V, Adam's moments, the soft weights or errors."""
+
+    v: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    weight_q: Tensor
+
+
+@dataclass(frozen=True)
+class Annealed:
+    """What the loop ends with, all [rows, cols]: V, the soft weights, the codes of the hard
+    decision, and which weights were still undecided, .05 < h(V) < .95."""
+
+    v: Tensor
+    weight_q: Tensor
+    codes: Tensor
+    undecided: Tensor
+
+
+def anneal(
+    weight: Tensor,
+    grid: QuantGrid,
+    objective: Objective,
+    chosen: Settings,
+    config: AdaRoundConfig,
+    name: str = "layer",
+) -> Annealed:
+    """Gradient descent on eq. (25): the paper's loop, one fused op a step.
+
+    weight float32 [rows, cols]: what is rounded.
+    """
+    v = reference.initial_v(weight, grid.scale)
+    soft, _ = ops.soft_quantize(weight, v, grid.scale, grid.zero_point, grid.qmin, grid.qmax, 2.0)
+    start = soft - weight if objective.as_error else soft
+    start = start.to(objective.dtype)
+    state = RoundingState(v, torch.zeros_like(v), torch.zeros_like(v), start)
+    schedule = schedule_table(
+        chosen.steps, chosen.learning_rate, chosen.reg_weight, config.beta, config.warmup
+    ).to(weight.device)
+    step = torch.zeros(1, dtype=torch.int64, device=weight.device)
+
+    def one_step() -> None:
+        grad = objective.gradient(state.weight_q)
+        ops.rounding_step_(
+            state.v, state.exp_avg, state.exp_avg_sq, state.weight_q, grad, weight, grid.scale,
+            grid.zero_point, grid.qmin, grid.qmax, schedule, step, objective.as_error,
+            config.scale_free,
+        )  # fmt: skip
+
+    precision = tf32_products(weight.device, config.products == "tf32")
+    with precision, tqdm(total=chosen.steps, desc=name, disable=not config.progress) as bar:
+        repeat(one_step, chosen.steps, weight.device, objective.generator, bar.update)
+    qrange = grid.scale, grid.zero_point, grid.qmin, grid.qmax
+    soft, _ = ops.soft_quantize(weight, state.v, *qrange, 2.0)
+    h = reference.rectified_sigmoid(state.v)
+    undecided = (h > _UNDECIDED[0]) & (h < _UNDECIDED[1])
+    return Annealed(state.v, soft, ops.hard_quantize(weight, state.v, *qrange), undecided)

@@ -1,0 +1,1 @@
+"""Moments of a layer's inputs, streamed, in a fixed order over processes."""

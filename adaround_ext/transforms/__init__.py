@@ -1,0 +1,1 @@
+"""Edits that keep a model's function: batch norms folded, channels equalized."""
