@@ -48,14 +48,9 @@ format: $(DONE)/lint  ## write the style that lint checks
 sanitize: build $(DONE)/test  ## the CPU ops under sanitizers, memory and threads
 	WORKERS=$(WORKERS) scripts/sanitize.sh
 
-# Those whose results need no kernel's own bits, and which make tensors on a device in plain ways.
-ON_A_DEVICE := activation_ranges activations anneal attachment bad_input bias cholesky gptq_factor grid \
-	launches layers model_device objective presets reconstruct recording result rounding_step scales \
-	statistics together
-
 pretend: build $(DONE)/test  ## the tests for CUDA without it, on tensors that only say they are there
 	PRETENDED_CUDA=1 $(BIN)/python -m pytest --quiet --numprocesses $(WORKERS) --dist worksteal \
-		-k "cuda and not thread and not device-" $(ARGS) $(ON_A_DEVICE:%=tests/test_%.py)
+		-m on_a_device -k "cuda and not thread and not device-" $(ARGS)
 
 mutants: build $(DONE)/test  ## plant bugs in the ops: do the tests notice? three quarters of an hour
 	$(BIN)/python -m scripts.mutation_check $(ARGS)

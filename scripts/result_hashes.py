@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from adaround_ext import ActivationConfig, LayerResult, optimize_layer, quantize_
 from tests.emulation import EMULATED
 from tests.emulation.library import load
-from tests.models import ResidualNet, Transformer, UNet, tokens
+from tests.support.models import ResidualNet, Transformer, UNet, tokens
 
 Parts = Iterable[tuple[str, Tensor | None]]
 

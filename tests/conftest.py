@@ -15,11 +15,11 @@ import torch
 
 from adaround_ext.ops.library import build_info
 from adaround_ext.replay import calibration
-from tests.cli_fixtures import bert, folder, llama, run, text  # noqa: F401  fixtures
 from tests.emulation import EMULATED, PRETENDED
 from tests.emulation.library import load
 from tests.emulation.pretended import cuda_device
-from tests.sensitive_models import branches  # noqa: F401  a fixture
+from tests.support.cli_fixtures import bert, folder, llama, run, text  # noqa: F401  fixtures
+from tests.support.sensitive_models import branches  # noqa: F401  a fixture
 
 if EMULATED:
     load()

@@ -24,7 +24,7 @@ from adaround_ext import (
     sensitivity,
     verify,
 )
-from tests.cli_fixtures import FAST, Run
+from tests.support.cli_fixtures import FAST, Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS: dict[str, Any] = {"preset": "fast", "progress": False}

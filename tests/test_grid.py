@@ -22,7 +22,7 @@ from adaround_ext.grid import (
 from adaround_ext.linalg.tiles import PerDevice
 from adaround_ext.reference.rounding import dequantize, expand_grid
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.on_a_device, pytest.mark.usefixtures("one_thread")]
 both_kinds = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 every_width = pytest.mark.parametrize("bits", range(2, 9))
 

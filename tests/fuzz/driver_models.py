@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from tests import models
 from tests.fuzz.driver_values import Planted
+from tests.support import models
 
 Made = tuple[Any, Tensor]
 

@@ -19,12 +19,12 @@ from adaround_ext.grid import quant_range
 from adaround_ext.layers.matrix import SUPPORTED, matrix_layer
 from adaround_ext.report.layer import LayerReport
 from adaround_ext.result import QuantizedWeight
-from tests import models
 from tests.fuzz import driver_models, driver_state, driver_values
 from tests.fuzz.bits import bits
 from tests.fuzz.driver_cases import DriverCase, driver_cases
 from tests.fuzz.verdict import check_error, require
-from tests.global_state import process_state
+from tests.support import models
+from tests.support.global_state import process_state
 
 Case = DriverCase
 cases = driver_cases

@@ -13,7 +13,7 @@ from adaround_ext.ops import packing
 from adaround_ext.ops import rounding as ops
 from adaround_ext.reference import rounding as reference
 from tests.fuzz.tensor_changes import change
-from tests.helpers import arithmetic_dtype, make_sample, schedule_row
+from tests.support.helpers import arithmetic_dtype, make_sample, schedule_row
 
 Arguments = dict[str, Any]
 QUANTIZERS = (

@@ -17,7 +17,7 @@ from tests.fuzz.op_arguments import (
     OpCase,
     names,
 )
-from tests.helpers import INSTRUCTION_SETS
+from tests.support.helpers import INSTRUCTION_SETS
 
 ROWS = [0, 1, 2, 3, 5, 8, 17]
 COLS = [0, 1, 2, 3, 7, 8, 9, 16, 31, 33, 63, 64, 65, 127, 128, 129, 511, 512, 513, 1023, 1024, 1025]

@@ -8,7 +8,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from tests.helpers import strided, unaligned
+from tests.support.helpers import strided, unaligned
 
 Change = Callable[[Tensor], object]
 HUGE = (2**16, 2**16)  # 2^32 elements, which take no memory until they are copied

@@ -1,0 +1,93 @@
+"""What readers meet in the documents: code that is whole, our column, words that they know."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+
+import adaround_ext
+from adaround_ext import export
+from adaround_ext.ops import packing
+from adaround_ext.ops import rounding as ops
+from adaround_ext.reference import rounding as reference
+from adaround_ext.reference import search as reference_solvers
+from tests.support import documents
+
+EXTENSION = documents.ROOT / "docs/extensions/plain_docstrings.py"
+
+
+@pytest.mark.parametrize("name", documents.NAMES)
+def test_code_is_not_cut(name: str) -> None:
+    """The site has room for 100 columns (docs/static/site.css)."""
+    for block in documents.blocks(name):
+        for number, line in enumerate(block.text.splitlines(), block.line):
+            assert len(line) <= 100, f"{name}:{number}"
+
+
+def test_our_column_is_the_first_of_the_comparison() -> None:
+    features = documents.tables("docs/compare.md")[0]
+    assert features[0][:2] == ["", "adaround_ext"]
+    assert {len(row) for row in features} == {len(features[0])}
+    assert ["own kernels for the rounding", "C++ and CUDA"] in [row[:2] for row in features]
+
+
+@pytest.mark.parametrize("word", ["exclude", "ignore", "GPU", "MoE", "mixture of experts"])
+def test_guides_have_sections_of_the_words_that_are_searched(word: str) -> None:
+    headings = re.findall(r"^#+ .*", documents.prose("docs/models.md"), re.M)
+    assert any(re.search(rf"\b{word}\b", heading, re.I) for heading in headings)
+
+
+@pytest.fixture(scope="module")
+def extension() -> ModuleType:
+    pytest.importorskip("sphinx")
+    spec = importlib.util.spec_from_file_location("plain_docstrings", EXTENSION)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("text", "marked"),
+    [
+        ("give ``f(model,\nbatch)`` or * none", "give ``f(model,\nbatch)`` or \\* none"),
+        ("``a`` and ``b``\nand ``c\nd``", "``a`` and ``b``\nand ``c\nd``"),
+        ("see :class:`Some\nName` or quantize_", "see :class:`Some\nName` or quantize\\_"),
+        ("as `rows | cols` in Markdown", "as ``rows | cols`` in Markdown"),
+        ("an open `` alone\n\nand another ``", "an open \\`\\` alone\n\nand another \\`\\`"),
+    ],
+)
+def test_code_in_docstrings(text: str, marked: str, extension: ModuleType) -> None:
+    assert extension.escaped(text) == marked
+
+
+def described() -> Iterator[tuple[str, str, object]]:
+    """Kind, name and object of all that the reference describes."""
+    for module in (adaround_ext, export, ops, packing, reference, reference_solvers):
+        yield "module", module.__name__, module
+        for name, item in vars(module).items():
+            if name.startswith("_") or not inspect.getdoc(item) or inspect.ismodule(item):
+                continue
+            kind = "class" if inspect.isclass(item) else "function"
+            yield kind, f"{module.__name__}.{name}", item
+            if inspect.isclass(item) and item.__module__.startswith("adaround_ext"):
+                for method, own in vars(item).items():
+                    if not method.startswith("_") and inspect.getdoc(own):
+                        yield "method", f"{module.__name__}.{name}.{method}", own
+
+
+def test_no_docstring_shows_its_marks(extension: ModuleType) -> None:
+    names = []
+    for kind, name, item in described():
+        if not getattr(item, "__module__", "adaround_ext").startswith("adaround_ext"):
+            continue
+        lines = inspect.cleandoc(inspect.getdoc(item) or "").splitlines()
+        extension.process(None, kind, name, item, None, lines)
+        assert "\\`" not in "\n".join(lines), name
+        names.append(name)
+    assert {"adaround_ext.quantize_", "adaround_ext.ops.rounding.gptq"} <= set(names)

@@ -1,0 +1,103 @@
+"""What sensitivity returns: predictions, files, the table and the heat map."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from adaround_ext import Sensitivity
+from tests.support.sensitive_models import Branches
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_predicted(branches: tuple[Branches, Tensor, Sensitivity]) -> None:
+    _, _, found = branches
+    chosen = {**dict.fromkeys(found.layers, 4), "fragile": 8}
+    wanted = sum(found.network[n][b] for n, b in chosen.items())
+    assert found.predicted(chosen) == pytest.approx(wanted)
+    with pytest.raises(ValueError, match=r"exactly the layers, differs in \['first', 'other'\]"):
+        found.predicted({"other" if n == "first" else n: b for n, b in chosen.items()})
+    with pytest.raises(ValueError, match="got 5 for fragile"):
+        found.predicted({**chosen, "fragile": 5})
+    with pytest.raises(ValueError, match="count must be at least 1, got 0"):
+        found.worst(0)
+
+
+def test_files(branches: tuple[Branches, Tensor, Sensitivity], tmp_path: Path) -> None:
+    _, _, found = branches
+    path = tmp_path / "sensitivity.json"
+    found.save(path)
+    assert Sensitivity.load(path) == found
+    assert Sensitivity.load(path).suggest(3) == found.suggest(3)
+    assert list(tmp_path.iterdir()) == [path]
+    values = json.loads(path.read_text())
+    for change, message in (
+        ({"format": "other"}, "format 'adaround_ext.sensitivity.1', got 'other'"),
+        ({"more": 1}, "unknown 'more'"),
+        ({"bits": [2, 3, 4]}, "a number for each of"),
+        ({"weights": {"first": 3}}, "must have the layers as keys"),
+        ({"batches": "2"}, "batches must be int, got str"),
+    ):
+        path.write_text(json.dumps(values | change))
+        with pytest.raises(ValueError, match=f"written by Sensitivity.save: .*{message}"):
+            Sensitivity.load(path)
+
+
+def test_the_table(branches: tuple[Branches, Tensor, Sensitivity]) -> None:
+    _, _, found = branches
+    lines = str(found).splitlines()
+    assert lines[1].split() == [
+        "layer",
+        "weights",
+        "2",
+        "bits",
+        "3",
+        "bits",
+        "4",
+        "bits",
+        "8",
+        "bits",
+    ]
+    assert [line.split()[0] for line in lines[2:]] == list(found.worst())
+    assert len({len(line) for line in lines[1:]}) == 1
+    values = found.to_dict() | {"average_bits": 3.0}
+    lines = str(Sensitivity.from_dict(values)).splitlines()
+    assert [int(line.split()[-1]) for line in lines[2:-1]] == [
+        found.suggest(3)[name] for name in found.worst()
+    ]
+    assert "chosen for at most 3 bits" in lines[-1]
+
+
+def test_the_heat_map(
+    branches: tuple[Branches, Tensor, Sensitivity],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("matplotlib")
+    _, _, found = branches
+    path = tmp_path / "map.png"
+    figure = found.plot(path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(found.layers)
+    shown = axes.images[0].get_array()
+    assert shown.tolist() == [list(found.network[name].values()) for name in found.layers]
+    names = tuple(f"layer.{i}" for i in range(130))
+    errors = {name: {2: math.inf, 4: 0.0} for name in names}
+    many = Sensitivity("$Many", names, dict.fromkeys(names, 1), (2, 4), errors, errors, None, 1, ())
+    assert (
+        not many.plot(tmp_path / "many.svg")
+        .axes[0]
+        .get_yticklabels()[0]
+        .get_text()
+        .startswith("layer")
+    )
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="adaround_ext with its extra 'demo'"):
+        found.plot()
