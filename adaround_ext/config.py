@@ -10,7 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from adaround_ext.wording import nearest_first, suggestion
+from adaround_ext.checks import (
+    check_flag,
+    check_int,
+    check_number,
+    fail,
+    nearest_first,
+    refuse_unknown,
+    suggestion,
+)
 
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
 
@@ -258,39 +266,3 @@ def _plain(config: AdaRoundConfig) -> dict[str, Any]:
     values["beta"] = list(config.beta)
     values["starts"] = None if config.starts is None else list(config.starts)
     return values
-
-
-def refuse_unknown(kind: type[Any], values: Mapping[str, Any]) -> None:
-    """ValueError for a key that is no field of the dataclass ``kind``."""
-    known = {field.name for field in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        names = ", ".join(nearest_first(unknown[0], known))
-        raise ValueError(f"{kind.__name__} has no {unknown[0]!r}; it has {names}")
-
-
-def fail(name: str, rule: str, got: object) -> None:
-    raise ValueError(f"{name} must be {rule}, got {got!r}")
-
-
-def check_flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        fail(name, "True or False", value)
-
-
-def check_int(name: str, value: object, least: int, most: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least or (most is not None and value > most):
-        fail(name, f"at least {least}" if most is None else f"from {least} to {most}", value)
-
-
-def check_number(
-    name: str, value: object, least: float, most: float = float("inf"), exclusive: bool = False
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    finite = value == value and abs(value) != float("inf")
-    if not finite or not least <= value <= most or (exclusive and value == least):
-        bound = f"above {least}" if exclusive else f"at least {least}"
-        fail(name, bound if most == float("inf") else f"from {least} to {most}", value)

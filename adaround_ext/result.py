@@ -13,12 +13,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from adaround_ext import ops
 from adaround_ext.files import path_from, whole_file
-from adaround_ext.fingerprint import add_tensor
 from adaround_ext.layers.matrix import MatrixLayer
-from adaround_ext.ops import rounding as ops
-from adaround_ext.report.figure import as_shape
 from adaround_ext.report.layer import LayerReport
+from adaround_ext.report.text import as_shape
+from adaround_ext.tensors import add_tensor
 
 _FORMAT = "adaround_ext.layer.3"
 

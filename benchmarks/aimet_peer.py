@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from adaround_ext import ActivationConfig, quantize_
-from adaround_ext.export.aimet.export import export_aimet
-from adaround_ext.export.onnx.names import bind
+from adaround_ext.export.aimet import export_aimet
 from adaround_ext.export.runner import output_tensors
+from adaround_ext.export.torch_export import bind
 from adaround_ext.tracing.arguments import Arguments
 from benchmarks import common, digits, minilm
 from benchmarks.common import Options, Target

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaround_ext import optimize_layer
+from adaround_ext import optimize_layer, reference
 from adaround_ext.grid import QuantGrid, nearest_codes
-from adaround_ext.reference import rounding as reference
 from benchmarks import common, workloads
 from benchmarks.common import Options, Target
 from benchmarks.workloads import Workload

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaround_ext.ops import rounding as ops
-from adaround_ext.ops.packing import pack_bits, packed_linear, unpack_bits
+from adaround_ext import ops
+from adaround_ext.ops import pack_bits, packed_linear, unpack_bits
 from benchmarks import common
 from benchmarks.common import Options, Target, Timing
 

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaround_ext import AdaRoundConfig
+from adaround_ext import AdaRoundConfig, ops
 from adaround_ext.grid import QuantGrid, make_grid
 from adaround_ext.linalg.precision import full_precision
 from adaround_ext.linalg.products import fixed_bmm
-from adaround_ext.ops import rounding as ops
 from adaround_ext.rounding.gptq import GptqFactor
 from benchmarks import common
 from benchmarks.common import Options, Target

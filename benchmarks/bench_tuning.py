@@ -14,7 +14,7 @@ from adaround_ext.config import AdaRoundConfig
 from adaround_ext.grid import nearest_codes
 from adaround_ext.layers.inputs import batches
 from adaround_ext.layers.matrix import matrix_layer
-from adaround_ext.ops.rounding import dequantize
+from adaround_ext.ops import dequantize
 from adaround_ext.presets import settings
 from adaround_ext.rounding.anneal import anneal
 from adaround_ext.rounding.gram_objective import GramObjective

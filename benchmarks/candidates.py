@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaround_ext.ops import rounding as ops
-from adaround_ext.reference import rounding as reference
-from adaround_ext.rounding.schedule import schedule_table
+from adaround_ext import ops, reference
+from adaround_ext.rounding.anneal import schedule_table
 
 QMIN, QMAX = -8, 7
 OURS, BFLOAT16, EAGER, COMPILED = "ours", "ours bfloat16", "eager", "compiled"

@@ -15,7 +15,7 @@ from adaround_ext.config import AdaRoundConfig
 from adaround_ext.grid import QuantGrid, baseline_codes, make_grid, nearest_codes
 from adaround_ext.layers import inputs as data
 from adaround_ext.layers.matrix import matrix_layer
-from adaround_ext.ops.rounding import dequantize
+from adaround_ext.ops import dequantize
 from adaround_ext.rounding.gptq import GptqFactor
 from adaround_ext.statistics.moments import GramStatistics
 from benchmarks import common

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from adaround_ext import reference
 from adaround_ext.grid import QuantGrid
-from adaround_ext.ops.rounding import dequantize
-from adaround_ext.reference import rounding as reference
+from adaround_ext.ops import dequantize
 from benchmarks import common
 from benchmarks.quality_layers import Subject
 from benchmarks.quality_methods import mse_grid

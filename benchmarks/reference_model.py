@@ -14,13 +14,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from adaround_ext import AdaRoundConfig
+from adaround_ext import AdaRoundConfig, reference
 from adaround_ext.grid import make_grid, nearest_codes
-from adaround_ext.ops.rounding import dequantize
+from adaround_ext.ops import dequantize
 from adaround_ext.planning.plan import Target, make_plan
-from adaround_ext.reference import rounding as reference
-from adaround_ext.reference.rounding import ReferenceConfig
-from adaround_ext.tracing.trace import evaluation, trace
+from adaround_ext.reference import ReferenceConfig
+from adaround_ext.tracing.evaluation import evaluation
+from adaround_ext.tracing.trace import trace
 from adaround_ext.transforms.batch_norm import fold_batch_norm_
 
 

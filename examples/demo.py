@@ -24,10 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from adaround_ext import AdaRoundConfig, LayerResult, optimize_layer
+from adaround_ext import AdaRoundConfig, LayerResult, optimize_layer, reference
 from adaround_ext.grid import QuantGrid, make_grid, nearest_codes
-from adaround_ext.ops.rounding import dequantize
-from adaround_ext.reference import rounding as reference
+from adaround_ext.ops import dequantize
 from benchmarks import common, minilm
 from examples import demo_plot
 

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from adaround_ext import AdaRoundConfig, quantize_
 from adaround_ext.config import Granularity
-from adaround_ext.reference.rounding import ReferenceConfig
+from adaround_ext.reference import ReferenceConfig
 from benchmarks import common, digits, reference_model
 
 CALIBRATION_IMAGES = 512

@@ -20,7 +20,7 @@ from adaround_ext.grid import (
     stored_scale,
 )
 from adaround_ext.linalg.tiles import PerDevice
-from adaround_ext.reference.rounding import dequantize, expand_grid
+from adaround_ext.reference import dequantize, expand_grid
 
 pytestmark = [pytest.mark.on_a_device, pytest.mark.usefixtures("one_thread")]
 both_kinds = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from adaround_ext.config import check_int, check_number, fail, refuse_unknown
+from adaround_ext.checks import check_int, check_number, fail, refuse_unknown
 from adaround_ext.grid import quant_range
 
 RANGES = ("mse", "min_max", "percentile")

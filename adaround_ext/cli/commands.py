@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaround_ext.checks import device_here
 from adaround_ext.cli import show as show
 from adaround_ext.cli.output import save, staged
 from adaround_ext.cli.sensitivity import layer_bits, without_left
@@ -25,13 +26,13 @@ from adaround_ext.export.goal.goal import Goal
 from adaround_ext.export.goal.targets import EXPORT_TARGETS
 from adaround_ext.layers.matrix import SUPPORTED
 from adaround_ext.model.quantize import quantize_
-from adaround_ext.model_checks import device_here
 from adaround_ext.ops.library import build_info
 from adaround_ext.planning.plan import make_plan
 from adaround_ext.replay.cache import MEMORY_BUDGET, ActivationCache
 from adaround_ext.replay.calibration import Calibration
 from adaround_ext.report.model import ModelReport
-from adaround_ext.tracing.trace import ModuleCall, Trace, Value, evaluation, trace
+from adaround_ext.tracing.evaluation import evaluation
+from adaround_ext.tracing.trace import ModuleCall, Trace, Value, trace
 
 
 def quantize(args: Namespace) -> Output:

@@ -11,6 +11,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from adaround_ext.checks import some
 from adaround_ext.cli.options import DTYPES
 from adaround_ext.cli.sources import Source, check_data, load_data, load_model
 from adaround_ext.export.formats import FORMATS, TRACED, export_model
@@ -18,7 +19,6 @@ from adaround_ext.export.goal.targets import EXPORT_TARGETS
 from adaround_ext.export.manifest import NAME, new_folder, read_manifest
 from adaround_ext.export.packed.save import KIND, load_quantized
 from adaround_ext.export.parity import verify as compare
-from adaround_ext.wording import some
 
 _EXAMPLE = "A short text, as this model may get it."
 

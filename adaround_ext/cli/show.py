@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from adaround_ext.planning.plan import Plan
-from adaround_ext.report.figure import as_bytes, as_count, as_percent, as_time
 from adaround_ext.report.model import LayerEntry, ModelReport
+from adaround_ext.report.text import as_bytes, as_count, as_percent, as_time
 
 Output = tuple[dict[str, Any] | None, str]  # no document: another process has it
 _TOTALS = (

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaround_ext.checks import device_here
 from adaround_ext.cli.models import NAME, NamedModel, Source, imported, load_model, name_model
 from adaround_ext.cli.options import DTYPES
-from adaround_ext.conversion import converted
 from adaround_ext.export.goal.targets import EXPORT_TARGETS
-from adaround_ext.model_checks import device_here
+from adaround_ext.tensors import converted
 
 __all__ = [
     "NamedModel",

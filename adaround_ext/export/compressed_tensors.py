@@ -31,7 +31,7 @@ from adaround_ext.export.hugging_face import (
 from adaround_ext.export.manifest import new_export, read_manifest
 from adaround_ext.export.quantized_layers import LEAVE_OUT, QuantizedLayer, quantized_layers, refuse
 from adaround_ext.export.runner import Runner, module_runner
-from adaround_ext.ops.packing import pack_bits
+from adaround_ext.ops import pack_bits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -62,3 +62,11 @@ def export_model(
         module.export_aimet(model, batch, folder)
     else:
         module.export_gguf(model, folder)
+
+
+def need(what: str, extra: str, *packages: str) -> None:
+    """ImportError saying that ``what`` needs a package, and which extra of ours brings it."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            hint = f'pip install "adaround_ext[{extra}]"'
+            raise ImportError(f"{what} needs the package {package}: {hint}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from adaround_ext.export.runner import module_runner
-from adaround_ext.tracing.trace import tensors
+from adaround_ext.tensors import tensors
 
 DTYPES = (torch.float16, torch.bfloat16)
 _FACTOR = 4  # two runs lie on either side of float32's, and a measure of few outputs is uncertain

@@ -15,8 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from adaround_ext.files import share_files
-from adaround_ext.json_values import check_keys, check_type, write_atomically
+from adaround_ext.files import check_keys, check_type, share_files, write_atomically
 
 NAME = "adaround.json"
 _FORMAT = "adaround_ext.export.1"

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaround_ext.checks import check_module, some
 from adaround_ext.export.formats import format_module
 from adaround_ext.export.half_precision import HalfPrecision, changed
 from adaround_ext.export.manifest import path_of, read_manifest
 from adaround_ext.export.runner import Runner, module_runner
-from adaround_ext.model_checks import check_module
+from adaround_ext.tensors import tensors
 from adaround_ext.tracing.arguments import Arguments
-from adaround_ext.tracing.trace import evaluation, tensors
-from adaround_ext.wording import some
+from adaround_ext.tracing.evaluation import evaluation
 
 TOLERANCE = 1e-5  # of the relative error: float32 sums in another order
 

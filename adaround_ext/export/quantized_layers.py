@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from adaround_ext.checks import check_module, some
 from adaround_ext.grid import quant_range
 from adaround_ext.layers.matrix import MatrixLayer, matrix_layer
-from adaround_ext.model_checks import check_module
 from adaround_ext.result import QuantizedWeight
-from adaround_ext.wording import some
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,11 +26,9 @@ from adaround_ext.export.hugging_face import (
     skeleton,
 )
 from adaround_ext.export.manifest import new_export, read_manifest
-from adaround_ext.export.onnx.names import ordered
-from adaround_ext.export.onnx.program import NAMES_HINT
-from adaround_ext.export.onnx.trace import automatic_shapes, signature_of
 from adaround_ext.export.quantized_layers import LEAVE_OUT, QuantizedLayer, quantized_layers, refuse
 from adaround_ext.export.runner import Runner, module_runner, output_tensors
+from adaround_ext.export.torch_export import NAMES_HINT, automatic_shapes, ordered, signature_of
 from adaround_ext.tracing.arguments import arguments
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from adaround_ext.checks import check
 from adaround_ext.layers.matrix import MatrixLayer
 
 Data = Tensor | Iterable[Tensor]
@@ -161,36 +162,3 @@ def _single(item: object) -> object:
 
 def _tuple(item: object) -> tuple[Tensor, ...]:
     return tuple(item) if isinstance(item, (list, tuple)) else (item,)  # type: ignore[return-value]
-
-
-def check(argument: str, value: object, device: torch.device, name: str) -> Tensor:
-    """The tensor without its graph; see :func:`batches` for what is refused."""
-    tensor = check_kind(argument, value, device)
-    # One cheap pass: a sum is finite unless a value is not, or it overflows: then none is counted.
-    if not bool(has_finite_sum(tensor)):
-        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-        if bad:
-            raise infinite(argument, name, f"{bad} NaN or infinite values")
-    return tensor
-
-
-def check_kind(argument: str, value: object, device: torch.device) -> Tensor:
-    """:func:`check` without a look at the values."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{argument} must hold tensors, got {type(value).__name__}")
-    if not value.is_floating_point():
-        raise TypeError(f"{argument} must be floating point, got {value.dtype}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{argument} must be strided tensors, got {value.layout}")
-    if value.device != device:
-        raise ValueError(f"{argument} must be on the layer's device {device}, got {value.device}")
-    return value.detach()
-
-
-def has_finite_sum(value: Tensor) -> Tensor:
-    """On the value's device; of float32, which holds what numbers of 16 bits add up to."""
-    return torch.isfinite(value.sum(dtype=torch.promote_types(value.dtype, torch.float32)))
-
-
-def infinite(argument: str, name: str, found: str) -> ValueError:
-    return ValueError(f"{argument} of {name} must be finite, got {found}")

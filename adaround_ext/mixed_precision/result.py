@@ -10,12 +10,11 @@ from glob import escape
 from math import fsum, inf
 from typing import TYPE_CHECKING, Any
 
-from adaround_ext.files import path_from
-from adaround_ext.json_values import check_keys, read_value, write_atomically
+from adaround_ext.files import check_keys, path_from, read_value, write_atomically
 from adaround_ext.mixed_precision.assign import assign_bits, check_budget
 from adaround_ext.report.coverage import FEW
-from adaround_ext.report.figure import FAINT, INK, as_count, as_percent
-from adaround_ext.wording import warning_lines
+from adaround_ext.report.figure import FAINT, INK
+from adaround_ext.report.text import as_count, as_percent, warning_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,18 +14,19 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from adaround_ext.config import AdaRoundConfig, check_int, make_config
+from adaround_ext.checks import check_devices, check_int, check_module
+from adaround_ext.config import AdaRoundConfig, make_config
 from adaround_ext.distributed import ALONE
 from adaround_ext.linalg.precision import full_precision
 from adaround_ext.mixed_precision.assign import check_budget
 from adaround_ext.mixed_precision.result import Errors, Sensitivity
 from adaround_ext.model.apply import swapped
-from adaround_ext.model.collector import Collector, Unit, parallel_segments
+from adaround_ext.model.collector import Collector
 from adaround_ext.model.fitter import of_calls
-from adaround_ext.model.prepare import BatchNorm, prepare_
+from adaround_ext.model.prepare import prepare_
 from adaround_ext.model.solve_units import problems_of, take_alike
+from adaround_ext.model.units import Unit, parallel_segments
 from adaround_ext.model.workspace import Choices, Traces, analyse
-from adaround_ext.model_checks import check_devices, check_module
 from adaround_ext.planning.overrides import Overrides, check_overrides
 from adaround_ext.planning.plan import FilterFn, Target
 from adaround_ext.process.omp_waits import short_waits_when_busy
@@ -38,8 +39,10 @@ from adaround_ext.replay.replay import Replay, Watch
 from adaround_ext.report.coverage import few_quantized
 from adaround_ext.result import LayerResult, QuantizedWeight
 from adaround_ext.rounding.solve import solve
+from adaround_ext.tensors import tensors
+from adaround_ext.tracing.evaluation import evaluation
 from adaround_ext.tracing.padding import PaddingMask
-from adaround_ext.tracing.trace import evaluation, tensors
+from adaround_ext.transforms.batch_norm import BatchNorm
 
 _SAMPLES = 64  # that the network's error is measured on, about
 

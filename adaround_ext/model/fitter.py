@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from adaround_ext.checks import some
 from adaround_ext.distributed import Ranks
 from adaround_ext.model.apply import swapped
 from adaround_ext.model.checkpoint import Checkpoint
-from adaround_ext.model.collector import Collector, Unit
+from adaround_ext.model.collector import Collector
 from adaround_ext.model.mapped import Offload
 from adaround_ext.model.progress import FittingBar
 from adaround_ext.model.solve_units import owners_of, solved, solved_apart, take_alike
+from adaround_ext.model.units import Unit
 from adaround_ext.planning.plan import Target
 from adaround_ext.replay.calibration import Calibration
 from adaround_ext.replay.census import NewCalls, batches_to_trace
@@ -27,7 +29,6 @@ from adaround_ext.replay.replay import Replay, Watch
 from adaround_ext.replay.reuse import Wanted
 from adaround_ext.report.layer import LayerReport
 from adaround_ext.result import LayerResult, QuantizedWeight
-from adaround_ext.wording import some
 
 _logger = logging.getLogger("adaround_ext")
 _NAMED = 8  # layers in one note

@@ -15,9 +15,8 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from adaround_ext.checks import check_module, some
 from adaround_ext.files import path_from
-from adaround_ext.model_checks import check_module
-from adaround_ext.wording import some
 
 
 def map_weights_(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:

@@ -17,24 +17,24 @@ from torch.nn.parameter import is_lazy
 from adaround_ext.activations.hooks import full_precision_activations
 from adaround_ext.activations.hooks import quantizers as quantizers_of
 from adaround_ext.activations.quantizer import ActivationConfig
+from adaround_ext.checks import check_devices, check_module, device_here, refuse_inference, some
 from adaround_ext.config import AdaRoundConfig
 from adaround_ext.distributed import Ranks, Reduction
 from adaround_ext.export.goal.goal import Goal
-from adaround_ext.fingerprint import model_digest
 from adaround_ext.model.apply import apply_, uninterrupted
 from adaround_ext.model.checkpoint import Checkpoint, traced_batches
-from adaround_ext.model.collector import Unit, parallel_segments, sequential_segments
 from adaround_ext.model.fitter import Fitter, wanted_by
 from adaround_ext.model.mapped import Offload
-from adaround_ext.model.prepare import BatchNorm, prepare_, quantize_activations_
-from adaround_ext.model.run_record import plain_config, plain_name, run_fingerprint, versions
-from adaround_ext.model.workspace import Choices, Traces, analyse
-from adaround_ext.model_checks import (
-    check_devices,
-    check_module,
-    device_here,
-    refuse_inference,
+from adaround_ext.model.prepare import prepare_, quantize_activations_
+from adaround_ext.model.run_record import (
+    model_digest,
+    plain_config,
+    plain_name,
+    run_fingerprint,
+    versions,
 )
+from adaround_ext.model.units import Unit, parallel_segments, sequential_segments
+from adaround_ext.model.workspace import Choices, Traces, analyse
 from adaround_ext.planning.overrides import Overrides, check_overrides
 from adaround_ext.planning.plan import FilterFn, Plan
 from adaround_ext.process.memory import device_memory, free_device_memory, host_memory
@@ -48,9 +48,9 @@ from adaround_ext.replay.replay import Replay
 from adaround_ext.report.coverage import few_quantized
 from adaround_ext.report.model import LayerEntry, ModelReport
 from adaround_ext.tracing.blocks import BlockCall, Blocks
+from adaround_ext.tracing.evaluation import evaluation
 from adaround_ext.tracing.padding import PaddingMask
-from adaround_ext.tracing.trace import evaluation
-from adaround_ext.wording import some
+from adaround_ext.transforms.batch_norm import BatchNorm
 
 _logger = logging.getLogger("adaround_ext")
 _MODES = ("sequential", "parallel")

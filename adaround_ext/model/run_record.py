@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from typing import Any
 
 import torch
+from torch import nn
 
 from adaround_ext.config import make_config
 from adaround_ext.ops.library import build_info
 from adaround_ext.planning.plan import Plan, Target
 from adaround_ext.replay.calibration import Calibration
+from adaround_ext.tensors import add_tensor
 from adaround_ext.tracing.blocks import BlockCall
 
 
@@ -51,3 +54,14 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def model_digest(model: nn.Module) -> str:
+    """Of all parameters and buffers, with their names, and the modules' classes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, module in model.named_modules():
+        digest.update(f"{name}: {type(module).__qualname__};".encode())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(f"{name}=".encode())
+        add_tensor(digest, tensor)
+    return digest.hexdigest()

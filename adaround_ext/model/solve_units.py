@@ -8,7 +8,8 @@ from adaround_ext.config import AdaRoundConfig
 from adaround_ext.distributed import ALONE, Ranks
 from adaround_ext.layers.matrix import MatrixLayer
 from adaround_ext.linalg.precision import full_precision
-from adaround_ext.model.collector import Collector, Unit
+from adaround_ext.model.collector import Collector
+from adaround_ext.model.units import Unit
 from adaround_ext.result import LayerResult
 from adaround_ext.rounding.problem import Problem
 from adaround_ext.rounding.solve import solve

@@ -10,8 +10,7 @@ from torch import nn
 
 from adaround_ext.config import AdaRoundConfig
 from adaround_ext.export.goal.goal import Goal
-from adaround_ext.model.collector import Unit, make_units
-from adaround_ext.model.prepare import unlike_layers
+from adaround_ext.model.units import Unit, make_units
 from adaround_ext.planning.overrides import Overrides
 from adaround_ext.planning.plan import FilterFn, Plan, make_plan
 from adaround_ext.replay.calibration import Calibration
@@ -19,6 +18,7 @@ from adaround_ext.tracing.blocks import BlockCall, Blocks, block_calls, find_blo
 from adaround_ext.tracing.dataflow import Dataflow, dataflow
 from adaround_ext.tracing.merged import merge_traces
 from adaround_ext.tracing.padding import PaddingMask, PaddingMasks
+from adaround_ext.tracing.plain_layers import unlike_layers
 from adaround_ext.tracing.trace import Trace, trace
 
 

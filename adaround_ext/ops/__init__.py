@@ -16,14 +16,12 @@ The source is Nagel et al., "Up or Down?", ICML 2020; formulas: csrc/rounding_ma
 from adaround_ext.ops.packing import pack_bits, packed_linear, unpack_bits
 from adaround_ext.ops.rounding import (
     dequantize,
-    gptq,
     hard_quantize,
-    refine_,
     rounding_step_,
     soft_quantize,
     soft_quantize_with_grad,
-    tabu_search_,
 )
+from adaround_ext.ops.search import gptq, refine_, tabu_search_
 
 __all__ = [
     "dequantize",

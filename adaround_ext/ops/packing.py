@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaround_ext.ops.rounding import _check_same_device, _code_dtype, _ops, dequantize
+from adaround_ext.ops.common import check_same_device, code_dtype, native_ops
+from adaround_ext.ops.rounding import dequantize
 
 
 def _packed_bytes(cols: int, bits: int) -> int:
@@ -35,7 +36,7 @@ def pack_bits(codes: Tensor, bits: int, qmin: int) -> Tensor:
     On the CPU a code outside [qmin, qmin + 2^bits - 1] is an error; on CUDA, which would have to
     wait for the values, only the low ``bits`` bits of code - qmin are kept.
     """
-    return _ops.pack_bits(codes, bits, qmin)  # type: ignore[no-any-return]
+    return native_ops.pack_bits(codes, bits, qmin)  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake("adaround_ext::pack_bits")
@@ -47,13 +48,13 @@ def _(codes: Tensor, bits: int, qmin: int) -> Tensor:
 
 def unpack_bits(packed: Tensor, bits: int, cols: int, qmin: int) -> Tensor:
     """``codes`` [rows, cols], the inverse of :func:`pack_bits`; the last byte's rest is ignored."""
-    return _ops.unpack_bits(packed, bits, cols, qmin)  # type: ignore[no-any-return]
+    return native_ops.unpack_bits(packed, bits, cols, qmin)  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake("adaround_ext::unpack_bits")
 def _(packed: Tensor, bits: int, cols: int, qmin: int) -> Tensor:
     _check_matrix("packed", packed)
-    return packed.new_empty((packed.shape[0], cols), dtype=_code_dtype(qmin))
+    return packed.new_empty((packed.shape[0], cols), dtype=code_dtype(qmin))
 
 
 def packed_linear(
@@ -74,7 +75,7 @@ def packed_linear(
     to PyTorch's product: a kernel of our own would have to be measured first. Differentiable in
     ``x`` and ``bias``.
     """
-    return _ops.packed_linear(x, packed, scale, zero_point, bias, bits, qmin)  # type: ignore[no-any-return]
+    return native_ops.packed_linear(x, packed, scale, zero_point, bias, bits, qmin)  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake("adaround_ext::packed_linear")
@@ -88,7 +89,7 @@ def _(
     qmin: int,
 ) -> Tensor:
     _check_matrix("packed", packed)
-    _check_same_device(x=x, packed=packed, scale=scale, zero_point=zero_point, bias=bias)
+    check_same_device(x=x, packed=packed, scale=scale, zero_point=zero_point, bias=bias)
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from adaround_ext.wording import some
+from adaround_ext.checks import some
 
 _PREFIX = (
     "lora_"  # lora_A and lora_B of peft, lora_a and lora_b of torchtune, lora_up and lora_down

@@ -8,17 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from adaround_ext.checks import some, suggestion
 from adaround_ext.config import AdaRoundConfig, make_config, with_granularity
-from adaround_ext.wording import some, suggestion
+from adaround_ext.tracing.evaluation import plain_module_name
 
 Overrides = Mapping[str | type[nn.Module], Mapping[str, Any] | str]
 RESERVED = ("<first>", "<last>")  # in execution order
-_COMPILED = "_orig_mod"  # what torch.compile has put between a module's name and its layers'
-
-
-def plain_module_name(name: str) -> str:
-    """A module's name as it is without torch.compile."""
-    return ".".join(part for part in name.split(".") if part != _COMPILED)
 
 
 def module_names(model: nn.Module) -> dict[nn.Module, list[str]]:

@@ -11,14 +11,15 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from adaround_ext.config import AdaRoundConfig, check_flag
+from adaround_ext.checks import check_flag
+from adaround_ext.config import AdaRoundConfig
 from adaround_ext.layers.matrix import SUPPORTED, MatrixLayer, matrix_layer
 from adaround_ext.planning.adapters import adapter_note
 from adaround_ext.planning.overrides import RESERVED, LayerSettings, Overrides, module_names
+from adaround_ext.tensors import extent
 from adaround_ext.tracing.dataflow import Dataflow
 from adaround_ext.tracing.padding import PaddingMasks
 from adaround_ext.tracing.trace import ModuleCall, Trace, Value
-from adaround_ext.transforms.verified import extent
 
 FilterFn = Callable[[nn.Module, str], bool]
 _NORMS = "Norm"

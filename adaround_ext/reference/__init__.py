@@ -6,30 +6,24 @@ in the dtype of its arguments. :func:`optimize` is the paper's whole algorithm. 
 package imports it.
 """
 
+from adaround_ext.reference.packing import pack_bits, packed_linear, unpack_bits
+from adaround_ext.reference.paper import Optimizer, ReferenceConfig, cosine_beta, optimize
 from adaround_ext.reference.rounding import (
     ADAM_BETAS,
     ADAM_EPS,
     FRACTION_MARGIN,
     GAMMA,
     ZETA,
-    Optimizer,
-    ReferenceConfig,
-    cosine_beta,
     dequantize,
     expand_grid,
     hard_quantize,
     initial_v,
-    optimize,
-    pack_bits,
-    packed_linear,
     rectified_sigmoid,
-    refine_,
     round_reg,
     rounding_step_,
     soft_quantize,
-    unpack_bits,
 )
-from adaround_ext.reference.search import gptq, tabu_search_
+from adaround_ext.reference.search import gptq, refine_, tabu_search_
 
 __all__ = [
     "ADAM_BETAS",

@@ -1,9 +1,11 @@
-"""GPTQ and the tabu search in plain PyTorch, the oracle of ops.gptq and ops.tabu_search_.
+"""Search over codes in plain PyTorch: the oracle of refine_, tabu_search_ and gptq.
 
 Shapes and names as in :mod:`adaround_ext.ops`; everything runs in the dtype of its arguments.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -98,3 +100,40 @@ def tabu_search_(
             if change < best_change:
                 best_change = change
                 codes[row], residual[row] = now.to(codes.dtype), r
+
+
+def refine_(
+    codes: Tensor,
+    residual: Tensor,
+    gram: Tensor,
+    scale: Tensor,
+    qmin: int,
+    qmax: int,
+    max_sweeps: int,
+) -> None:
+    """Cyclic coordinate descent on e G e^T over the whole grid, row by row.
+
+    ``residual`` is e G. Changing code j by k changes the row's objective by
+    2 d residual_j + d^2 G_jj with d = k s_j, so the best k is round(-residual_j / (G_jj s_j)).
+    A change must lie 1e-4 of a step past the midpoint. Ends when a sweep changes nothing.
+    """
+    rows, cols = codes.shape
+    s = expand_grid(scale, rows, cols)
+    rows_per_gram = rows // gram.shape[0]
+    for row in range(rows):
+        g = gram[row // rows_per_gram]
+        for _ in range(max_sweeps):
+            changed = False
+            for j in range(cols):
+                curvature = float(g[j, j] * s[row, j])
+                now = int(codes[row, j])
+                pull = -float(residual[row, j])
+                if not abs(pull) > (0.5 + 1e-4) * curvature or not curvature > 0:
+                    continue
+                code = min(max(now + math.floor(pull / curvature + 0.5), qmin), qmax)
+                if code != now:
+                    codes[row, j] = code
+                    residual[row] += (code - now) * s[row, j] * g[j]
+                    changed = True
+            if not changed:
+                break

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from adaround_ext.distributed import Ranks
-from adaround_ext.fingerprint import add_tensor
 from adaround_ext.replay.cache import ActivationCache
 from adaround_ext.replay.samples import cut
+from adaround_ext.tensors import add_tensor, tensors
 from adaround_ext.tracing.arguments import Arguments
 from adaround_ext.tracing.evaluation import gpus, seed_all
 from adaround_ext.tracing.padding import MADE, PaddingMask
-from adaround_ext.tracing.trace import tensors
 
 ForwardFn = Callable[[nn.Module, Any], object]
 # Statistics are summed segment by segment: few, since ranks keep a matrix for each of theirs, and

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from adaround_ext.layers.matrix import SUPPORTED
 from adaround_ext.replay.checksums import EXACT, REPEATED, ROUNDED, Marks
-from adaround_ext.tracing.trace import Trace, tensors, unwatched
+from adaround_ext.tensors import tensors
+from adaround_ext.tracing.trace import Trace, unwatched
 
 
 class NewCalls(Exception):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from adaround_ext.replay.cache import ActivationCache
-from adaround_ext.tracing.trace import version
+from adaround_ext.tensors import version
 
 Stream = Literal["full", "quantized"]
 _Key = tuple[Stream, int, int]

@@ -23,8 +23,9 @@ from adaround_ext.replay.checksums import Marks
 from adaround_ext.replay.onload import Residence
 from adaround_ext.replay.recordings import Recordings, Stream, other_forwards
 from adaround_ext.replay.reuse import Kept, Wanted
+from adaround_ext.tensors import tensors
 from adaround_ext.tracing.blocks import BlockCall
-from adaround_ext.tracing.trace import ModuleCall, tensors
+from adaround_ext.tracing.trace import ModuleCall
 
 Context = Callable[[], AbstractContextManager[object]]
 

@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from adaround_ext.model.prepare import is_plain
 from adaround_ext.replay.cache import ActivationCache
 from adaround_ext.replay.recordings import other_forwards
 from adaround_ext.tracing.blocks import BlockCall
+from adaround_ext.tracing.plain_layers import is_plain
 from adaround_ext.tracing.trace import ModuleCall
 
 _Key = tuple[Literal["wanted", "output"], int, nn.Module, int]  # and batch, layer, number of call

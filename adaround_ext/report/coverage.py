@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from adaround_ext.report.figure import as_count, as_percent
-from adaround_ext.wording import some
+from adaround_ext.checks import some
+from adaround_ext.report.text import as_count, as_percent
 
 FEW = "most parameters were not quantized"
 _REASONS = 3  # that are told

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from itertools import groupby
-from math import ceil, floor, inf, isfinite, log10
+from math import ceil, floor, inf, log10
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from adaround_ext.report.text import _tail, as_percent, as_time
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,62 +22,6 @@ _NAMED = 60  # more layers than this are numbered
 # The page's chart, in pixels: its panels from top to bottom and the room between them.
 _TOP, _ERROR, _BARS, _GAP, _AXIS = 22, 220, 56, 40, 58
 _LETTER = 6.1  # width of a letter of a label
-
-
-def as_percent(share: float) -> str:
-    """Three digits."""
-    if not isfinite(share):
-        return "n/a"
-    return f"{100 * share:.3g} %" if abs(share) < 9.995 else f"{100 * share:,.0f} %"
-
-
-def as_time(seconds: float) -> str:
-    """In the unit that fits."""
-    if not isfinite(seconds):
-        return "n/a"
-    if 0 < seconds < 0.0995:
-        return f"{1000 * seconds:.2g} ms"
-    if seconds < 99.95:
-        return f"{_three_digits(seconds)} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def as_bytes(count: float) -> str:
-    """In the binary unit that fits."""
-    if count < 1023.5:
-        return f"{count:.0f} bytes"
-    for unit in ("KiB", "MiB", "GiB"):
-        count /= 1024
-        if count < 1023.5 or unit == "GiB":
-            break
-    return f"{_three_digits(count)} {unit}"
-
-
-def as_count(count: int) -> str:
-    """From ten thousand on with three digits."""
-    if count < 10_000:
-        return str(count)
-    for scale, unit in ((1e3, "k"), (1e6, "M"), (1e9, "G")):
-        if count < 999.5 * scale or unit == "G":
-            break
-    return f"{_three_digits(count / scale)} {unit}"
-
-
-def as_shape(shape: Sequence[int]) -> str:
-    """As 384x1536."""
-    return "x".join(map(str, shape)) or "scalar"
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:,.0f}"
-
-
-def short_name(entry: LayerEntry, name: str | None = None) -> str:
-    """``name``, or the layer's own, within the layer's block."""
-    return (name or entry.name).removeprefix(f"{entry.block}.")
 
 
 def draw(report: ModelReport, path: Path | None) -> Figure:
@@ -302,6 +248,6 @@ def _finite(value: float) -> float:
     return value if -inf < value < inf else 0.0
 
 
-def _tail(name: str, length: int) -> str:
-    """The end of a long name, which tells more than its beginning."""
-    return name if len(name) <= length else "\N{HORIZONTAL ELLIPSIS}" + name[1 - length :]
+def short_name(entry: LayerEntry, name: str | None = None) -> str:
+    """``name``, or the layer's own, within the layer's block."""
+    return (name or entry.name).removeprefix(f"{entry.block}.")

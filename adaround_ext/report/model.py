@@ -10,12 +10,17 @@ from math import exp, fsum, inf, isfinite, log, prod
 from typing import TYPE_CHECKING, Any
 
 from adaround_ext.config import AdaRoundConfig
-from adaround_ext.files import path_from
-from adaround_ext.json_values import check_keys, check_type, read_value, write_atomically
+from adaround_ext.files import check_keys, check_type, path_from, read_value, write_atomically
 from adaround_ext.report.coverage import told_first
-from adaround_ext.report.figure import as_bytes, as_count, as_percent, as_shape, as_time
 from adaround_ext.report.layer import LayerReport
-from adaround_ext.wording import warning_lines
+from adaround_ext.report.text import (
+    as_bytes,
+    as_count,
+    as_percent,
+    as_shape,
+    as_time,
+    warning_lines,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

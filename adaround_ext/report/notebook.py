@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from adaround_ext.report.figure import as_count, as_percent
 from adaround_ext.report.page import chart, layers, notes, skipped, summary
 from adaround_ext.report.style import STYLE
+from adaround_ext.report.text import as_count, as_percent
 
 if TYPE_CHECKING:
     from adaround_ext.mixed_precision.result import Sensitivity

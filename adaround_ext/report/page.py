@@ -9,15 +9,9 @@ from html import escape
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from adaround_ext.report.figure import (
-    as_bytes,
-    as_count,
-    as_percent,
-    as_time,
-    short_name,
-    svg_chart,
-)
+from adaround_ext.report.figure import short_name, svg_chart
 from adaround_ext.report.style import SCRIPT, STYLE
+from adaround_ext.report.text import as_bytes, as_count, as_percent, as_time
 
 if TYPE_CHECKING:
     from adaround_ext.report.model import LayerEntry, ModelReport

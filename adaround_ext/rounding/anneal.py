@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from adaround_ext import ops, reference
 from adaround_ext.config import AdaRoundConfig
 from adaround_ext.grid import QuantGrid
 from adaround_ext.linalg.cuda_graph import repeat
 from adaround_ext.linalg.precision import tf32_products
-from adaround_ext.ops import rounding as ops
 from adaround_ext.presets import Settings
-from adaround_ext.reference import rounding as reference
-from adaround_ext.rounding.gram_objective import Objective
-from adaround_ext.rounding.schedule import schedule_table
+from adaround_ext.reference import ADAM_BETAS, cosine_beta
 
 _UNDECIDED = (0.05, 0.95)
 
@@ -80,3 +80,40 @@ def anneal(
     h = reference.rectified_sigmoid(state.v)
     undecided = (h > _UNDECIDED[0]) & (h < _UNDECIDED[1])
     return Annealed(state.v, soft, ops.hard_quantize(weight, state.v, *qrange), undecided)
+
+
+class Objective(Protocol):
+    """What the loop needs."""
+
+    as_error: bool  # gradient takes w_q - target instead of w_q
+    dtype: torch.dtype  # of the gradient and what it takes
+    generator: torch.Generator | None  # which gradient draws from
+
+    def gradient(self, weight_q: Tensor) -> Tensor:
+        """d loss / d weight_q [rows, cols] for the soft weights or errors [rows, cols]."""
+
+
+def schedule_table(
+    steps: int,
+    learning_rate: float,
+    reg_weight: float,
+    beta: tuple[float, float],
+    warmup: float,
+) -> Tensor:
+    """The schedule of :func:`adaround_ext.ops.rounding.rounding_step_`, float32 [steps, 5].
+
+    A row a step: beta, falling from beta[0] to beta[1] along half a cosine after the warm-up;
+    reg_weight, 0 during the warm-up; the learning rate; 1 - 0.9^t; sqrt(1 - 0.999^t), t from 1.
+    """
+    start = warmup * steps
+    rows = [
+        (
+            cosine_beta(step, steps, beta, warmup),
+            reg_weight if step >= start else 0.0,
+            learning_rate,
+            1 - ADAM_BETAS[0] ** (step + 1),
+            math.sqrt(1 - ADAM_BETAS[1] ** (step + 1)),
+        )
+        for step in range(steps)
+    ]
+    return torch.tensor(rows, dtype=torch.float32, device="cpu").view(steps, 5)

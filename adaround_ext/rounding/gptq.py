@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adaround_ext import ops
 from adaround_ext.grid import QuantGrid
 from adaround_ext.linalg.cholesky import Cholesky
-from adaround_ext.ops import rounding as ops
 
 
 @dataclass(frozen=True)

@@ -7,34 +7,20 @@ are independent: the activation function, where there is one, is elementwise.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from adaround_ext.layers.matrix import MatrixLayer
 from adaround_ext.linalg.products import fixed_bmm
 from adaround_ext.linalg.sums import double_sum
 from adaround_ext.rounding.gptq import GptqFactor, OrderedCholesky
-from adaround_ext.rounding.quadratic import Quadratic
+from adaround_ext.rounding.solution import Quadratic
 from adaround_ext.statistics.moments import GramStatistics
 
-_EVALUATION_BATCH = 64
 # What a Gram objective has a value or a row of for each row, beside _mismatch, which may be None.
 _OF_ROWS = ("target", "unit", "row_energies", "_weight", "_missed", "_constant")
-
-
-class Objective(Protocol):
-    """What the loop needs."""
-
-    as_error: bool  # gradient takes w_q - target instead of w_q
-    dtype: torch.dtype  # of the gradient and what it takes
-    generator: torch.Generator | None  # which gradient draws from
-
-    def gradient(self, weight_q: Tensor) -> Tensor:
-        """d loss / d weight_q [rows, cols] for the soft weights or errors [rows, cols]."""
 
 
 class GramObjective(Quadratic):
@@ -183,81 +169,3 @@ def _typical(diagonal: Tensor) -> Tensor:
     """Medians [groups] of what is not 0: a few huge inputs must not set the measure. 1 for none."""
     live = diagonal.masked_fill(diagonal <= 0, torch.nan)
     return live.nanmedian(1).values.nan_to_num(1.0)
-
-
-class SampledObjective:
-    """E ||f(W x) - f(w_q x^)||^2 over minibatches of samples: any activation function f.
-
-    ``inputs`` and ``targets`` (what the layer should give before f) are held on the device.
-    Minibatches are drawn there, with replacement, from an own generator.
-    """
-
-    as_error = False
-    dtype = torch.float32
-    centred = False
-    damping = 0.0
-
-    def __init__(
-        self,
-        layer: MatrixLayer,
-        weight: Tensor,
-        inputs: Tensor,
-        targets: Tensor,
-        activation: Callable[[Tensor], Tensor] | None,
-        batch_size: int,
-        normalize: bool,
-        seed: int,
-    ) -> None:
-        self._layer = layer
-        self._bias = layer.bias
-        self._inputs = inputs
-        self._activation: Callable[[Tensor], Tensor] = activation or torch.nn.Identity()
-        self._targets = self._activation(targets)
-        self._batch_size = batch_size
-        self.generator: torch.Generator | None = torch.Generator(inputs.device).manual_seed(seed)
-        mean = inputs.square().mean(dtype=torch.float64)
-        # Differences are divided, not their squares, which float32 does not hold for tiny inputs.
-        self._unit = float(mean.sqrt()) if normalize and mean > 0 else 1.0
-        zeros = torch.zeros_like(weight)
-        self.row_energies = self._mean_square(zeros, relative_to_zero=True)
-        if not bool(mean.isfinite() & self.row_energies.isfinite().all()):
-            raise ValueError(
-                f"inputs and targets of {layer.layer} must be so small that float32 holds the "
-                "squares of outputs, got larger values"
-            )
-
-    def gradient(self, weight_q: Tensor) -> Tensor:
-        chosen = torch.randint(
-            len(self._inputs),
-            (self._batch_size,),
-            generator=self.generator,
-            device=self._inputs.device,
-        )
-        x, y = self._inputs[chosen], self._targets[chosen]
-        with torch.enable_grad():
-            leaf = weight_q.detach().requires_grad_()
-            difference = (self._outputs(x, leaf) - y) / self._unit
-            positions = y.numel() // y.shape[1]
-            loss = difference.square().sum() / positions
-            (grad,) = torch.autograd.grad(loss, leaf)
-        return grad.contiguous()
-
-    def row_losses(self, weight_q: Tensor) -> Tensor:
-        """The loss of each row on all samples, float64 [rows]."""
-        return self._mean_square(weight_q, relative_to_zero=False)
-
-    def _outputs(self, x: Tensor, matrix: Tensor) -> Tensor:
-        weight = self._layer.weight_from_matrix(matrix)
-        return self._activation(self._layer.forward(x, weight, self._bias))
-
-    def _mean_square(self, weight_q: Tensor, relative_to_zero: bool) -> Tensor:
-        """Mean over samples and positions of (outputs - targets)^2, or of targets^2, [rows]."""
-        total = torch.zeros(weight_q.shape[0], dtype=torch.float64, device=weight_q.device)
-        for x, y in zip(
-            self._inputs.split(_EVALUATION_BATCH),
-            self._targets.split(_EVALUATION_BATCH),
-            strict=True,
-        ):
-            difference = y if relative_to_zero else self._outputs(x, weight_q) - y
-            total += double_sum(difference.square().transpose(0, 1).flatten(1), 1)
-        return total / (self._targets.numel() // self._targets.shape[1])

@@ -14,7 +14,8 @@ from adaround_ext.linalg.precision import tf32_products
 from adaround_ext.presets import Settings
 from adaround_ext.rounding.anneal import anneal
 from adaround_ext.rounding.gram_objective import GramObjective
-from adaround_ext.rounding.problem import Outcome, Problem, Stopwatch
+from adaround_ext.rounding.outcome import Outcome, Stopwatch
+from adaround_ext.rounding.problem import Problem
 from adaround_ext.rounding.scales import refit_scales, search_group_scales, search_scales
 from adaround_ext.rounding.search import descend, improvable, search_all
 from adaround_ext.rounding.solution import Solution

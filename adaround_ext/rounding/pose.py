@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from adaround_ext.config import AdaRoundConfig
 from adaround_ext.layers.matrix import MatrixLayer
 from adaround_ext.linalg.products import annealing_dtype
-from adaround_ext.rounding.gram_objective import GramObjective, SampledObjective
+from adaround_ext.rounding.gram_objective import GramObjective
 from adaround_ext.rounding.problem import Problem
+from adaround_ext.rounding.sampled_objective import SampledObjective
 from adaround_ext.statistics.moments import GramStatistics
 
 # Of a linear layer's inputs, a sample of a minibatch: as many whatever the inputs' shape, since the

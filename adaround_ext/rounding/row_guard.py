@@ -12,11 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from adaround_ext import ops
 from adaround_ext.config import AdaRoundConfig
 from adaround_ext.grid import QuantGrid, make_grid, nearest_codes
-from adaround_ext.ops import rounding as ops
 from adaround_ext.rounding.gram_objective import GramObjective
-from adaround_ext.rounding.problem import Problem, Solved
+from adaround_ext.rounding.outcome import Solved
+from adaround_ext.rounding.problem import Problem
 
 
 def no_worse_on_inputs(

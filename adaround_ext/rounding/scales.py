@@ -8,18 +8,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from adaround_ext import ops
 from adaround_ext.config import AdaRoundConfig
 from adaround_ext.grid import QuantGrid, next_scale, stored_scale
 from adaround_ext.linalg.cuda_graph import repeat
 from adaround_ext.linalg.products import fixed_bmm
 from adaround_ext.linalg.sums import double_sum
 from adaround_ext.linalg.tiles import PerDevice
-from adaround_ext.ops import rounding as ops
 from adaround_ext.process.one_thread import on_one_thread
 from adaround_ext.rounding.gptq import GptqFactor, OrderedCholesky
-from adaround_ext.rounding.quadratic import Quadratic
 from adaround_ext.rounding.search import MAX_SWEEPS, descend
-from adaround_ext.rounding.solution import Solution, per_owner
+from adaround_ext.rounding.solution import Quadratic, Solution, per_owner
 from adaround_ext.rounding.stacked import pieces
 
 # Candidates are shares of the scale of least squared weight error, from about 1 - 2/3 of this

@@ -6,9 +6,8 @@ import dataclasses
 
 from torch import Tensor
 
-from adaround_ext.ops import rounding as ops
-from adaround_ext.rounding.quadratic import Quadratic
-from adaround_ext.rounding.solution import Solution
+from adaround_ext import ops
+from adaround_ext.rounding.solution import Quadratic, Solution
 from adaround_ext.rounding.stacked import pieces
 
 # Descent ends by itself, when a sweep changes nothing; this bounds what rounding errors of

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from adaround_ext import ops
 from adaround_ext.config import AdaRoundConfig
 from adaround_ext.distributed import ALONE, Ranks
 from adaround_ext.grid import (
@@ -21,14 +22,14 @@ from adaround_ext.grid import (
 )
 from adaround_ext.layers.matrix import MatrixLayer
 from adaround_ext.linalg.precision import tf32_products
-from adaround_ext.ops import rounding as ops
 from adaround_ext.presets import Settings, settings
 from adaround_ext.report.layer import LayerReport
 from adaround_ext.result import LayerResult
 from adaround_ext.rounding.anneal import anneal
 from adaround_ext.rounding.gram_objective import GramObjective
 from adaround_ext.rounding.gram_solver import GramSolver
-from adaround_ext.rounding.problem import Outcome, Problem, Solved, Stopwatch
+from adaround_ext.rounding.outcome import Outcome, Solved, Stopwatch
+from adaround_ext.rounding.problem import Problem
 from adaround_ext.rounding.row_guard import no_worse_on_inputs
 
 # Products are made in blocks of this many rows, see products.py, and what is elementwise in chunks

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from adaround_ext.grid import QuantGrid
 from adaround_ext.linalg.tiles import PerDevice
-from adaround_ext.rounding.quadratic import Quadratic
-from adaround_ext.rounding.solution import Solution
+from adaround_ext.rounding.solution import Quadratic, Solution
 
 T = TypeVar("T")
 # So many weights at once: on a processor what its caches hold, since with more than that one

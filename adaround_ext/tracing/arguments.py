@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from adaround_ext.tracing.trace import evaluation
-from adaround_ext.wording import describe, describe_value
+from adaround_ext.checks import describe, describe_value
+from adaround_ext.tracing.evaluation import evaluation
 
 _logger = logging.getLogger("adaround_ext")
 Given = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments

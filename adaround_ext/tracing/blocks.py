@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from adaround_ext.layers.matrix import SUPPORTED
-from adaround_ext.planning.overrides import plain_module_name
+from adaround_ext.tracing.evaluation import plain_module_name
 from adaround_ext.tracing.trace import ModuleCall, Trace, Value
 
 _MOST_LAYERS = 16  # in one block: a layer's statistics cost a run through half of its block

@@ -7,7 +7,6 @@ layers, which of them share an input, what follows a layer, what a block's outpu
 from __future__ import annotations
 
 import inspect
-import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaround_ext.tracing.evaluation import gpus, restored_random_state, seed_all
+from adaround_ext.tensors import tensors
 
 
 @dataclass(frozen=True)
@@ -245,19 +244,6 @@ def _named(module: nn.Module, args: Any, kwargs: Any) -> Iterator[tuple[str, obj
     yield from kwargs.items()
 
 
-def tensors(tree: object) -> Iterator[Tensor]:
-    """The plain tensors in nested tuples, lists, dicts and what else torch registers."""
-    for leaf in pytree.tree_leaves(tree):
-        plain = isinstance(leaf, Tensor) and leaf.layout == torch.strided
-        if plain and not nn.parameter.is_lazy(leaf):
-            yield leaf
-
-
-def version(tensor: Tensor) -> int:
-    """How often a tensor was written to; 0 where torch does not count."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def trace(model: nn.Module, run: Callable[[], object]) -> Trace:
     """Watches ``run``, which calls the model once; hooks are gone afterwards, also on errors."""
     recorder = _Recorder(model)
@@ -275,81 +261,3 @@ def trace(model: nn.Module, run: Callable[[], object]) -> Trace:
     outputs = recorder.values(output)
     born, named = recorder.born, recorder.arguments
     return Trace(calls, recorder.operators, outputs, born, named, recorder.constants)
-
-
-@contextmanager
-def _uncompiled() -> Iterator[None]:
-    """Compiled functions run as they were written.
-
-    torch's dynamo, which would be told, takes seconds to import: if nothing has yet, then what the
-    model compiles on its way does.
-    """
-    with ExitStack() as stack:
-
-        def tell() -> None:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-
-        if "torch._dynamo" in sys.modules:
-            tell()
-            yield
-            return
-        own = torch.compile
-
-        def telling(*args: Any, **kwargs: Any) -> Any:
-            torch.compile = own
-            tell()
-            return own(*args, **kwargs)
-
-        torch.compile = telling
-        try:
-            yield
-        finally:
-            torch.compile = own
-
-
-@contextmanager
-def evaluation(
-    model: nn.Module, seed: int = 0, device: torch.device | None = None
-) -> Iterator[None]:
-    """Eval mode, no gradients, no compiled graphs, a fixed random state; all as it was afterwards.
-
-    device: where the model is run, if that is not where it is.
-
-    Fused paths that go around a module's own submodules are off, so that hooks see every layer.
-    Autocast keeps no copies of weights, which would outlive a change of them. Buffers that the
-    model writes to get their values back.
-    """
-    buffers = [
-        (module._buffers, name, buffer, buffer.detach().clone(), version(buffer))
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and not nn.parameter.is_lazy(buffer)
-    ]
-    autocast_cache = torch.is_autocast_cache_enabled()
-    training = {module: module.training for module in model.modules()}
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    devices = gpus([device, *(t.device for t in model.parameters())])
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        torch.set_autocast_cache_enabled(False)
-        torch.clear_autocast_cache()
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            restored_random_state(devices),
-            _uncompiled(),
-        ):
-            for module in training:  # not model.eval(), which a class may have overridden
-                module.training = False
-            seed_all(seed, devices)
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        torch.set_autocast_cache_enabled(autocast_cache)
-        for owner, name, buffer, before, writes in buffers:
-            if owner.get(name) is not buffer:
-                owner[name] = buffer
-            if version(buffer) != writes:
-                buffer.detach().copy_(before)
-        for module in {*training, *model.modules()}:  # there may be new ones
-            module.training = training.get(module, training[model])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +42,11 @@ def fold_batch_norm_(model: nn.Module, trace: Trace, run: Callable[[], object]) 
     becomes an nn.Identity in every module that holds it.
 
     ``trace`` is of the model as it is now, and ``run`` calls the model on the batch that was traced
-    and returns its output, both in :func:`adaround_ext.tracing.trace.evaluation`. A batch norm is
-    left alone, with its reason, where anything else depends on what comes between (another reader,
-    a shared weight, a hook), where it normalises another dimension than the layer's channels, where
-    it has no running statistics, and where the model's outputs move by more than the tolerance of
+    and returns its output, both in :func:`adaround_ext.tracing.evaluation.evaluation`. A batch norm
+    is left alone, with its reason, where anything else depends on what comes between (another
+    reader, a shared weight, a hook), where it normalises another dimension than the layer's
+    channels, where it has no running statistics, and where the model's outputs move by more than
+    the tolerance of
     :func:`adaround_ext.transforms.verified.make_verified`.
     """
     traced = TracedLayers(model, trace)
@@ -138,3 +140,6 @@ def _fold(journal: Journal, model: nn.Module, pair: _Pair) -> None:
         for key, child in list(parent._modules.items()):
             if child is norm:
                 journal.put(parent._modules, key, identity)
+
+
+BatchNorm = Literal["fold", "keep"]

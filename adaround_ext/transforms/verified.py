@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 from adaround_ext.layers.matrix import MatrixLayer, matrix_layer
 from adaround_ext.linalg.precision import full_precision
-from adaround_ext.tracing.trace import ModuleCall, OperatorCall, Trace, Value, tensors
-
-TOLERANCE = 1e-4
-HALF_TOLERANCE = 1e-2  # 16-bit weights or outputs: every layer's own rounding shows
+from adaround_ext.tensors import HALF_TOLERANCE, TOLERANCE, extent, tensors
+from adaround_ext.tracing.trace import ModuleCall, OperatorCall, Trace, Value
 
 Change = TypeVar("Change")
 
@@ -221,13 +219,6 @@ def make_verified(
 
 def _is_half(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dtype.itemsize < 4
-
-
-def extent(tensor: Tensor) -> tuple[int, int]:
-    """The addresses from the tensor's first byte to behind its last."""
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    entries = 1 + sum((size - 1) * stride for size, stride in steps)
-    return tensor.data_ptr(), tensor.data_ptr() + entries * tensor.element_size()
 
 
 def _outputs(model: nn.Module, run: Callable[[], object]) -> list[Tensor]:

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adaround_ext import optimize_layer
+from adaround_ext import optimize_layer, reference
 from adaround_ext.grid import QuantGrid
-from adaround_ext.reference import rounding as reference
 from examples.method.workload import Layer, calibration
 
 PAPER = reference.ReferenceConfig(steps=1500, learning_rate=1e-1)  # as in examples/digits.py

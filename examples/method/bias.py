@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from adaround_ext import AdaRoundConfig, optimize_layer
 from adaround_ext.grid import make_grid
-from adaround_ext.ops.rounding import dequantize
+from adaround_ext.ops import dequantize
 from examples.method import comparison, grids
 from examples.method.comparison import Setting, Way
 from examples.method.experiment import Claim, Experiment, Table, Text, Values, papers

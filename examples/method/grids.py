@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from adaround_ext import AdaRoundConfig, optimize_layer
 from adaround_ext.grid import QuantGrid, make_grid, nearest_codes
 from adaround_ext.layers import inputs as data
-from adaround_ext.ops.rounding import dequantize
+from adaround_ext.ops import dequantize
 from adaround_ext.rounding.gram_objective import GramObjective
 from adaround_ext.statistics.moments import GramStatistics
 from examples.method import comparison

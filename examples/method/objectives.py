@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from adaround_ext.grid import nearest_codes
-from adaround_ext.ops.rounding import dequantize
+from adaround_ext.ops import dequantize
 from benchmarks import common, digits
 from examples.method.adaround import PAPER, our_codes, paper_codes
 from examples.method.experiment import Claim, Experiment, Table, Text, Values, pm

@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaround_ext import AdaRoundConfig, optimize_layer, quantize_
+from adaround_ext import AdaRoundConfig, optimize_layer, quantize_, reference
 from adaround_ext.grid import QuantGrid, nearest_codes
-from adaround_ext.ops.rounding import dequantize
-from adaround_ext.reference import rounding as reference
+from adaround_ext.ops import dequantize
 from benchmarks import common, reference_model
 from benchmarks.quality_layers import Subject
 from benchmarks.quality_methods import mse_grid

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adaround_ext import ops
 from adaround_ext.grid import QuantGrid, nearest_codes, position
-from adaround_ext.ops import rounding as ops
 
 # The cross-entropy method: how much of its draws it keeps, and how far it follows them.
 _ELITE, _SMOOTHING, _CERTAIN = 0.05, 0.7, 1e-3

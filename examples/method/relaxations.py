@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from adaround_ext import AdaRoundConfig
 from adaround_ext.grid import QuantGrid, nearest_codes
-from adaround_ext.reference.rounding import ReferenceConfig
+from adaround_ext.reference import ReferenceConfig
 from examples.method import comparison, relaxed
 from examples.method.comparison import Setting, Way
 from examples.method.experiment import Claim, Experiment, Table, Text, Values, papers

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adaround_ext.grid import QuantGrid
-from adaround_ext.reference.rounding import (
+from adaround_ext.reference import (
     FRACTION_MARGIN,
     ReferenceConfig,
     cosine_beta,

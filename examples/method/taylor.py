@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adaround_ext.grid import baseline_codes, nearest_codes
-from adaround_ext.ops.rounding import dequantize
+from adaround_ext.ops import dequantize
 from benchmarks import common, digits
 from examples.method.experiment import Claim, Experiment, Table, Text, Values, pm
 from examples.method.hessian import expansion, gram, local

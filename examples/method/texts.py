@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from adaround_ext import AdaRoundConfig, quantize_
 from adaround_ext.grid import make_grid, nearest_codes
-from adaround_ext.ops.rounding import dequantize
+from adaround_ext.ops import dequantize
 from benchmarks import common, minilm, quality_model
 from examples.method.comparison import plain, short
 from examples.method.encoder_layers import Batches, drawn, everything

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from adaround_ext import AdaRoundConfig
 from adaround_ext.grid import QuantGrid, make_grid
 from adaround_ext.layers.matrix import MatrixLayer
-from adaround_ext.ops.rounding import dequantize
-from adaround_ext.tracing.trace import evaluation
+from adaround_ext.ops import dequantize
+from adaround_ext.tracing.evaluation import evaluation
 from benchmarks import reference_model
 
 

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from adaround_ext import AdaRoundConfig
 from adaround_ext.grid import QuantGrid, make_grid
 from adaround_ext.layers.matrix import MatrixLayer, matrix_layer
-from adaround_ext.ops.rounding import dequantize
-from adaround_ext.tracing.trace import evaluation, trace
+from adaround_ext.ops import dequantize
+from adaround_ext.tracing.evaluation import evaluation
+from adaround_ext.tracing.trace import trace
 from adaround_ext.transforms.batch_norm import fold_batch_norm_
 from benchmarks import digits
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext.activations.placement import Place, Placement, Site, place
-from adaround_ext.tracing.trace import evaluation, trace
+from adaround_ext.tracing.evaluation import evaluation
+from adaround_ext.tracing.trace import trace
 from tests.support.activation_models import (
     BasicBlock,
     Children,

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaround_ext import AdaRoundConfig
+from adaround_ext import AdaRoundConfig, reference
 from adaround_ext.grid import QuantGrid, make_grid, nearest_codes
-from adaround_ext.ops.rounding import dequantize
-from adaround_ext.reference import rounding as reference
-from adaround_ext.reference.rounding import GAMMA, ZETA, ReferenceConfig
+from adaround_ext.ops import dequantize
+from adaround_ext.reference import GAMMA, ZETA, ReferenceConfig
 from examples.method import relaxed, walk
 from examples.method.relaxed import AnnealedSigmoid, RectifiedSigmoid, Sigmoid, StraightThrough
 

@@ -14,10 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from adaround_ext import ModelReport, load_quantized, quantize_
+from adaround_ext import ModelReport, load_quantized, ops, quantize_
 from adaround_ext.cli import commands as cli_commands
 from adaround_ext.cli.sources import load_model, text_windows
-from adaround_ext.ops import rounding as ops
 from adaround_ext.result import QuantizedWeight
 from tests.support.cli_fixtures import FAST, WORDS, Run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adaround_ext.ops import rounding as ops
+from adaround_ext import ops
 from tests.emulation import EMULATED
 from tests.emulation.library import as_cpp
 from tests.emulation.pretended import cuda_device

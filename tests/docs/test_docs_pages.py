@@ -11,11 +11,7 @@ from types import ModuleType
 import pytest
 
 import adaround_ext
-from adaround_ext import export
-from adaround_ext.ops import packing
-from adaround_ext.ops import rounding as ops
-from adaround_ext.reference import rounding as reference
-from adaround_ext.reference import search as reference_solvers
+from adaround_ext import export, ops, reference
 from tests.support import documents
 
 EXTENSION = documents.ROOT / "docs/extensions/plain_docstrings.py"
@@ -68,7 +64,7 @@ def test_code_in_docstrings(text: str, marked: str, extension: ModuleType) -> No
 
 def described() -> Iterator[tuple[str, str, object]]:
     """Kind, name and object of all that the reference describes."""
-    for module in (adaround_ext, export, ops, packing, reference, reference_solvers):
+    for module in (adaround_ext, export, ops, reference):
         yield "module", module.__name__, module
         for name, item in vars(module).items():
             if name.startswith("_") or not inspect.getdoc(item) or inspect.ismodule(item):

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from adaround_ext import AdaRoundConfig
 from adaround_ext.grid import make_grid, nearest_codes
-from adaround_ext.ops.rounding import dequantize
-from adaround_ext.reference.rounding import ReferenceConfig, optimize
+from adaround_ext.ops import dequantize
+from adaround_ext.reference import ReferenceConfig, optimize
 from benchmarks import digits, reference_model
 
 pytest.importorskip("sklearn")  # the digits

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext import ActivationConfig, quantize_
-from adaround_ext.export.gguf.export import export_gguf, runners
+from adaround_ext.export.gguf import export_gguf, runners
 from adaround_ext.export.manifest import read_manifest
 from adaround_ext.export.runner import output_tensors
 from tests.support import models

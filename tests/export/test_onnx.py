@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext.export.manifest import read_manifest, write_manifest
-from adaround_ext.export.onnx.export import export_onnx, runners
+from adaround_ext.export.onnx import export_onnx, runners
 from adaround_ext.export.onnx.runtimes import matmul_nbits
 from benchmarks.minilm import load_encoder, text_batches
 from tests.support import models

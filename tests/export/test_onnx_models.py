@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaround_ext.export.onnx.export import runners
+from adaround_ext.export.onnx import runners
 from tests.support import models
 from tests.support.onnx_exports import Many, assert_same, exported, initializers, nodes, rounded
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from adaround_ext import ActivationConfig
 from adaround_ext.activations.hooks import quantizers
 from adaround_ext.activations.quantizer import ActivationQuantizer
-from adaround_ext.export.onnx.export import runners
+from adaround_ext.export.onnx import runners
 from tests.support.export_models import quantized
 from tests.support.onnx_exports import (
     Many,

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaround_ext.ops import packing
-from adaround_ext.ops import rounding as ops
-from adaround_ext.reference import rounding as reference
+from adaround_ext import ops, reference
 from tests.fuzz.tensor_changes import change
 from tests.support.helpers import arithmetic_dtype, make_sample, schedule_row
 
@@ -67,14 +65,12 @@ class OpCase:
 
 def names(op: str) -> list[str]:
     """The arguments of an op, in order."""
-    return [a.name for a in getattr(ops._ops, op).default._schema.arguments]
+    return [a.name for a in getattr(torch.ops.adaround_ext, op).default._schema.arguments]
 
 
 def function(op: str) -> Callable[..., Any]:
     """The typed wrapper where there is one."""
-    if op in PACKED:
-        return getattr(packing, op)  # type: ignore[no-any-return]
-    return getattr(ops, op, None) or getattr(ops._ops, op)  # type: ignore[no-any-return]
+    return getattr(ops, op, None) or getattr(torch.ops.adaround_ext, op)  # type: ignore[no-any-return]
 
 
 def arguments(case: OpCase) -> Arguments:

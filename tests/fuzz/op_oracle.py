@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaround_ext.reference import rounding as reference
-from adaround_ext.reference import search as reference_solvers
+from adaround_ext import reference
 from tests.fuzz import op_contract
 from tests.fuzz.op_arguments import QUANTIZERS, SEARCHES, WRITTEN, Arguments, OpCase
 from tests.fuzz.tensor_changes import LAYOUTS
@@ -238,13 +237,12 @@ _CHECKS: dict[str, Any] = {
 def _check_search(case: OpCase, before: Arguments, after: Arguments) -> None:
     changed = after["codes"] != before["codes"]
     _check_within(after["codes"][changed], before)
-    solver = reference if case.op == "refine_" else reference_solvers
     count = before["max_sweeps" if case.op == "refine_" else "steps"]
     if not (case.plain or _only_layouts(case)) or before["codes"].numel() == 0:
         return
     if count <= _MOST_COMPARED:
         expected = {name: before[name].clone() for name in WRITTEN[case.op]}
-        getattr(solver, case.op)(*(before | expected).values())
+        getattr(reference, case.op)(*(before | expected).values())
         for name, tensor in expected.items():
             _require_equal(name, after[name], tensor)
         return

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaround_ext.ops import rounding as ops
-from adaround_ext.reference import search as reference_solvers
+from adaround_ext import ops, reference
 from tests.support.helpers import (
     ARGUMENT_ERROR,
     has_cuda_kernels,
@@ -54,7 +53,7 @@ def solve(problem: Problem, dtype: torch.dtype = torch.float32, act_order: bool 
 def textbook(problem: Problem, act_order: bool = True) -> Tensor:
     grid = problem.scale.double(), problem.zero_point, problem.qmin, problem.qmax
     weight, gram = problem.weight.double(), problem.gram.double()
-    return reference_solvers.gptq(weight, gram, DAMPING, *grid, act_order)
+    return reference.gptq(weight, gram, DAMPING, *grid, act_order)
 
 
 @pytest.mark.usefixtures("one_thread")  # float64 has one set of loops

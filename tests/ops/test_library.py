@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import adaround_ext
-from adaround_ext.ops import library as native
-from adaround_ext.ops import rounding as ops
+from adaround_ext import ops
+from adaround_ext.ops import library
 from tests.emulation import EMULATED, PRETENDED
 from tests.emulation.pretended import cuda_device
 from tests.support.helpers import INSTRUCTION_SETS, make_sample
@@ -42,21 +42,21 @@ def test_build_info() -> None:
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 def test_use_instruction_set(name: str) -> None:
-    before = native.use_instruction_set()
+    before = library.use_instruction_set()
     try:
-        assert native.use_instruction_set(name) == name
-        assert native.use_instruction_set() == name  # asking changes nothing
-        assert native.build_info()["instruction_set"] == name
+        assert library.use_instruction_set(name) == name
+        assert library.use_instruction_set() == name  # asking changes nothing
+        assert library.build_info()["instruction_set"] == name
     finally:
-        assert native.use_instruction_set("auto") == INSTRUCTION_SETS[-1]  # the best
-        native.use_instruction_set(before)
+        assert library.use_instruction_set("auto") == INSTRUCTION_SETS[-1]  # the best
+        library.use_instruction_set(before)
 
 
 def test_unknown_instruction_set() -> None:
-    before = native.use_instruction_set()
+    before = library.use_instruction_set()
     with pytest.raises(ValueError, match=r'name must be "auto", "baseline" or .* got "sse9"'):
-        native.use_instruction_set("sse9")
-    assert native.use_instruction_set() == before
+        library.use_instruction_set("sse9")
+    assert library.use_instruction_set() == before
 
 
 def test_instruction_sets_agree() -> None:
@@ -64,18 +64,18 @@ def test_instruction_sets_agree() -> None:
     results = []
     try:
         for name in INSTRUCTION_SETS:
-            native.use_instruction_set(name)
+            library.use_instruction_set(name)
             codes = ops.hard_quantize(*sample.args)
             results.append((*ops.soft_quantize_with_grad(*sample.args, 4.0), codes))
     finally:
-        native.use_instruction_set("auto")
+        library.use_instruction_set("auto")
     for other in results[1:]:
         assert torch.equal(other[-1], results[0][-1])
         torch.testing.assert_close(other[:-1], results[0][:-1], rtol=1e-5, atol=1e-5)
 
 
 def test_environment_variable_makes_the_first_choice() -> None:
-    code = "from adaround_ext import native; print(native.use_instruction_set())"
+    code = "from adaround_ext.ops import library; print(library.use_instruction_set())"
     environment = os.environ | {"ADAROUND_EXT_ISA": "baseline"}
     out = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
@@ -124,7 +124,7 @@ def test_an_unbuilt_source_tree_alone(tmp_path: Path) -> None:
     clone = unbuilt(tmp_path)
     (clone / "csrc").mkdir()
     (clone / "setup.py").touch()
-    said = native.missing_libraries(clone / "adaround_ext", [str(clone), "/nowhere"])
+    said = library.missing_libraries(clone / "adaround_ext", [str(clone), "/nowhere"])
     assert said.startswith(f"adaround_ext is imported from its source tree {clone}, which is not ")
     assert f"(pip install {clone})" in said and "hides" not in said
 
@@ -136,7 +136,7 @@ def test_an_installation_without_libraries_is_no_source_tree(tmp_path: Path) -> 
 
 
 needs_a_cpu_build = pytest.mark.skipif(
-    native._CUDA_LOADED or EMULATED or PRETENDED, reason="there are kernels for CUDA"
+    library._CUDA_LOADED or EMULATED or PRETENDED, reason="there are kernels for CUDA"
 )
 
 
@@ -147,7 +147,7 @@ def test_ops_say_that_there_are_no_kernels_for_cuda() -> None:
     names = [name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names()
              if name.startswith("adaround_ext::")]  # fmt: skip
     assert {"rounding_step_", "packed_linear", "gptq"} <= set(names)
-    for name in set(names) - native._DISPATCHED:
+    for name in set(names) - library._DISPATCHED:
         op = getattr(torch.ops.adaround_ext, name).default
         arguments = [_example(argument.type) for argument in op._schema.arguments]
         with pytest.raises(ValueError, match=r"must be on the CPU, got some on CUDA: .*CUDA"):
@@ -166,28 +166,28 @@ def _example(kind: torch.Type) -> object:
      ("xpu:0", r"layer\.weight must be on the CPU or on CUDA, got xpu:0")],
 )  # fmt: skip
 def test_a_device_without_kernels(device: str, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_CUDA_LOADED", False)
+    monkeypatch.setattr(library, "_CUDA_LOADED", False)
     with pytest.raises(ValueError, match=rule):
-        native.check_device("layer.weight", torch.device(device))
+        library.check_device("layer.weight", torch.device(device))
 
 
 def test_devices_with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_CUDA_LOADED", True)
+    monkeypatch.setattr(library, "_CUDA_LOADED", True)
     for device in ("cpu", "cuda:3", "meta"):
-        native.check_device("weight", torch.device(device))
+        library.check_device("weight", torch.device(device))
 
 
 def test_what_is_missing_is_said_for_the_build_at_hand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "_FOLDER", tmp_path)
+    monkeypatch.setattr(library, "_FOLDER", tmp_path)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    assert "Install the CUDA toolkit 12.8 (nvcc)" in native.without_cuda()
-    assert "FORCE_CUDA=1 pip install" in native.without_cuda()
+    assert "Install the CUDA toolkit 12.8 (nvcc)" in library.without_cuda()
+    assert "FORCE_CUDA=1 pip install" in library.without_cuda()
     monkeypatch.setattr(torch.version, "cuda", None)  # as that of ROCm is
-    assert "Install the CUDA toolkit (nvcc)" in native.without_cuda()
+    assert "Install the CUDA toolkit (nvcc)" in library.without_cuda()
     (tmp_path / "_C_cuda.so").touch()
-    assert torch.__version__ in native.without_cuda()
+    assert torch.__version__ in library.without_cuda()
 
 
 def test_calls_refuse_a_device_without_kernels_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +199,7 @@ def test_calls_refuse_a_device_without_kernels_first(monkeypatch: pytest.MonkeyP
 
     layer = nn.Linear(8, 4)
     with cuda_device() as device:
-        monkeypatch.setattr(native, "_CUDA_LOADED", False)
+        monkeypatch.setattr(library, "_CUDA_LOADED", False)
         model = nn.Sequential(nn.Linear(8, 4)).to(device)
         rule = "must be on the CPU, got cuda:0: adaround_ext"
         with pytest.raises(ValueError, match=f"^weight of Linear.* {rule}"):

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaround_ext.ops import rounding as ops
-from adaround_ext.reference import rounding as reference
+from adaround_ext import ops, reference
 from tests.support.helpers import (
     DTYPES,
     GRIDS,
@@ -64,7 +63,9 @@ def check_soft_quantize(sample: Sample, beta: float) -> None:
         assert_near_oracle(got[i], eager[i], exact[i], eps[name], name)
 
     grad_weight_q, grad_reg = torch.randn_like(sample.weight), torch.randn_like(reg)
-    grad_v = ops._ops._soft_quantize_backward(grad_weight_q, grad_reg, *sample.args, beta)
+    grad_v = torch.ops.adaround_ext._soft_quantize_backward(
+        grad_weight_q, grad_reg, *sample.args, beta
+    )
     assert grad_v.dtype == sample.v.dtype
     outer = float(grad_weight_q.abs().max()) if sample.weight.numel() else 0.0
     assert_near_oracle(
@@ -164,7 +165,9 @@ def all_results(sample: Sample) -> Iterator[Tensor]:
     yield from ops.soft_quantize(*sample.args, 3.0)
     yield from ops.soft_quantize_with_grad(*sample.args, 3.0)
     grad = sample.weight * 0.7  # keeps the sample's strides where they are dense
-    yield ops._ops._soft_quantize_backward(grad, sample.v.new_tensor(0.3), *sample.args, 3.0)
+    yield torch.ops.adaround_ext._soft_quantize_backward(
+        grad, sample.v.new_tensor(0.3), *sample.args, 3.0
+    )
     codes = ops.hard_quantize(*sample.args)
     yield codes
     yield ops.dequantize(codes, sample.scale, sample.zero_point, sample.weight.dtype)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from adaround_ext.ops import rounding as ops
+from adaround_ext import ops
 from tests.support.helpers import ARGUMENT_ERROR, schedule_row, transposed
 
 ROWS, COLS = 4, 6
@@ -49,11 +49,13 @@ def arguments(op: str, device: torch.device) -> Arguments:
         "order": torch.arange(COLS, device=device).repeat(2, 1),
         "dtype": torch.float32,
     }
-    return {a.name: given[a.name] for a in getattr(ops._ops, op).default._schema.arguments}
+    return {
+        a.name: given[a.name] for a in getattr(torch.ops.adaround_ext, op).default._schema.arguments
+    }
 
 
 def call(op: str, given: Arguments) -> None:
-    getattr(ops._ops, op)(*given.values())
+    getattr(torch.ops.adaround_ext, op)(*given.values())
 
 
 OPS = [

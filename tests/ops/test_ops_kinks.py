@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaround_ext.ops import rounding as ops
-from adaround_ext.reference import rounding as reference
+from adaround_ext import ops, reference
 from tests.support.helpers import (
     CLIP_EDGE,
     DTYPES,
@@ -44,7 +43,7 @@ def op(weight: Tensor, v: Tensor, qmin: int, qmax: int, beta: float) -> tuple[Te
 def op_backward(weight: Tensor, v: Tensor, qmin: int, qmax: int, beta: float) -> tuple[Tensor, ...]:
     args = (weight, v, *_grid(v.device), qmin, qmax, beta)
     ones, zeros, one = torch.ones_like(weight), torch.zeros_like(weight), v.new_ones(())
-    backward = ops._ops._soft_quantize_backward
+    backward = torch.ops.adaround_ext._soft_quantize_backward
     return (
         ops.soft_quantize(*args)[0],
         backward(ones, 0 * one, *args),

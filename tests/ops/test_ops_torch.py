@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaround_ext.ops import rounding as ops
+from adaround_ext import ops
 from tests.support.helpers import (
     GRIDS,
     Sample,

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaround_ext.ops import rounding as ops
-from adaround_ext.ops.packing import _linear_of_parts, pack_bits, packed_linear
-from adaround_ext.reference import rounding as reference
+from adaround_ext import ops, reference
+from adaround_ext.ops import _linear_of_parts, pack_bits, packed_linear
 from tests.support.helpers import (
     ARGUMENT_ERROR,
     instruction_set,  # noqa: F401  a fixture

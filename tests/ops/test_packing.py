@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adaround_ext.ops.packing import pack_bits, unpack_bits
-from adaround_ext.reference import rounding as reference
+from adaround_ext import reference
+from adaround_ext.ops import pack_bits, unpack_bits
 from tests.emulation import EMULATED
 from tests.support.helpers import (
     ARGUMENT_ERROR,

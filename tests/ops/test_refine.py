@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaround_ext.ops import rounding as ops
-from adaround_ext.reference import rounding as reference
+from adaround_ext import ops, reference
 from tests.support.helpers import (
     instruction_set,  # noqa: F401  a fixture
     skip_unsupported,

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaround_ext.ops import rounding as ops
-from adaround_ext.reference import rounding as reference
+from adaround_ext import ops, reference
 from tests.support.helpers import (
     GRIDS,
     SIZES,
@@ -142,7 +141,7 @@ def test_adam_matches_torch(device: torch.device, dtype: torch.dtype) -> None:
         now = (sample.weight, call["v"].clone(), *sample.args[2:])
         beta, reg_weight = call["schedule"][t, :2].tolist()
         grad_reg = sample.v.new_tensor(reg_weight)
-        param.grad = ops._ops._soft_quantize_backward(grad, grad_reg, *now, beta)
+        param.grad = torch.ops.adaround_ext._soft_quantize_backward(grad, grad_reg, *now, beta)
         adam.step()
         call["grad"] = grad
         ops.rounding_step_(*call.values())

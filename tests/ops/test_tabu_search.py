@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaround_ext.ops import rounding as ops
-from adaround_ext.reference import search as reference_solvers
+from adaround_ext import ops, reference
 from tests.support.helpers import (
     instruction_set,  # noqa: F401  a fixture
     skip_unsupported,
@@ -32,7 +31,7 @@ MOST = 2**23  # steps: seconds, if a search that can change nothing did not end
 def reference_codes(name: str, steps: int) -> tuple[Tensor, Tensor]:
     """Slow, so once for all devices and dtypes."""
     problem = make_problem(torch.device("cpu"), **PROBLEMS[name])
-    return problem.search(reference_solvers.tabu_search_, torch.float64, steps)
+    return problem.search(reference.tabu_search_, torch.float64, steps)
 
 
 @pytest.mark.usefixtures("one_thread")  # float64 has one set of loops
@@ -69,7 +68,7 @@ def test_long_search_of_many_columns(device: torch.device, seed: int) -> None:
     # More than 120 columns: they rest for longer. The largest seed: modulo 2^64, without a sign.
     problem = make_problem(device, 4, 163)
     codes = problem.search(steps=200, seed=seed)[0]
-    search = reference_solvers.tabu_search_
+    search = reference.tabu_search_
     expected = problem.search(search, torch.float32, steps=200, seed=seed)[0]
     assert int((codes != expected).any(1).sum()) <= 1
 

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from adaround_ext import quantize_
-from adaround_ext.replay.cache import ActivationCache, GrowingTensor
+from adaround_ext.model.sample_store import GrowingTensor
+from adaround_ext.replay.cache import ActivationCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

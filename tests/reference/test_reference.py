@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaround_ext.reference import rounding as reference
-from adaround_ext.reference.rounding import ReferenceConfig
+from adaround_ext import reference
+from adaround_ext.reference import ReferenceConfig
 from tests.support.helpers import CLIP_EDGE, schedule_row
 
 pytestmark = pytest.mark.usefixtures("one_thread")

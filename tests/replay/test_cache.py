@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from adaround_ext.replay.cache import ActivationCache, GrowingTensor
+from adaround_ext.model.sample_store import GrowingTensor
+from adaround_ext.replay.cache import ActivationCache
 
 
 def tree() -> dict[str, object]:

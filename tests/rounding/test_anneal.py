@@ -6,15 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaround_ext import AdaRoundConfig
+from adaround_ext import AdaRoundConfig, reference
 from adaround_ext.grid import QuantGrid, make_grid
 from adaround_ext.layers.inputs import batches
 from adaround_ext.layers.matrix import MatrixLayer, matrix_layer
 from adaround_ext.presets import settings
-from adaround_ext.reference import rounding as reference
-from adaround_ext.rounding.anneal import anneal
-from adaround_ext.rounding.gram_objective import GramObjective, SampledObjective
-from adaround_ext.rounding.schedule import schedule_table
+from adaround_ext.rounding.anneal import anneal, schedule_table
+from adaround_ext.rounding.gram_objective import GramObjective
+from adaround_ext.rounding.sampled_objective import SampledObjective
 from adaround_ext.statistics.moments import GramStatistics
 
 pytestmark = [pytest.mark.on_a_device, pytest.mark.usefixtures("one_thread")]

@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaround_ext import AdaRoundConfig, optimize_layer
+from adaround_ext import AdaRoundConfig, optimize_layer, reference
 from adaround_ext.grid import QuantGrid, make_grid, nearest_codes
 from adaround_ext.layers.inputs import batches
 from adaround_ext.layers.matrix import matrix_layer
 from adaround_ext.linalg.cholesky import Cholesky
-from adaround_ext.reference import search as reference_solvers
 from adaround_ext.rounding.gptq import GptqFactor
 from adaround_ext.rounding.gram_objective import GramObjective
 from adaround_ext.statistics.moments import GramStatistics
@@ -130,7 +129,7 @@ def test_plain_gptq_gives_the_textbook_codes(
         statistics.collect(batches([view], "the layer", x, None))
     gram = GramObjective(weight, statistics, damping=0.01).gram.double()  # damped already
     grid: QuantGrid = make_grid(weight, AdaRoundConfig(**settings))
-    codes = reference_solvers.gptq(
+    codes = reference.gptq(
         weight.double(), gram, 0.0, grid.scale.double(), grid.zero_point, grid.qmin, grid.qmax
     )
     kept = (result.codes == codes).all(1)

@@ -14,7 +14,8 @@ from torch.func import functional_call
 
 from adaround_ext.layers.inputs import batches
 from adaround_ext.layers.matrix import MatrixLayer, matrix_layer
-from adaround_ext.rounding.gram_objective import GramObjective, SampledObjective
+from adaround_ext.rounding.gram_objective import GramObjective
+from adaround_ext.rounding.sampled_objective import SampledObjective
 from adaround_ext.statistics.moments import GramStatistics
 from tests.layers.test_matrix import CASES  # every layer type, stride, padding and group
 

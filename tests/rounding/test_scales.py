@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaround_ext import AdaRoundConfig, optimize_layer
+from adaround_ext import AdaRoundConfig, optimize_layer, reference
 from adaround_ext.grid import QuantGrid, make_grid, nearest_codes, stored_scale
 from adaround_ext.layers.inputs import batches
 from adaround_ext.layers.matrix import MatrixLayer, matrix_layer
-from adaround_ext.reference import rounding as reference
 from adaround_ext.rounding import scales
 from adaround_ext.rounding.gptq import GptqFactor
 from adaround_ext.rounding.gram_objective import GramObjective

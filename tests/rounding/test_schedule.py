@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from adaround_ext.reference.rounding import cosine_beta
-from adaround_ext.rounding.schedule import schedule_table
+from adaround_ext.reference import cosine_beta
+from adaround_ext.rounding.anneal import schedule_table
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 100])

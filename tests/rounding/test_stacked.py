@@ -16,7 +16,7 @@ from adaround_ext.rounding import solve as solve_module
 from adaround_ext.rounding import stacked as together
 from adaround_ext.rounding.pose import gram_problems
 from adaround_ext.rounding.problem import Problem
-from adaround_ext.rounding.quadratic import Quadratic
+from adaround_ext.rounding.solution import Quadratic
 from adaround_ext.rounding.solve import solve
 from adaround_ext.statistics.moments import GramStatistics
 from tests.support.problems import every_layer, make_layer

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from adaround_ext.activations.placement import Placement, place
 from adaround_ext.activations.quantizer import ActivationQuantizer
 from adaround_ext.activations.residuals import Flow, version
-from adaround_ext.tracing.trace import evaluation, trace
+from adaround_ext.tracing.evaluation import evaluation
+from adaround_ext.tracing.trace import trace
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from adaround_ext import reference
 from adaround_ext.ops.library import build_info, use_instruction_set
-from adaround_ext.reference import rounding as reference
 from tests.emulation import EMULATED
 
 CLIP_EDGE = 2.3978952728  # log 11: h(V) leaves [0, 1] beyond it

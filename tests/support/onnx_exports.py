@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext import AdaRoundConfig
-from adaround_ext.export.onnx.export import export_onnx, runners
+from adaround_ext.export.onnx import export_onnx, runners
 from adaround_ext.export.runner import output_tensors
 from adaround_ext.grid import make_grid, nearest_codes
 from adaround_ext.layers.matrix import SUPPORTED, matrix_layer

@@ -11,11 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaround_ext import AdaRoundConfig, LayerResult
+from adaround_ext import AdaRoundConfig, LayerResult, ops, reference
 from adaround_ext.grid import QuantGrid, make_grid, nearest_codes
 from adaround_ext.layers.matrix import matrix_layer
-from adaround_ext.ops import rounding as ops
-from adaround_ext.reference import rounding as reference
 
 MANY = 1000  # sweeps: more than any row needs
 

@@ -70,7 +70,7 @@ def test_the_same_rows_in_both_streams_are_targets(
     assert max(errors.values()) < 1, errors
     if name in ("NumPy's permutation", "Python's permutation"):
         return  # indices from elsewhere: the rows are compared, and all of them have partners
-    monkeypatch.setattr("adaround_ext.model.collector.Unit.rows_chosen", False)
+    monkeypatch.setattr("adaround_ext.model.units.Unit.rows_chosen", False)
     fitted(plain, 8)
     for one, other in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(one, other)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext.tracing.dataflow import Dataflow, dataflow, same_positions
-from adaround_ext.tracing.trace import Trace, evaluation, trace
+from adaround_ext.tracing.evaluation import evaluation
+from adaround_ext.tracing.trace import Trace, trace
 from tests.support.row_models import (
     BY_DATA,
     BY_ITSELF,

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaround_ext.tracing.blocks import block_calls, find_blocks
-from adaround_ext.tracing.trace import Trace, evaluation, trace
+from adaround_ext.tracing.evaluation import evaluation
+from adaround_ext.tracing.trace import Trace, trace
 from tests.support import models
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaround_ext.tracing.trace import evaluation, trace
+from adaround_ext.tracing.evaluation import evaluation
+from adaround_ext.tracing.trace import trace
 from adaround_ext.transforms.batch_norm import Folded, fold_batch_norm_
 from tests.support.models import Net
 

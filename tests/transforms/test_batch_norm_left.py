@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from adaround_ext.tracing.trace import evaluation, trace
+from adaround_ext.tracing.evaluation import evaluation
+from adaround_ext.tracing.trace import trace
 from adaround_ext.transforms import batch_norm
 from adaround_ext.transforms.batch_norm import fold_batch_norm_
 from adaround_ext.transforms.verified import Journal

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaround_ext.layers.matrix import matrix_layer
-from adaround_ext.tracing.trace import evaluation, trace
+from adaround_ext.tracing.evaluation import evaluation
+from adaround_ext.tracing.trace import trace
 from adaround_ext.transforms import equalize
 from adaround_ext.transforms.batch_norm import fold_batch_norm_
 from adaround_ext.transforms.equalize import Equalized, equalize_

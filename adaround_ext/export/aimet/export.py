@@ -23,24 +23,17 @@ from adaround_ext.activations.quantizer import ActivationQuantizer
 from adaround_ext.export.aimet.encodings import VERSIONS, Encoding
 from adaround_ext.export.aimet.graph import FloatGraph, operator_of
 from adaround_ext.export.aimet.runner import session_runner
+from adaround_ext.export.formats import need
 from adaround_ext.export.manifest import new_export, read_manifest
-from adaround_ext.export.onnx.names import (
-    bind,
-    chosen_names,
-    distinct,
-    name_axes_,
-    name_values_,
-    ordered,
-    output_names_of,
-)
+from adaround_ext.export.onnx.names import chosen_names, name_axes_, name_values_, output_names_of
 from adaround_ext.export.onnx.program import output_of, save, traced
-from adaround_ext.export.onnx.trace import automatic_shapes, is_plain_linear
-from adaround_ext.export.packages import need
+from adaround_ext.export.onnx.trace import is_plain_linear
 from adaround_ext.export.quantized_layers import QuantizedLayer, quantized_layers, refuse
 from adaround_ext.export.runner import Runner
+from adaround_ext.export.torch_export import automatic_shapes, bind, distinct, ordered
 from adaround_ext.ops.library import build_info
 from adaround_ext.tracing.arguments import arguments
-from adaround_ext.tracing.trace import evaluation
+from adaround_ext.tracing.evaluation import evaluation
 
 KIND = "aimet"
 MODEL, ENCODINGS = "model.onnx", "model.encodings"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from adaround_ext.export.onnx.constants import add_initializer
+from adaround_ext.export.onnx.graph import add_initializer
 from adaround_ext.export.onnx.trace import ACTIVATION, DOMAIN, LINEAR
 from adaround_ext.export.quantized_layers import QuantizedLayer
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext.export.aimet.encodings import Encoding
-from adaround_ext.export.onnx.names import bind
 from adaround_ext.export.runner import Runner
+from adaround_ext.export.torch_export import bind
 from adaround_ext.grid import quant_range
 
 if TYPE_CHECKING:

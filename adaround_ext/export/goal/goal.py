@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from adaround_ext.activations.quantizer import ActivationConfig
 from adaround_ext.config import SCALE_DTYPES, AdaRoundConfig, make_config
-from adaround_ext.conversion import converted
 from adaround_ext.export.goal.layer_checks import check_layers
 from adaround_ext.export.goal.targets import ExportTarget, export_target
 from adaround_ext.export.goal.trial import check_loads, check_traces
 from adaround_ext.export.hugging_face import check_alike, skeleton
 from adaround_ext.layers.matrix import SUPPORTED
-from adaround_ext.model.prepare import BatchNorm
 from adaround_ext.planning.overrides import Overrides
 from adaround_ext.planning.plan import Target
+from adaround_ext.tensors import converted
+from adaround_ext.transforms.batch_norm import BatchNorm
 
 _GRID = ("symmetric", "narrow_range", "granularity", "group_size", "scale_dtype")
 

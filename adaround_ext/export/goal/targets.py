@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 
 from adaround_ext.activations.quantizer import ActivationConfig
-from adaround_ext.config import AdaRoundConfig, fail
-from adaround_ext.export.packages import need
+from adaround_ext.checks import fail
+from adaround_ext.config import AdaRoundConfig
+from adaround_ext.export.formats import need
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from torch import nn
 
 from adaround_ext.export.compressed_tensors import export_compressed_tensors
 from adaround_ext.export.hugging_face import load_alike
-from adaround_ext.export.onnx.names import distinct, ordered
 from adaround_ext.export.onnx.program import traced
+from adaround_ext.export.torch_export import distinct, ordered
 from adaround_ext.planning.plan import Target
 from adaround_ext.result import QuantizedWeight
 

@@ -8,26 +8,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adaround_ext.export.formats import need
 from adaround_ext.export.manifest import new_export
 from adaround_ext.export.onnx.contents import Contents
 from adaround_ext.export.onnx.graph import expand_
-from adaround_ext.export.onnx.names import (
-    bind,
-    chosen_names,
-    distinct,
-    name_axes_,
-    name_values_,
-    ordered,
-    output_names_of,
-    plain_leaves,
-)
+from adaround_ext.export.onnx.names import chosen_names, name_axes_, name_values_, output_names_of
 from adaround_ext.export.onnx.program import output_of, save, traced
 from adaround_ext.export.onnx.runtimes import FILE, KIND, runners
 from adaround_ext.export.onnx.targets import MATMUL_BLOCKS, TARGETS
-from adaround_ext.export.onnx.trace import automatic_shapes
-from adaround_ext.export.packages import need
+from adaround_ext.export.torch_export import automatic_shapes, bind, distinct, ordered, plain_leaves
 from adaround_ext.tracing.arguments import arguments
-from adaround_ext.tracing.trace import evaluation
+from adaround_ext.tracing.evaluation import evaluation
 
 __all__ = ["export_onnx", "runners"]
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from adaround_ext.export.onnx.activations import StoredQuantizer
-from adaround_ext.export.onnx.constants import add_initializer
 from adaround_ext.export.onnx.trace import ACTIVATION, DOMAIN, LINEAR
 from adaround_ext.export.onnx.weights import StoredWeight
 
@@ -156,3 +156,20 @@ class _Chain:
         if value.dtype == dtype:
             return value
         return self.add("Cast", [value], dtype, {"to": dtype})
+
+
+def add_initializer(graph: ir.Graph, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
+    """A new initializer; its name gets "_" behind it while the model has one of that name."""
+    import onnx_ir as ir
+
+    while name in graph.initializers:
+        name += "_"
+    constant = ir.Tensor(array, name=name)
+    value = ir.Value(
+        name=name,
+        shape=constant.shape,
+        type=ir.TensorType(constant.dtype),
+        const_value=constant,
+    )
+    graph.register_initializer(value)
+    return value

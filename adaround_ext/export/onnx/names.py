@@ -6,66 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
-
-from adaround_ext.export.onnx.trace import signature_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-
-def ordered(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of ``forward``, those by keyword in the order of its parameters.
-
-    TypeError where they do not fit, or hold no tensor.
-    """
-    try:
-        bound = bind(model, args, kwargs)
-    except TypeError as error:
-        raise TypeError(f"args must fit the model's forward: {error}") from error
-    if not any(isinstance(leaf, Tensor) for leaf in bound.values()):
-        raise TypeError(f"args must hold a tensor, got {list(bound)}")
-    names = [name for name in signature_of(model, kwargs).parameters if name in kwargs]
-    return tuple(args), {name: kwargs[name] for name in names}
-
-
-def distinct(tree: Any) -> Any:
-    """``tree`` with a copy of each tensor that is there a second time.
-
-    Traced with one tensor for two arguments, a graph would ignore the second.
-    """
-    seen: set[int] = set()
-
-    def copied(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and id(leaf) in seen:
-            return leaf.clone()
-        seen.add(id(leaf))
-        return leaf
-
-    return pytree.tree_map(copied, tree)
-
-
-def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All that is in a model's arguments, but None, by the name of its parameter.
-
-    In a sequence or mapping by that name, "_", and its index or key. In the order of the
-    parameters. TypeError where the arguments do not fit ``forward``.
-    """
-    bound = signature_of(model, kwargs).bind(*args, **kwargs).arguments
-    return {
-        "_".join([name, *steps]): leaf
-        for name, value in bound.items()
-        for steps, leaf in _leaves(value)
-        if leaf is not None
-    }
-
-
-def plain_leaves(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Those arguments that a graph has for good, as JSON has them."""
-    return {name: x for name, x in leaves.items() if isinstance(x, (bool, int, float, str))}
 
 
 def output_names_of(output: object) -> list[str]:

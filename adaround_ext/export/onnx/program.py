@@ -13,20 +13,16 @@ import torch
 from torch import nn
 
 from adaround_ext.activations.quantizer import ActivationQuantizer
+from adaround_ext.checks import refuse_inference
 from adaround_ext.export.onnx.trace import marked
 from adaround_ext.export.quantized_layers import QuantizedLayer
-from adaround_ext.model_checks import refuse_inference
+from adaround_ext.export.torch_export import NAMES_HINT
 from adaround_ext.ops.library import build_info
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 _LARGE = 3 << 29  # bytes of all initializers: 1.5 GiB; one file cannot have 2 GiB
-# What may help where the code that it writes does not run.
-NAMES_HINT = (
-    "; torch.export writes the names of modules into code: those with quotes, line breaks or "
-    "backslashes, and words of Python, must be renamed"
-)
 _SMALL = 1024  # bytes of an initializer that stays in the file of the graph
 
 

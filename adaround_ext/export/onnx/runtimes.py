@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext.export.manifest import path_of, read_manifest
-from adaround_ext.export.onnx.names import bind, plain_leaves
 from adaround_ext.export.runner import FLIPS, Runner
-from adaround_ext.json_values import check_keys
+from adaround_ext.export.torch_export import bind, plain_leaves
+from adaround_ext.files import check_keys
 
 if TYPE_CHECKING:
     import numpy as np

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from adaround_ext.activations.quantizer import ActivationQuantizer
 from adaround_ext.export.quantized_layers import QuantizedLayer
 from adaround_ext.export.runner import output_tensors
+from adaround_ext.export.torch_export import signature_of
 
 # Of operators that no optimisation knows, and so none touches. Their attribute "index" counts
 # layers or quantizers.
@@ -117,36 +117,3 @@ def _only_tensors(own: Callable[..., Any], signature: inspect.Signature) -> Call
 
     forward.__dict__["__signature__"] = signature
     return forward
-
-
-def signature_of(model: nn.Module, kwargs: Collection[str]) -> inspect.Signature:
-    """That of ``forward``, with parameters of these names in the place of ``**kwargs``.
-
-    Of those torch.export would refuse to let sizes change.
-    """
-    signature = inspect.signature(model.forward)
-    plain = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    if len(plain) == len(signature.parameters):
-        return signature
-    names = {parameter.name for parameter in plain}
-    more = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in kwargs if n not in names]
-    return signature.replace(parameters=[*plain, *more])
-
-
-def automatic_shapes(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
-    """torch.export's dynamic_shapes: dimension 0 of every input, and 1 of token ids and masks.
-
-    Those are integers or booleans with two dimensions. A size that the model itself fixes is fixed.
-    """
-    auto = torch.export.Dim.AUTO
-
-    def dims(leaf: object) -> dict[int, Any] | None:
-        if not isinstance(leaf, Tensor) or leaf.dim() == 0:
-            return None
-        tokens = leaf.dim() == 2 and not leaf.is_floating_point()
-        return {0: auto, 1: auto} if tokens else {0: auto}
-
-    bound = signature_of(model, kwargs).bind(*args, **kwargs).arguments
-    return {name: pytree.tree_map(dims, value) for name, value in bound.items()}

@@ -11,14 +11,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from adaround_ext.activations.hooks import attach, attached_sites, detach, quantizers
 from adaround_ext.activations.placement import KINDS, Place, Site
 from adaround_ext.activations.quantizer import ActivationConfig
+from adaround_ext.checks import refuse_inference, some
 from adaround_ext.export.packed.stored import QUANTIZER, StoredLayer, StoredModel
 from adaround_ext.grid import quant_range
 from adaround_ext.layers.matrix import MatrixLayer
-from adaround_ext.model_checks import refuse_inference
-from adaround_ext.ops.packing import unpack_bits
+from adaround_ext.ops import unpack_bits
 from adaround_ext.result import QuantizedWeight, write_
 from adaround_ext.transforms.verified import Journal
-from adaround_ext.wording import some
 
 _SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

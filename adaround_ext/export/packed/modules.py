@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from adaround_ext.export.quantized_layers import QuantizedLayer, quantized_layers, refuse
 from adaround_ext.layers.matrix import MatrixLayer, matrix_layer
-from adaround_ext.ops.packing import pack_bits, packed_linear, unpack_bits
-from adaround_ext.ops.rounding import dequantize
+from adaround_ext.ops import dequantize, pack_bits, packed_linear, unpack_bits
 
 
 class PackedLayer(nn.Module):

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from adaround_ext.activations.hooks import attached_sites, quantizers
+from adaround_ext.checks import check_module
 from adaround_ext.export.manifest import new_export, path_of, read_manifest, write_manifest
 from adaround_ext.export.packed.load import restore_
 from adaround_ext.export.packed.modules import pack_
@@ -34,10 +35,9 @@ from adaround_ext.export.packed.stored import (
 )
 from adaround_ext.export.quantized_layers import QuantizedLayer, quantized_layers
 from adaround_ext.export.runner import FLIPS, Runner, module_runner
-from adaround_ext.json_values import read_value
-from adaround_ext.model_checks import check_module
+from adaround_ext.files import read_value
+from adaround_ext.ops import pack_bits
 from adaround_ext.ops.library import build_info
-from adaround_ext.ops.packing import pack_bits
 
 KIND = "safetensors"
 FILE = "adaround.safetensors"

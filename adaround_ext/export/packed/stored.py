@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext.activations.quantizer import ActivationQuantizer
-from adaround_ext.fingerprint import add_tensor
 from adaround_ext.layers.matrix import MatrixLayer, matrix_layer
+from adaround_ext.tensors import add_tensor
 
 QUANTIZER = ("scale", "zero_point", "qmin", "qmax")  # of an activation quantizer, in one tensor
 

@@ -1,0 +1,69 @@
+"""A tensor that grows by samples, where the objective needs them all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaround_ext.distributed import Ranks
+from adaround_ext.files import path_from
+from adaround_ext.replay.cache import _room_needed
+
+
+class GrowingTensor:
+    """A tensor [n, ...] that grows in its first dimension: in memory or, if told, in a file."""
+
+    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
+        """folder: of the file, or None for memory; the file is gone with the tensor."""
+        self._folder = None if folder is None else path_from(folder)
+        self._parts: list[Tensor] = []
+        self._file: Any = None
+        self._rows = 0
+        self._like: Tensor | None = None
+
+    def append(self, part: Tensor) -> None:
+        """float32 copies of a batch; ValueError where its samples have another shape."""
+        part = part.detach().float()
+        if self._like is not None and part.shape[1:] != self._like.shape[1:]:
+            rule = "inputs must have one sample shape for the sampled objective"
+            raise ValueError(f"{rule}, got {list(self._like.shape[1:])} and {list(part.shape[1:])}")
+        self._like = part[:0]
+        self._rows += len(part)
+        if self._folder is None:
+            self._parts.append(part.clone())
+            return
+        with ExitStack() as undo, _room_needed(self._folder, part):
+            if self._file is None:
+                # Open as long as this object lives, gone with it.
+                self._file = tempfile.NamedTemporaryFile(dir=self._folder)  # noqa: SIM115
+            undo.callback(self._file.close)  # an error's traceback may keep this object alive
+            part.cpu().contiguous().numpy().tofile(self._file)
+            undo.pop_all()
+
+    def joined(self, ranks: Ranks) -> GrowingTensor:
+        """What all ranks have, in their order."""
+        found = GrowingTensor(self._folder)
+        own = None if self._like is None else self.tensor()
+        for part in ranks.gather(own, "the gathering of inputs"):
+            if part is not None:
+                found.append(part if self._like is None else part.to(self._like.device))
+        return found
+
+    def tensor(self) -> Tensor:
+        """All of it; from a file it is mapped, and on the CPU."""
+        assert self._like is not None
+        if self._file is None:
+            return torch.cat(self._parts)
+        self._file.flush()
+        shape = (self._rows, *self._like.shape[1:])
+        size = torch.Size(shape).numel()
+        flat = torch.from_file(
+            self._file.name, shared=False, size=size, dtype=torch.float32, device="cpu"
+        )
+        self._file.close()
+        return flat.view(shape)

@@ -1,0 +1,69 @@
+"""Trees of tensors: their leaves, memory, versions, hashes and dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+_PIECE = 1 << 24  # bytes at a time: a large tensor on another device is not copied whole
+
+
+def add_tensor(digest: Any, tensor: Tensor) -> None:
+    """Adds dtype, shape and bits of a tensor to a hashlib object; a meta tensor has no bits."""
+    digest.update(f"{tensor.dtype} {list(tensor.shape)};".encode())
+    if tensor.is_meta:
+        digest.update(b"meta;")
+        return
+    flat = tensor.detach().reshape(-1)
+    for piece in flat.split(max(1, _PIECE // max(flat.element_size(), 1))):
+        digest.update(memoryview(piece.cpu().contiguous().view(torch.uint8).numpy()))
+
+
+def tensors(tree: object) -> Iterator[Tensor]:
+    """The plain tensors in nested tuples, lists, dicts and what else torch registers."""
+    for leaf in pytree.tree_leaves(tree):
+        plain = isinstance(leaf, Tensor) and leaf.layout == torch.strided
+        if plain and not nn.parameter.is_lazy(leaf):
+            yield leaf
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written to; 0 where torch does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+TOLERANCE = 1e-4
+
+
+HALF_TOLERANCE = 1e-2  # 16-bit weights or outputs: every layer's own rounding shows
+
+
+def extent(tensor: Tensor) -> tuple[int, int]:
+    """The addresses from the tensor's first byte to behind its last."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    entries = 1 + sum((size - 1) * stride for size, stride in steps)
+    return tensor.data_ptr(), tensor.data_ptr() + entries * tensor.element_size()
+
+
+def converted(
+    batches: Iterable[Any], dtypes: Collection[torch.dtype], dtype: torch.dtype
+) -> Iterable[Any]:
+    """The same batches, with tensors of one of ``dtypes`` in ``dtype``; one at a time.
+
+    A tensor or mapping of all samples stays one. What no pytree knows stays as it is.
+    """
+    if isinstance(batches, (Tensor, Mapping)):
+        return _converted(batches, dtypes, dtype)  # type: ignore[no-any-return]
+    return (_converted(batch, dtypes, dtype) for batch in batches)
+
+
+def _converted(batch: Any, dtypes: Collection[torch.dtype], dtype: torch.dtype) -> Any:
+    batch = dict(batch) if isinstance(batch, Mapping) else batch  # as a tokenizer's output
+    return pytree.tree_map(
+        lambda leaf: leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.dtype in dtypes else leaf,
+        batch,
+    )
