@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests import documents
+from tests.support import documents
 
 # A cell's numbers; a row's cells, None where a cell is text; a table's rows.
 Cell = tuple[float, ...] | None
