@@ -8,22 +8,20 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import (
-    bench_layer,
-    bench_leaks,
-    bench_loop,
-    bench_memory,
-    bench_ops,
-    bench_packed,
-    bench_quality,
-    bench_search,
-    bench_tuning,
-    common,
-    quality_layers,
-    quality_methods,
-    workloads,
-)
+from benchmarks import common
 from benchmarks.common import Options
+from benchmarks.layer import layer as bench_layer
+from benchmarks.layer import memory as bench_memory
+from benchmarks.layer import tuning as bench_tuning
+from benchmarks.model import leaks as bench_leaks
+from benchmarks.ops import loop as bench_loop
+from benchmarks.ops import ops as bench_ops
+from benchmarks.ops import packed as bench_packed
+from benchmarks.ops import search as bench_search
+from benchmarks.quality import layers as quality_layers
+from benchmarks.quality import methods as quality_methods
+from benchmarks.quality import quality as bench_quality
+from benchmarks.workloads import shapes as workloads
 
 _BENCHES = {
     "ops": bench_ops.run,
@@ -110,7 +108,7 @@ def main() -> None:
         values = documents if arguments.bench == "all" else documents[arguments.bench]
         common.write_json(arguments.output, values)
     if arguments.plot is not None and "quality" in documents:
-        from benchmarks import quality_plot  # matplotlib is needed for nothing else
+        from benchmarks.quality import plot as quality_plot  # matplotlib is needed for nothing else
 
         quality_plot.draw(documents["quality"], arguments.plot)
 

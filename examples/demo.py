@@ -27,7 +27,8 @@ from tqdm import tqdm
 from adaround_ext import AdaRoundConfig, LayerResult, optimize_layer, reference
 from adaround_ext.grid import QuantGrid, make_grid, nearest_codes
 from adaround_ext.ops import dequantize
-from benchmarks import common, minilm
+from benchmarks import common
+from benchmarks.workloads import minilm
 from examples import demo_plot
 
 BITS = (4, 3)

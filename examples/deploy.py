@@ -28,8 +28,9 @@ from adaround_ext.export import FORMATS
 from adaround_ext.export.layers import quantized_layers
 from adaround_ext.export.parity import TOLERANCE, RunnerParity
 from adaround_ext.export.runner import module_runner
-from benchmarks import common, digits, minilm
+from benchmarks import common
 from benchmarks.common import Options, Target
+from benchmarks.workloads import digits, minilm
 
 MODELS = ("minilm", "residual", "separable")
 PACKAGES = (

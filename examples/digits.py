@@ -42,7 +42,9 @@ from torch import Tensor, nn
 from adaround_ext import AdaRoundConfig, quantize_
 from adaround_ext.config import Granularity
 from adaround_ext.reference import ReferenceConfig
-from benchmarks import common, digits, reference_model
+from benchmarks import common
+from benchmarks.model import reference_model
+from benchmarks.workloads import digits
 
 CALIBRATION_IMAGES = 512
 REFERENCE = ReferenceConfig(steps=1500, learning_rate=1e-1)

@@ -22,16 +22,14 @@ from typing import Any, Literal
 import torch
 
 from adaround_ext import quantize_
-from benchmarks import (
-    common,
-    measured,
-    minilm,
-    quality_layers,
-    quality_methods,
-    quality_model,
-)
+from benchmarks import common
 from benchmarks.common import Options, Target
-from benchmarks.quality_methods import Rounding
+from benchmarks.model import measured
+from benchmarks.quality import layers as quality_layers
+from benchmarks.quality import methods as quality_methods
+from benchmarks.quality import model as quality_model
+from benchmarks.quality.methods import Rounding
+from benchmarks.workloads import minilm
 
 BITS = (4, 3, 2)
 METHODS = quality_model.METHODS

@@ -27,8 +27,10 @@ from torch import Tensor, nn
 
 from adaround_ext import quantize_
 from adaround_ext.layers import SUPPORTED
-from benchmarks import common, decoder, measured, networks
+from benchmarks import common
 from benchmarks.common import Options
+from benchmarks.model import measured
+from benchmarks.workloads import decoder, networks
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet18": networks.resnet18,

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from examples.method.catalogue import EXPERIMENTS
+from benchmarks.paper.catalogue import EXPERIMENTS
 from tests import documents
 
 PAIRS = documents.PAIRS

@@ -16,7 +16,7 @@ import pytest
 
 import adaround_ext.export
 from adaround_ext.cli_parser import make_parser
-from examples.method.catalogue import EXPERIMENTS
+from benchmarks.paper.catalogue import EXPERIMENTS
 from tests import documents
 
 _NAMES = documents.NAMES

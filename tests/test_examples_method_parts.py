@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from adaround_ext import AdaRoundConfig, optimize_layer
 from adaround_ext.layers import matrix_layer
-from benchmarks.quality_layers import Moments, Subject
+from benchmarks.quality.layers import Moments, Subject
 
 pytest.importorskip("sklearn")  # the digits
 pytest.importorskip("matplotlib")
-from examples.method import __main__ as cli
-from examples.method import (
+from benchmarks.paper import (
     bias,
     calibration_data,
     comparison,
@@ -31,11 +30,12 @@ from examples.method import (
     relaxations,
     texts,
 )
-from examples.method.catalogue import EXPERIMENTS
-from examples.method.comparison import Setting
-from examples.method.experiment import Text
-from examples.method.walk import LayerTask
-from examples.method.workload import network
+from benchmarks.paper import main as cli
+from benchmarks.paper.catalogue import EXPERIMENTS
+from benchmarks.paper.comparison import Setting
+from benchmarks.paper.experiment import Text
+from benchmarks.paper.walk import LayerTask
+from benchmarks.paper.workload import network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BITS = 3
