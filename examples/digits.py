@@ -133,13 +133,6 @@ def rows_of(
         yield row
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and its standard error, which is 0 for one value."""
-    if len(values) == 1:
-        return values[0], 0.0
-    return statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
-
-
 class Results:
     """Rows by net, bits, granularity and method, seeds in order."""
 
@@ -168,9 +161,9 @@ def targets(results: Results) -> list[common.Target]:
         net, bits, granularity = setting
         where = f"{net}, {bits} bits {granularity}: points"
         if granularity == "per_channel" and bits in MOST_LOST:
-            lost, _ = mean_and_error(results.differences(setting, "full", OURS))
+            lost, _ = common.mean_and_error(results.differences(setting, "full", OURS))
             found.append(common.Target(f"{where} below full", lost, most=MOST_LOST[bits]))
-        gained, error = mean_and_error(results.differences(setting, OURS, "reference"))
+        gained, error = common.mean_and_error(results.differences(setting, OURS, "reference"))
         # Both can be the same number but for the last bits: accuracies are counts of few images.
         least = 0.0 - round(error, 9)
         found.append(common.Target(f"{where} above the reference", round(gained, 9), least=least))
@@ -181,7 +174,7 @@ def show(results: Results) -> None:
     """Accuracy, error of the logits and seconds, as tables for people."""
 
     def accuracy(setting: tuple[str, int, str], method: str) -> str:
-        mean, error = mean_and_error(results.of(setting, method, "accuracy"))
+        mean, error = common.mean_and_error(results.of(setting, method, "accuracy"))
         return f"{mean:.2f} ± {error:.2f}"
 
     def mean(name: str) -> Callable[[tuple[str, int, str], str], float]:

@@ -83,4 +83,4 @@ def test_experiments_have_their_places() -> None:
     for name in EXPERIMENTS:
         assert f"<!-- table: {name} -->" in english
         assert f"(images/method_{name}.svg)" in english
-        assert f"`python -m examples.method {name}`" in english
+        assert f"`python -m benchmarks paper {name}`" in english

@@ -122,7 +122,7 @@ def test_full_run_and_tables(folders: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert document["results"] == {"value": 1.25, "quick": False}
     assert document["machine"]["torch_threads"] == 1
     assert "commit" in document["machine"]
-    assert document["command"] == "python -m benchmarks.paper toy"
+    assert document["command"] == "python -m benchmarks paper toy"
     first = _files(folders)
     assert b"1.25" in first["docs/method.md"] and b"1.25" in first["docs/method.zh.md"]
     assert "已重现".encode() in first["docs/method.zh.md"]

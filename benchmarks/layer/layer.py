@@ -22,7 +22,7 @@ from adaround_ext import optimize_layer, reference
 from adaround_ext.grid import QuantGrid, nearest_codes
 from benchmarks import common
 from benchmarks.common import Options, Target
-from benchmarks.workloads import shapes as workloads
+from benchmarks.workloads import shapes
 from benchmarks.workloads.shapes import Workload
 
 _LEARNING_RATES = (1e-3, 1e-2)
@@ -40,7 +40,7 @@ class _Run:
 def run(options: Options) -> tuple[list[dict[str, Any]], list[Target]]:
     """Rows and targets; prints the table."""
     rows, targets = [], []
-    for workload in workloads.layer_workloads(options.shapes, options.device):
+    for workload in shapes.layer_workloads(options.shapes, options.device):
         row = _measure(workload, options)
         rows.append(row)
         targets += _layer_targets(workload, row)
@@ -49,7 +49,7 @@ def run(options: Options) -> tuple[list[dict[str, Any]], list[Target]]:
             f"{row['reference_seconds']:.0f} s{' (extrapolated)' * row['extrapolated']}"
         )
     _print(rows)
-    transformer = [r for r in rows if r["kind"] == "Linear" and r["name"] != workloads.DECODER]
+    transformer = [r for r in rows if r["kind"] == "Linear" and r["name"] != shapes.DECODER]
     return rows, targets + _mean_targets(transformer)
 
 
@@ -64,7 +64,7 @@ def _measure(workload: Workload, options: Options) -> dict[str, Any]:
     nearest = _dequantized(nearest_codes(workload.matrix, grid), grid)
     _check(workload, nearest)
     seconds, runs = [], []
-    for learning_rate in _LEARNING_RATES[workload.name == workloads.DECODER :]:
+    for learning_rate in _LEARNING_RATES[workload.name == shapes.DECODER :]:
         seconds += [_ours(workload, options) for _ in range(repeats)]
         runs.append(_reference(workload, grid, learning_rate, steps, options))
     seconds += [_ours(workload, options) for _ in range(repeats)]

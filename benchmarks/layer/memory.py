@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -111,21 +110,13 @@ def _start_of_peak(device: torch.device) -> int:
         return torch.cuda.memory_allocated(device)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
-    return status_bytes("VmRSS")
+    return common.status_bytes("VmRSS")
 
 
 def _peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return status_bytes("VmHWM")
-
-
-def status_bytes(name: str) -> int:
-    """A size that the system gives for this process."""
-    found = re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    if found is None:
-        raise RuntimeError(f"/proc/self/status has no {name}")
-    return 1024 * int(found.group(1))
+    return common.status_bytes("VmHWM")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import tempfile
 
 import torch
 
-from benchmarks.layer.memory import status_bytes
+from benchmarks.common import status_bytes
 
 # memory: resident bytes. objects: that the garbage collector knows. tensors: among them.
 # descriptors, threads: of the process. files: below the folder for temporary files.

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from adaround_ext import quantize_
 from benchmarks import common
-from benchmarks.common import Options, Target
+from benchmarks.common import Target
 from benchmarks.workloads import minilm
 
 # What a child would import before it begins, which takes seconds.
@@ -97,8 +97,8 @@ def rounds(count: int, seed: int, folder: Path, blocks: int) -> tuple[float, lis
     return seconds, rows
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.model.kill_and_resume")
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks kill_and_resume")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
@@ -109,14 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seconds, rows = rounds(options.rounds, options.seed, Path(folder), options.blocks)
     differing = sum(not row["identical"] for row in rows)
     targets = [Target("runs that ended with other bits", differing, most=0)]
-    common.print_targets(targets)
-    if options.output is not None:
-        plain = common.document(
-            "kill_and_resume", Options(torch.device("cpu")), facts, rows, targets
-        )
-        plain |= {"undisturbed_seconds": seconds, "blocks": options.blocks}
-        common.write_json(options.output, plain)
-
-
-if __name__ == "__main__":
-    main()
+    common.conclude(
+        options.output, "kill_and_resume", facts, rows, targets,
+        undisturbed_seconds=seconds, blocks=options.blocks,
+    )  # fmt: skip

@@ -6,7 +6,7 @@ mapped files too, but those can be dropped). Without the right to make a cgroup 
 and the memory that no file backs is what counts. The solver is the cheapest, rounding to nearest:
 what is measured is memory.
 
-    python -m benchmarks.model.larger_than_memory [--layers 160] [--output FILE.json]
+    python -m benchmarks larger_than_memory [--layers 160] [--output FILE.json]
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from safetensors.torch import save_file
 
 from adaround_ext import map_weights_, quantize_
 from benchmarks import common
-from benchmarks.common import Options, Target
-from benchmarks.layer.memory import status_bytes
+from benchmarks.common import Target, status_bytes
 from benchmarks.workloads.decoder import llama_shaped
 
 _CGROUPS = Path("/sys/fs/cgroup/memory")
@@ -118,8 +117,8 @@ def limited(size: int) -> Iterator[str]:
         folder.rmdir()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.model.larger_than_memory")
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks larger_than_memory")
     parser.add_argument("--layers", type=int, default=160)
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
@@ -135,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         offload.mkdir()
         size = write_shards(options.layers, shards)
         with limited(int(size * _SHARE)) as cgroup:
-            command = [sys.executable, "-m", "benchmarks.model.larger_than_memory", "--child"]
+            command = [sys.executable, "-m", "benchmarks", "larger_than_memory", "--child"]
             command += [str(options.layers), str(shards), str(offload), cgroup]
             # Freed memory goes back at once: what counts is what is held.
             environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
@@ -150,13 +149,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         targets.append(Target("limit of all memory, of the weights", limit, most=_SHARE))
     for key, value in row.items():
         print(f"{key}: {value if isinstance(value, float) else format(value, ',')}")
-    common.print_targets(targets)
-    if options.output is not None:
-        plain = common.document(
-            "larger_than_memory", Options(torch.device("cpu")), facts, [row], targets
-        )
-        common.write_json(options.output, plain)
-
-
-if __name__ == "__main__":
-    main()
+    common.conclude(options.output, "larger_than_memory", facts, [row], targets)

@@ -4,7 +4,7 @@ The MiniLM encoder, every run in processes of its own under gloo, each rank on o
 thread. One process on one core and the ranks take turns, and the medians are compared; seconds are
 those of the call, without starting processes and loading the model.
 
-    python -m benchmarks.model.ranks [--preset balanced] [--rounds 3] [--output FILE.json]
+    python -m benchmarks ranks [--preset balanced] [--rounds 3] [--output FILE.json]
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from adaround_ext import quantize_
 from benchmarks import common
-from benchmarks.common import Options, Target
+from benchmarks.common import Target
 from benchmarks.workloads import minilm
 
 _WORLDS = (1, 2, 4)
@@ -66,7 +66,7 @@ def run(world: int, preset: str, reduction: str) -> dict[str, Any]:
         store = f"file://{folder}/store"
         processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.model.ranks", "--child",
+                [sys.executable, "-m", "benchmarks", "ranks", "--child",
                  *map(str, (rank, world, store, preset, reduction))],
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
                 stdout=subprocess.PIPE,
@@ -81,8 +81,8 @@ def run(world: int, preset: str, reduction: str) -> dict[str, Any]:
     return found[0] | {"digests": sorted({one["digest"] for one in found})}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.model.ranks")
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks ranks")
     parser.add_argument("--preset", default="balanced")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, metavar="FILE.json")
@@ -113,11 +113,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Target("different results over all runs and ranks", len(digests), most=1),
         Target("2 ranks on 2 cores, times faster", medians[1] / medians[2], least=_LEAST_SPEEDUP),
     ]
-    common.print_targets(targets)
-    if options.output is not None:
-        plain = common.document("ranks", Options(torch.device("cpu")), facts, rows, targets)
-        common.write_json(options.output, plain | {"preset": options.preset, "medians": medians})
-
-
-if __name__ == "__main__":
-    main()
+    common.conclude(
+        options.output, "ranks", facts, rows, targets, preset=options.preset, medians=medians
+    )

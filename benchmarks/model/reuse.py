@@ -3,7 +3,7 @@
 The MiniLM encoder, every run in a process of its own. Without any memory_budget all is computed
 again, and recordings of blocks go to files; runs with and without take turns, medians are compared.
 
-    python -m benchmarks.model.reuse [--presets fast] [--rounds 5] [--output FILE.json]
+    python -m benchmarks reuse [--presets fast] [--rounds 5] [--output FILE.json]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from adaround_ext import quantize_
 from adaround_ext.cache import MEMORY_BUDGET
 from benchmarks import common
-from benchmarks.common import Options, Target
+from benchmarks.common import Target
 from benchmarks.model import measured
 from benchmarks.workloads import minilm
 
@@ -41,8 +41,8 @@ def quantized(meter: measured.Meter, *, preset: Any, budget: int) -> dict[str, A
     return {"digest": digest.hexdigest(), **measured.summary(report)}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.model.reuse")
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks reuse")
     parser.add_argument("--presets", nargs="+", default=["fast"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, metavar="FILE.json")
@@ -73,11 +73,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ["preset, room", "passes", "forward s", "all s", "peak MB"],
         table,
     )
-    common.print_targets(targets)
-    if options.output is not None:
-        plain = common.document("kept", Options(torch.device("cpu")), facts, rows, targets)
-        common.write_json(options.output, plain)
-
-
-if __name__ == "__main__":
-    main()
+    common.conclude(options.output, "reuse", facts, rows, targets)

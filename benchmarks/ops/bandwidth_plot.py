@@ -3,14 +3,14 @@
 A roofline with one roof, since no op does enough arithmetic a byte for another: the bytes that an
 op must move, over its time, beside a copy of the same working set.
 
-python -m benchmarks.ops.bandwidth_plot FILE.json PICTURE.svg
+python -m benchmarks bandwidth_plot FILE.json PICTURE.svg
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +74,9 @@ def _draw_panel(axes: Axes, op: str, rows: list[dict[str, Any]]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops.bandwidth_plot")
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks bandwidth_plot")
     parser.add_argument("results", type=Path, help="what python -m benchmarks ops wrote")
     parser.add_argument("picture", type=Path, help="SVG or PNG")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(arguments)
     draw(json.loads(arguments.results.read_text()), arguments.picture)
-
-
-if __name__ == "__main__":
-    main()

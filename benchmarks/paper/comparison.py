@@ -16,7 +16,6 @@ from benchmarks import common
 from benchmarks.paper.experiment import Claim, Table, Text, Values, pm
 from benchmarks.paper.workload import Images, Score, in_parts, network, test_images
 from benchmarks.workloads import digits
-from examples.digits import mean_and_error
 
 if TYPE_CHECKING:
     from matplotlib.axis import Axis
@@ -153,7 +152,7 @@ def cells(values: Values, settings: Sequence[Setting], scheme: str) -> list[str]
 
 def short(values: Sequence[float]) -> str:
     """Mean ± standard error, as far as its second digit counts."""
-    mean, error = mean_and_error(values)
+    mean, error = common.mean_and_error(values)
     digits = 0 if error == 0 else max(0, 1 - int(f"{error:e}".split("e")[1]))
     return f"{mean:.3g}" if error == 0 else f"{mean:.{digits}f} ± {error:.{digits}f}"
 

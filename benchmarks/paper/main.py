@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import shlex
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +21,9 @@ from benchmarks.paper.experiment import Experiment, Values, claims_table
 RESULTS = common.FOLDER / "results" / "cpu-2core" / "method"  # those that the documents show
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.paper",
+        prog="python -m benchmarks paper",
         description=benchmarks.paper.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -32,8 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes; only shows the tables")
     parser.add_argument("--tables", action="store_true", help="from the results; measures nothing")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="results and pictures there")
-    given = sys.argv[1:] if arguments is None else arguments
-    options = parser.parse_args(given)
+    options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in EXPERIMENTS]
     if unknown:
         parser.error(f"no experiment {', '.join(unknown)}: there are {', '.join(EXPERIMENTS)}")
@@ -54,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"--output: {error}")
         if not os.access(options.output, os.W_OK):
             parser.error(f"--output: {options.output} cannot be written to")
-    command = shlex.join(["python", "-m", "benchmarks.paper", *given])
+    command = shlex.join(["python", "-m", "benchmarks", "paper", *arguments])
     torch.set_num_threads(1)  # the same numbers on every machine of a kind
     found = {}
     for experiment in chosen:
@@ -112,7 +110,3 @@ def read(path: Path) -> Values | None:
         return None
     results: Values = json.loads(path.read_text())["results"]
     return results
-
-
-if __name__ == "__main__":
-    main()

@@ -14,7 +14,7 @@ from adaround_ext.grid import nearest_codes
 from adaround_ext.ops import dequantize
 from benchmarks import common
 from benchmarks.paper.adaround import PAPER, our_codes, paper_codes
-from benchmarks.paper.experiment import Claim, Experiment, Table, Text, Values, pm
+from benchmarks.paper.experiment import SHARE, Claim, Experiment, Table, Text, Values, pm
 from benchmarks.paper.hessian import expansion, gram, local
 from benchmarks.paper.qubo import Qubo, cross_entropy_method, search, stochastic
 from benchmarks.paper.workload import Layer, calibration, network, test_images
@@ -185,36 +185,38 @@ def tables(values: Values) -> list[Table]:
     return found
 
 
+def regained(values: Values, method: str) -> list[float]:
+    """Of the accuracy that nearest loses on the first layer, the share that the method does not."""
+    shares = []
+    for run in runs_of(values, FIRST):
+        nearest, full = run["methods"]["nearest"]["accuracy"], run["full"]["accuracy"]
+        shares.append((run["methods"][method]["accuracy"] - nearest) / (full - nearest))
+    return shares
+
+
+def differences(values: Values, method: str, other: str) -> list[float]:
+    return [a - b for a, b in zip(regained(values, method), regained(values, other), strict=True)]
+
+
+def percent(values: Values, method: str) -> str:
+    return f"{statistics.fmean(of(values, FIRST, method, 'accuracy')):.2f} %"
+
+
+def beside(values: Values, method: str, other: str) -> Text:
+    """Both methods' accuracy and loss, in words."""
+    a, b = (
+        f"{percent(values, name)} ({statistics.fmean(of(values, FIRST, name, 'loss')):.4f})"
+        for name in (method, other)
+    )
+    return Text(
+        f"{a} and {b}: accuracy (test loss), {KIND}",
+        f"{a} 与 {b}：准确率（测试损失），{KIND}",
+    )
+
+
 def claims(values: Values) -> list[Claim]:
     """The paper's of the first layer, judged by what the methods regain."""
-    runs = runs_of(values, FIRST)
-
-    def regained(method: str) -> list[float]:
-        found = []
-        for run in runs:
-            nearest, full = run["methods"]["nearest"]["accuracy"], run["full"]["accuracy"]
-            found.append((run["methods"][method]["accuracy"] - nearest) / (full - nearest))
-        return found
-
-    def percent(method: str) -> str:
-        return f"{statistics.fmean(of(values, FIRST, method, 'accuracy')):.2f} %"
-
-    def loss(method: str) -> str:
-        return f"{statistics.fmean(of(values, FIRST, method, 'loss')):.4f}"
-
-    def differences(method: str, other: str) -> list[float]:
-        return [a - b for a, b in zip(regained(method), regained(other), strict=True)]
-
-    share = Text("share of what nearest lost", "四舍五入所失准确率的挽回比例")
     more = Text("difference of these shares", "上述比例之差")
-
-    def beside(method: str, other: str) -> Text:
-        a, b = f"{percent(method)} ({loss(method)})", f"{percent(other)} ({loss(other)})"
-        return Text(
-            f"{a} and {b}: accuracy (test loss), {KIND}",
-            f"{a} 与 {b}：准确率（测试损失），{KIND}",
-        )
-
     return [
         Claim(
             Text(
@@ -222,11 +224,11 @@ def claims(values: Values) -> list[Claim]:
                 "最小化任务 Hessian 的二次型：52.29 % 升至 68.62 %",
             ),
             Text(
-                f"{percent('nearest')} to {percent('task cem')} ({KIND})",
-                f"{percent('nearest')} 升至 {percent('task cem')}（{KIND}）",
+                f"{percent(values, 'nearest')} to {percent(values, 'task cem')} ({KIND})",
+                f"{percent(values, 'nearest')} 升至 {percent(values, 'task cem')}（{KIND}）",
             ),
-            share,
-            regained("task cem"),
+            SHARE,
+            regained(values, "task cem"),
             0.939,
         ),
         Claim(
@@ -234,9 +236,9 @@ def claims(values: Values) -> list[Claim]:
                 "The local error does better as an objective: 69.39 %, the task loss 68.62 %",
                 "以局部误差为目标更好：69.39 %，任务损失 68.62 %",
             ),
-            beside("local cem", "task cem"),
+            beside(values, "local cem", "task cem"),
             more,
-            differences("local cem", "task cem"),
+            differences(values, "local cem", "task cem"),
             0.044,
         ),
         Claim(
@@ -244,9 +246,9 @@ def claims(values: Values) -> list[Claim]:
                 "Its relaxation does better still: 69.58 %, the discrete problem 69.39 %",
                 "其连续松弛更好：69.58 %，离散问题 69.39 %",
             ),
-            beside("relaxed paper", "local cem"),
+            beside(values, "relaxed paper", "local cem"),
             more,
-            differences("relaxed paper", "local cem"),
+            differences(values, "relaxed paper", "local cem"),
             0.011,
         ),
     ]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from adaround_ext.grid import baseline_codes, nearest_codes
 from benchmarks import common
 from benchmarks.paper.adaround import PAPER, our_codes, paper_codes
-from benchmarks.paper.experiment import Claim, Experiment, Table, Text, Values, pm
+from benchmarks.paper.experiment import SHARE, Claim, Experiment, Table, Text, Values, pm
 from benchmarks.paper.workload import Layer, Score, network, test_images
 from benchmarks.workloads import digits
 
@@ -24,6 +24,7 @@ SETTINGS: tuple[tuple[digits.Kind, int], ...] = (
 )
 LAYER = "conv"
 CLAIMED = ("separable", 3)  # where nearest loses about as much as in the paper
+WHERE = Text(f"{CLAIMED[0]}, {CLAIMED[1]} bits", f"{CLAIMED[0]}，{CLAIMED[1]} 位")
 TITLES = {
     "full": Text("not quantized", "未量化"),
     "nearest": Text("nearest", "四舍五入"),
@@ -133,30 +134,37 @@ def tables(values: Values) -> list[Table]:
     return [Table(EXPERIMENT.name, caption, header, rows)]
 
 
+def regained(run: dict[str, Any], scheme: str) -> float:
+    """Of the accuracy that nearest loses, the share that the scheme does not."""
+    full, nearest, it = (run["scores"][name]["accuracy"] for name in ("full", "nearest", scheme))
+    return float((it - nearest) / (full - nearest))
+
+
+def lost_one_way(run: dict[str, Any]) -> float:
+    """The share of nearest's accuracy that the better of ceil and floor loses."""
+    one_way = max(run["scores"][name]["accuracy"] for name in ("ceil", "floor"))
+    return float(1 - one_way / run["scores"]["nearest"]["accuracy"])
+
+
+def above_nearest(run: dict[str, Any]) -> float:
+    """The share of stochastic roundings with a higher accuracy."""
+    nearest, drawn = run["scores"]["nearest"]["accuracy"], run["stochastic_accuracies"]
+    return float(sum(one > nearest for one in drawn) / len(drawn))
+
+
 def claims(values: Values) -> list[Claim]:
-    setting = CLAIMED
-    runs = [run for run in values["runs"] if (run["network"], run["bits"]) == setting]
+    runs = [run for run in values["runs"] if (run["network"], run["bits"]) == CLAIMED]
+    means = {
+        scheme: f"{statistics.fmean(of(values, *CLAIMED, scheme, 'accuracy')):.1f} %"
+        for scheme in TITLES
+    }
+    return [*_claims_of_rules(means, runs), *_claims_of_regained(means, runs)]
 
-    def mean(scheme: str) -> float:
-        return statistics.fmean(of(values, *setting, scheme, "accuracy"))
 
-    def regained(run: dict[str, Any], scheme: str) -> float:
-        full, nearest, it = (
-            run["scores"][name]["accuracy"] for name in ("full", "nearest", scheme)
-        )
-        return float((it - nearest) / (full - nearest))
-
-    def lost(run: dict[str, Any]) -> float:
-        one_way = max(run["scores"][name]["accuracy"] for name in ("ceil", "floor"))
-        return float(1 - one_way / run["scores"]["nearest"]["accuracy"])
-
-    def above(run: dict[str, Any]) -> float:
-        nearest, drawn = run["scores"]["nearest"]["accuracy"], run["stochastic_accuracies"]
-        return float(sum(one > nearest for one in drawn) / len(drawn))
-
-    where = f"{setting[0]}, {setting[1]} bits"
-    where_zh = f"{setting[0]}，{setting[1]} 位"
-    share = Text("share of what nearest lost", "四舍五入所失准确率的挽回比例")
+def _claims_of_rules(mean: Mapping[str, str], runs: Sequence[dict[str, Any]]) -> list[Claim]:
+    """Of schemes that look at no data. ``mean``: the accuracy of each scheme, in words."""
+    above = [above_nearest(run) for run in runs]
+    of_100 = f"{100 * statistics.fmean(above):.0f}"
     return [
         Claim(
             Text(
@@ -164,13 +172,13 @@ def claims(values: Values) -> list[Claim]:
                 "全部向上或向下取整会毁掉网络：52.29 % 降至 0.10 %",
             ),
             Text(
-                f"ceil {mean('ceil'):.1f} %, floor {mean('floor'):.1f} %, "
-                f"nearest {mean('nearest'):.1f} % ({where})",
-                f"向上 {mean('ceil'):.1f} %，向下 {mean('floor'):.1f} %，"
-                f"四舍五入 {mean('nearest'):.1f} %（{where_zh}）",
+                f"ceil {mean['ceil']}, floor {mean['floor']}, nearest {mean['nearest']} "
+                f"({WHERE.en})",
+                f"向上 {mean['ceil']}，向下 {mean['floor']}，四舍五入 {mean['nearest']}"
+                f"（{WHERE.zh}）",
             ),
             Text("share of nearest's accuracy lost by the better one", "较好者损失的准确率比例"),
-            [lost(run) for run in runs],
+            [lost_one_way(run) for run in runs],
             0.998,
         ),
         Claim(
@@ -179,27 +187,30 @@ def claims(values: Values) -> list[Claim]:
                 "四舍五入并非最优：100 次随机舍入中 48 次更好",
             ),
             Text(
-                f"{100 * statistics.fmean(map(above, runs)):.0f} of 100; their mean "
-                f"{mean('stochastic'):.1f} % ({where})",
-                f"100 次中 {100 * statistics.fmean(map(above, runs)):.0f} 次；平均 "
-                f"{mean('stochastic'):.1f} %（{where_zh}）",
+                f"{of_100} of 100; their mean {mean['stochastic']} ({WHERE.en})",
+                f"100 次中 {of_100} 次；平均 {mean['stochastic']}（{WHERE.zh}）",
             ),
             Text("share of draws above nearest", "优于四舍五入的比例"),
-            [above(run) for run in runs],
+            above,
             0.48,
         ),
+    ]
+
+
+def _claims_of_regained(mean: Mapping[str, str], runs: Sequence[dict[str, Any]]) -> list[Claim]:
+    """Of what the best random rounding and an optimized one regain."""
+    return [
         Claim(
             Text(
                 "The best of 100 random roundings has 63.06 %, nearest 52.29 %, of 69.68 %",
                 "100 次随机舍入中最好的为 63.06 %，四舍五入 52.29 %，未量化 69.68 %",
             ),
             Text(
-                f"{mean('stochastic best'):.1f} %, {mean('nearest'):.1f} %, of "
-                f"{mean('full'):.1f} % ({where})",
-                f"{mean('stochastic best'):.1f} %，{mean('nearest'):.1f} %，未量化 "
-                f"{mean('full'):.1f} %（{where_zh}）",
+                f"{mean['stochastic best']}, {mean['nearest']}, of {mean['full']} ({WHERE.en})",
+                f"{mean['stochastic best']}，{mean['nearest']}，未量化 {mean['full']}"
+                f"（{WHERE.zh}）",
             ),
-            share,
+            SHARE,
             [regained(run, "stochastic best") for run in runs],
             0.619,
         ),
@@ -209,12 +220,12 @@ def claims(values: Values) -> list[Claim]:
                 "优化后的舍入几乎全部挽回：69.58 %，未量化 69.68 %（表 2）",
             ),
             Text(
-                f"the paper's loop {mean('paper'):.1f} %, ours {mean('balanced'):.1f} %, of "
-                f"{mean('full'):.1f} % ({where})",
-                f"论文算法 {mean('paper'):.1f} %，本库 {mean('balanced'):.1f} %，未量化 "
-                f"{mean('full'):.1f} %（{where_zh}）",
+                f"the paper's loop {mean['paper']}, ours {mean['balanced']}, of {mean['full']} "
+                f"({WHERE.en})",
+                f"论文算法 {mean['paper']}，本库 {mean['balanced']}，未量化 {mean['full']}"
+                f"（{WHERE.zh}）",
             ),
-            share,
+            SHARE,
             [regained(run, "paper") for run in runs],
             0.994,
         ),

@@ -24,7 +24,7 @@ from adaround_ext.export.aimet import export_aimet
 from adaround_ext.export.onnx_names import bind
 from adaround_ext.export.runner import output_tensors
 from benchmarks import common
-from benchmarks.common import Options, Target
+from benchmarks.common import Target
 from benchmarks.workloads import digits, minilm
 
 GROUPS = {"bits": 3, "symmetric": False, "granularity": "per_group"}
@@ -85,11 +85,11 @@ def measure(python: Path) -> list[dict[str, Any]]:
     return [{"case": case} | row for case, row in found.items()]
 
 
-def main(given: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers.aimet", description=__doc__)
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks aimet", description=__doc__)
     parser.add_argument("python", type=Path, metavar="PYTHON")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
-    options = parser.parse_args(given)
+    options = parser.parse_args(arguments)
     facts = common.machine_facts(torch.device("cpu"))
     rows = measure(options.python)
     table = [[row["case"], f"{row['moved']:.1e}", f"{row['aimet']:.1e}"] for row in rows]
@@ -100,11 +100,4 @@ def main(given: Sequence[str] | None = None) -> None:
         Target("largest relative error in AIMET", max(r["aimet"] for r in weights), most=1e-5),
         Target("least effect of moved weights", min(r["moved"] for r in rows), least=1e-4),
     ]
-    common.print_targets(targets)
-    if options.output is not None:
-        plain = common.document("aimet_peer", Options(torch.device("cpu")), facts, rows, targets)
-        common.write_json(options.output, plain)
-
-
-if __name__ == "__main__":
-    main()
+    common.conclude(options.output, "aimet", facts, rows, targets)

@@ -1,13 +1,13 @@
 """Bench quality's picture, error over time, from what its JSON file holds.
 
-python -m benchmarks.quality.plot FILE.json PICTURE.svg
+python -m benchmarks quality_plot FILE.json PICTURE.svg
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,13 +206,9 @@ def _write_titles(figure: Figure, document: Mapping[str, Any], points: Mapping[i
     figure.text(left, 0.065, note, fontsize=8.5, color=FAINT, va="top")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.plot")
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks quality_plot")
     parser.add_argument("results", type=Path, help="what python -m benchmarks quality wrote")
     parser.add_argument("picture", type=Path, help="SVG or PNG")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(arguments)
     draw(json.loads(arguments.results.read_text()), arguments.picture)
-
-
-if __name__ == "__main__":
-    main()
