@@ -1,4 +1,4 @@
-"""What every benchmark shares: the machine, fair timing, agreement, targets, JSON and tables."""
+"""Common to all benchmarks: the machine, fair timing, agreement, targets, JSON and tables."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _SAMPLE_SECONDS = 0.02  # a timed sample is at least this long, in as many calls
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for; empty where it leaves the choice to the benchmark.
+    """Options of the command line; empty where it leaves the choice to the benchmark.
 
-    shapes: of bench layer. bits and the following: of bench quality.
+    shapes: of the benchmark layer. bits and the following: of the benchmark quality.
     """
 
     device: torch.device
@@ -212,8 +212,8 @@ def _cores() -> int:
 
 
 def _cpu_model() -> str:
-    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return found.group(1) if found else platform.processor()
+    match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    return match.group(1) if match else platform.processor()
 
 
 def _git(*arguments: str) -> str | None:

@@ -77,7 +77,7 @@ class Workload:
 
 def ours(work: Workload, bits: int) -> dict[str, tuple[LayerResult, float]]:
     """(result, seconds) by layer. Layers with the same inputs go in one call and share its time."""
-    found = {}
+    by_layer = {}
     for names in CALLS:
         layers = [work.layers[name] for name in names]
         started = time.perf_counter()
@@ -85,8 +85,8 @@ def ours(work: Workload, bits: int) -> dict[str, tuple[LayerResult, float]]:
         seconds = time.perf_counter() - started
         common.note(f"optimize_layer, {bits} bits, {', '.join(names)}: {seconds:.2f} s")
         for name, result in zip(names, results, strict=True):
-            found[name] = result, seconds / len(names)
-    return found
+            by_layer[name] = result, seconds / len(names)
+    return by_layer
 
 
 def paper(
@@ -189,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     facts = common.machine_facts(torch.device("cpu"))
     common.note("loading the encoder and the text")
     work = Workload.load()
-    found = {bits: ours(work, bits) for bits in BITS}
+    results = {bits: ours(work, bits) for bits in BITS}
     rows = [
         compare(
             work,
@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.steps,
         )
         for bits in BITS
-        for name, (result, seconds) in found[bits].items()
+        for name, (result, seconds) in results[bits].items()
     ]
     show(rows)
     document = {

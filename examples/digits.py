@@ -156,18 +156,18 @@ class Results:
 
 def targets(results: Results) -> list[common.Target]:
     """Ours close to full precision, and not below the reference by over one standard error."""
-    found = []
+    goals = []
     for setting in results.settings:
         net, bits, granularity = setting
         where = f"{net}, {bits} bits {granularity}: points"
         if granularity == "per_channel" and bits in MOST_LOST:
             lost, _ = common.mean_and_error(results.differences(setting, "full", OURS))
-            found.append(common.Target(f"{where} below full", lost, most=MOST_LOST[bits]))
+            goals.append(common.Target(f"{where} below full", lost, most=MOST_LOST[bits]))
         gained, error = common.mean_and_error(results.differences(setting, OURS, "reference"))
         # Both can be the same number but for the last bits: accuracies are counts of few images.
         least = 0.0 - round(error, 9)
-        found.append(common.Target(f"{where} above the reference", round(gained, 9), least=least))
-    return found
+        goals.append(common.Target(f"{where} above the reference", round(gained, 9), least=least))
+    return goals
 
 
 def show(results: Results) -> None:
@@ -221,14 +221,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print()
     common.print_targets(held)
     if options.output is not None:
-        found: dict[str, Any] = {
+        values: dict[str, Any] = {
             "calibration_images": CALIBRATION_IMAGES,
             "test_images": len(digits.load().test_labels),
             "reference": asdict(reference),
             "rows": [asdict(row) for row in rows],
         }
         device = common.Options(torch.device("cpu"))
-        common.write_json(options.output, common.document("digits", device, facts, found, held))
+        common.write_json(options.output, common.document("digits", device, facts, values, held))
 
 
 if __name__ == "__main__":

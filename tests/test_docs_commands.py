@@ -16,7 +16,7 @@ import pytest
 
 import adaround_ext.export
 from adaround_ext.cli_parser import make_parser
-from benchmarks.__main__ import OTHERS, SUITE
+from benchmarks import __main__ as benchmarks
 from benchmarks.paper.catalogue import EXPERIMENTS
 from tests import documents
 
@@ -91,7 +91,7 @@ def _check_module(module: str, arguments: list[str], monkeypatch: pytest.MonkeyP
     command = (module,)
     if module == "benchmarks" and arguments:
         name, *arguments = arguments
-        assert name in (*SUITE, *OTHERS), f"there is no benchmark {name}"
+        assert name in (*benchmarks.SUITE, *benchmarks.OTHERS), f"there is no benchmark {name}"
         command = (module, name)
     for argument in arguments:
         if argument.startswith("--"):
@@ -105,7 +105,7 @@ _helps: dict[tuple[str, ...], str] = {}
 
 def _help(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> str:
     """What a module, given the rest of the command, says to --help."""
-    module, *_ = command
+    module, *arguments = command
     if command not in _helps:
         said: list[str] = []
         monkeypatch.setattr(sys, "argv", [*command, "--help"])
@@ -115,7 +115,10 @@ def _help(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> str:
             lambda self, text, file=None: said.append(text),
         )
         with pytest.raises(SystemExit):
-            runpy.run_module(module, run_name="__main__")
+            if module == "benchmarks":
+                benchmarks.main([*arguments, "--help"])
+            else:
+                runpy.run_module(module, run_name="__main__")
         monkeypatch.undo()
         _helps[command] = "".join(said)
     return _helps[command]

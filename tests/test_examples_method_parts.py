@@ -206,7 +206,7 @@ def test_shares_of_errors() -> None:
     assert comparison.of(found, setting, "own 16", "error") == [0.25, 0.5]
     assert comparison.saved(found, "own 16", "nearest") == [0.75, 0.5]
     assert comparison.saved(found, "own 16", "nearest", "first layer") == []
-    assert data.kept(found, "own 16", "own 128") == pytest.approx([0.5, 0.5])
+    assert data.share_regained(found, "own 16", "own 128") == pytest.approx([0.5, 0.5])
     claim = comparison.claim(found, Text("a", "b"), "own 16", "nearest", 0.9)
     assert claim.verdict == "reproduced" and list(claim.effects) == [0.75, 0.5]
     assert "0.375 (51.00 %)" in claim.here.en and "1 (50.00 %)" in claim.here.en

@@ -109,9 +109,9 @@ def _check(workload: Workload, nearest: Tensor) -> None:
     common.assert_agree(
         f"{workload.name}: weight_q", result.weight_q.flatten(1), nearest.to(result.weight_q), 0.0
     )
-    own = torch.tensor(result.report.relative["final"])
+    loss = torch.tensor(result.report.relative["final"])
     expected = torch.tensor(workload.relative_error(nearest, workload.inputs))
-    common.assert_agree(f"{workload.name}: loss", own / expected, torch.ones(()), 1e-3)
+    common.assert_agree(f"{workload.name}: loss", loss / expected, torch.ones(()), 1e-3)
 
 
 def _ours(workload: Workload, options: Options) -> float:

@@ -1,4 +1,4 @@
-"""What of a process may grow from call to call: memory, objects, tensors, files, threads."""
+"""Census of what may grow from call to call: memory, objects, tensors, files, threads."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def census() -> tuple[int, ...]:
     # By type: asking some lazy modules for their class would import them.
     tensors = sum(issubclass(type(item), torch.Tensor) for item in objects)
     descriptors, threads = (len(os.listdir(f"/proc/self/{name}")) for name in ("fd", "task"))
-    files = sum(len(found) + len(folders) for _, folders, found in os.walk(tempfile.gettempdir()))
+    files = sum(len(names) + len(folders) for _, folders, names in os.walk(tempfile.gettempdir()))
     return status_bytes("VmRSS"), len(objects), tensors, descriptors, threads, files
 
 

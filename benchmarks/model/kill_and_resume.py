@@ -41,13 +41,13 @@ _IMPORTED = [
 def child(folder: Path, result: Path, blocks: int, ready: Event) -> None:
     """One run, resumed where it can be; writes all codes and parameters."""
     torch.set_num_threads(1)
-    wanted = tuple(f"encoder.layer.{index}." for index in range(blocks))
+    prefixes = tuple(f"encoder.layer.{index}." for index in range(blocks))
     model, tokenizer = minilm.load_encoder()
     batches = minilm.text_batches(tokenizer)
     ready.set()
     quantize_(
         model, batches, preset="fast", checkpoint_dir=str(folder), progress=False,
-        filter_fn=lambda _, name: name.startswith(wanted),
+        filter_fn=lambda _, name: name.startswith(prefixes),
     )  # fmt: skip
     save_file(minilm.quantized_state(model), result)
 
@@ -86,14 +86,14 @@ def rounds(count: int, seed: int, folder: Path, blocks: int) -> tuple[float, lis
         time.sleep(moment)
         process.kill()
         process.join()
-        kept = len(list(run.glob("layer_*.safetensors")))
+        finished = len(list(run.glob("layer_*.safetensors")))
         finish(start(run, result, blocks))
         got = load_file(result)
         same = got.keys() == expected.keys() and all(
             torch.equal(tensor, got[name]) for name, tensor in expected.items()
         )
-        rows.append({"killed_after_seconds": moment, "layers_kept": kept, "identical": same})
-        common.note(f"killed after {moment:.1f} s with {kept} layers: identical {same}")
+        rows.append({"killed_after_seconds": moment, "layers_kept": finished, "identical": same})
+        common.note(f"killed after {moment:.1f} s with {finished} layers: identical {same}")
     return seconds, rows
 
 

@@ -45,8 +45,8 @@ def write_shards(layers: int, folder: Path) -> int:
     names = list(tensors)
     count = -(-len(names) // 40)
     for shard in range(count):
-        part = {name: tensors[name] for name in names[shard * 40 : (shard + 1) * 40]}
-        save_file(part, folder / f"model-{shard + 1:05d}-of-{count:05d}.safetensors")
+        weights = {name: tensors[name] for name in names[shard * 40 : (shard + 1) * 40]}
+        save_file(weights, folder / f"model-{shard + 1:05d}-of-{count:05d}.safetensors")
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
@@ -69,7 +69,7 @@ def child(layers: int, shards: str, offload: str, cgroup: str) -> None:
         memory_budget=1 << 26, cache_dir=offload, progress=False,
     )  # fmt: skip
     seconds = time.perf_counter() - started
-    found: dict[str, Any] = {
+    measured: dict[str, Any] = {
         "seconds": seconds,
         "layers": len(report.layers),
         "anonymous_before": before,
@@ -77,8 +77,8 @@ def child(layers: int, shards: str, offload: str, cgroup: str) -> None:
     }
     if cgroup:
         for name in ("limit_in_bytes", "max_usage_in_bytes", "failcnt"):
-            found[name] = int(Path(cgroup, f"memory.{name}").read_text())
-    print(json.dumps(found))
+            measured[name] = int(Path(cgroup, f"memory.{name}").read_text())
+    print(json.dumps(measured))
 
 
 class _Peak(threading.Thread):
@@ -142,8 +142,8 @@ def main(arguments: Sequence[str]) -> None:
                 command, env=environment, stdout=subprocess.PIPE, text=True, check=True
             )
     row = json.loads(done.stdout.strip().splitlines()[-1]) | {"weights": size}
-    own = row["anonymous_peak"] / size
-    targets = [Target("memory that no file backs, of the weights", own, most=_SHARE)]
+    share = row["anonymous_peak"] / size
+    targets = [Target("memory that no file backs, of the weights", share, most=_SHARE)]
     if "limit_in_bytes" in row:
         limit = row["limit_in_bytes"] / size
         targets.append(Target("limit of all memory, of the weights", limit, most=_SHARE))

@@ -1,4 +1,4 @@
-"""Whether anything stays behind: 1,000 calls of optimize_layer, and quantize_ with files.
+"""Leaks: what stays behind after 1,000 calls of optimize_layer, and quantize_ with files.
 
 The calls differ in layers, sizes and settings, and some raise. Each kind runs in a process of its
 own, with its own folder for temporary files. What stays is the mean over the last third of all
@@ -47,15 +47,15 @@ def run(options: Options) -> tuple[dict[str, Any], list[Target]]:
     rows = []
     for kind, plan in (_QUICK if options.quick else _PLAN).items():
         common.note(f"leaks {kind}, {plan[1]} calls")
-        found = _in_process(kind, plan, options, _WITHOUT_CACHES)
-        stays = {name: _stays(found["readings"][name]) for name in NAMES}
+        measured = _in_process(kind, plan, options, _WITHOUT_CACHES)
+        stays = {name: _stays(measured["readings"][name]) for name in NAMES}
         common.note(f"leaks {kind}, with oneDNN's caches")
         default = _in_process(kind, plan, options, {})["readings"]["memory"]
-        results[kind] = found | {"stays": stays, "memory_with_caches": default}
+        results[kind] = measured | {"stays": stays, "memory_with_caches": default}
         for name in NAMES:
             what = "bytes of memory" if name == "memory" else name
             targets.append(Target(f"{kind}, {what} that stay", stays[name], most=_MOST[name]))
-            values = found["readings"][name]
+            values = measured["readings"][name]
             rows.append([f"{kind}, {name}", str(values[0]), str(values[-1]), stays[name]])
         rows.append([f"{kind}, memory with caches", str(default[0]), str(default[-1]),
                      _stays(default)])  # fmt: skip
@@ -95,8 +95,8 @@ def _measured(kind: str, start: int, calls: int, every: int, device: str) -> dic
         raised += not one(number, draw, torch.device(device))
         if number >= start and (number - start) % every == 0:
             readings.append(census())
-    found = dict(zip(NAMES, map(list, zip(*readings, strict=True)), strict=True))
-    return {"calls": calls, "raised": raised, "every": every, "readings": found}
+    by_name = dict(zip(NAMES, map(list, zip(*readings, strict=True)), strict=True))
+    return {"calls": calls, "raised": raised, "every": every, "readings": by_name}
 
 
 def succeeds(call: Callable[[], object]) -> bool:

@@ -77,8 +77,8 @@ def run(world: int, preset: str, reduction: str) -> dict[str, Any]:
         texts = [process.communicate()[0] for process in processes]
     if any(process.returncode for process in processes):
         raise RuntimeError(f"a rank of {world} failed")
-    found = [json.loads(text.strip().splitlines()[-1]) for text in texts]
-    return found[0] | {"digests": sorted({one["digest"] for one in found})}
+    outcomes = [json.loads(text.strip().splitlines()[-1]) for text in texts]
+    return outcomes[0] | {"digests": sorted({one["digest"] for one in outcomes})}
 
 
 def main(arguments: Sequence[str]) -> None:

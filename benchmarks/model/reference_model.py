@@ -67,21 +67,21 @@ def layers_of(model: nn.Module, images: Tensor, config: AdaRoundConfig) -> list[
 
 
 def outputs_of(model: nn.Module, modules: list[nn.Module], images: Tensor) -> list[Tensor]:
-    found: dict[nn.Module, Tensor] = {}
+    outputs: dict[nn.Module, Tensor] = {}
     with ExitStack() as hooks:
         for module in modules:
             # A clone: an activation function that works in place must not change it.
-            hook = module.register_forward_hook(lambda m, _, y: found.update({m: y.clone()}))
+            hook = module.register_forward_hook(lambda m, _, y: outputs.update({m: y.clone()}))
             hooks.enter_context(hook)
         model(images)
-    return [found[module] for module in modules]
+    return [outputs[module] for module in modules]
 
 
 def input_of(model: nn.Module, module: nn.Module, images: Tensor) -> Tensor:
-    found: list[Tensor] = []
-    with module.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].clone())):
+    captured: list[Tensor] = []
+    with module.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0].clone())):
         model(images)
-    return found[0]
+    return captured[0]
 
 
 @torch.enable_grad()

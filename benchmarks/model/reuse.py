@@ -59,11 +59,11 @@ def main(arguments: Sequence[str]) -> None:
                 rows.append(row | {"peak_mb": run.peak_mb} | run.result)
     table, targets = [], []
     for preset in options.presets:
-        own = [row for row in rows if row["preset"] == preset]
-        different = len({row["digest"] for row in own})
+        of_preset = [row for row in rows if row["preset"] == preset]
+        different = len({row["digest"] for row in of_preset})
         targets.append(Target(f"{preset}, different results", different, most=1))
         for room in _BUDGETS:
-            same = [row for row in own if row["room"] == room]
+            same = [row for row in of_preset if row["room"] == room]
             forward = statistics.median(row["seconds_by_part"]["forward"] for row in same)
             seconds = statistics.median(row["seconds"] for row in same)
             peak = statistics.median(row["peak_mb"] for row in same)

@@ -1,4 +1,4 @@
-"""What the ops reach of the memory's bandwidth, from what bench ops wrote.
+"""Picture of the memory's bandwidth that the ops reach, from the results of the benchmark ops.
 
 A roofline with one roof, since no op does enough arithmetic a byte for another: the bytes that an
 op must move, over its time, beside a copy of the same working set.
@@ -78,5 +78,5 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks bandwidth_plot")
     parser.add_argument("results", type=Path, help="what python -m benchmarks ops wrote")
     parser.add_argument("picture", type=Path, help="SVG or PNG")
-    arguments = parser.parse_args(arguments)
-    draw(json.loads(arguments.results.read_text()), arguments.picture)
+    options = parser.parse_args(arguments)
+    draw(json.loads(options.results.read_text()), options.picture)

@@ -101,12 +101,12 @@ def _measure(shape: tuple[int, int], products: str, options: Options) -> list[di
         ways = {"launches": as_they_are}
     steps = _STEPS if shape[0] * shape[1] < _LARGE else _STEPS_OF_LARGE
     steps = steps // 4 if options.quick else steps
-    found = {}
+    solutions = {}
     for way, context in ways.items():
         with context():
-            found[way] = case.run(steps)
-    for way, v in found.items():
-        common.assert_agree(f"V by {way}", v, found["launches"], 0.0)
+            solutions[way] = case.run(steps)
+    for way, v in solutions.items():
+        common.assert_agree(f"V by {way}", v, solutions["launches"], 0.0)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(_SAMPLES):
         for way, context in ways.items():
@@ -183,7 +183,7 @@ def host_work(run: Callable[[int], object], device: torch.device) -> dict[str, f
 
 
 def _targets(rows: list[dict[str, Any]]) -> list[Target]:
-    wanted = {"shape": "384x384", "steps as": "graph", "products": "tf32"}
-    (found,) = [row for row in rows if wanted.items() <= row.items()]
+    promised = {"shape": "384x384", "steps as": "graph", "products": "tf32"}
+    (row,) = [one for one in rows if promised.items() <= one.items()]
     name = "384x384, microseconds a step in a graph, TF32 products"
-    return [Target(name, found["us a step"], most=_MOST_MICROSECONDS)]
+    return [Target(name, row["us a step"], most=_MOST_MICROSECONDS)]

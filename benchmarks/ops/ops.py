@@ -64,9 +64,9 @@ def _measure(op: Op, shape: tuple[int, int], options: Options) -> dict[str, Any]
     numel, device = shape[0] * shape[1], options.device
     in_cache = _WORKING_SET * numel < common.cache_bytes(device)
     torch.compiler.reset()
-    found = op.candidates(Case.make(*shape, device))
-    _check(op, found)
-    calls = {name: candidate.call for name, candidate in found.items()}
+    contenders = op.candidates(Case.make(*shape, device))
+    _check(op, contenders)
+    calls = {name: candidate.call for name, candidate in contenders.items()}
     calls[_COPY] = common.copier(_WORKING_SET * numel // 8, device)
     if in_cache:
         calls[_MEMORY_COPY] = common.copier(common.cache_bytes(device), device)
@@ -75,7 +75,7 @@ def _measure(op: Op, shape: tuple[int, int], options: Options) -> dict[str, Any]
     memory_bandwidth = bandwidth
     if in_cache:
         memory_bandwidth = 8 * common.cache_bytes(device) / timings[_MEMORY_COPY].median
-    fastest = _fastest(found, timings)
+    fastest = _fastest(contenders, timings)
     ours = fastest[OURS]
     floor = 1e9 * op.moved / bandwidth
     return {
@@ -94,21 +94,21 @@ def _measure(op: Op, shape: tuple[int, int], options: Options) -> dict[str, Any]
     }
 
 
-def _check(op: Op, found: dict[str, Candidate]) -> None:
+def _check(op: Op, candidates: dict[str, Candidate]) -> None:
     """All candidates agree, after some calls where these change something."""
-    for candidate in found.values():
+    for candidate in candidates.values():
         for _ in range(_CHECKED_CALLS):
             candidate.call()
-    expected = next(c for c in found.values() if c.family == EAGER).results()
-    for name, candidate in found.items():
+    expected = next(c for c in candidates.values() if c.family == EAGER).results()
+    for name, candidate in candidates.items():
         for got, want in zip(candidate.results(), expected, strict=True):
             tolerance = 1e-2 if got.dtype == torch.bfloat16 else 2e-5
             common.assert_agree(f"{op.name}: {name}", got.detach(), want.detach(), tolerance)
 
 
-def _fastest(found: dict[str, Candidate], timings: dict[str, Timing]) -> dict[str, float]:
+def _fastest(candidates: dict[str, Candidate], timings: dict[str, Timing]) -> dict[str, float]:
     best: dict[str, float] = {}
-    for name, candidate in found.items():
+    for name, candidate in candidates.items():
         seconds = timings[name].median
         best[candidate.family] = min(seconds, best.get(candidate.family, seconds))
     return best

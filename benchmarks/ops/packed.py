@@ -88,9 +88,9 @@ def _measure_packing(bits: int, options: Options) -> dict[str, Any]:
 
 def _measure_linear(shape: tuple[int, int], positions: int, options: Options) -> dict[str, Any]:
     device = options.device
-    found = _candidates(shape, positions, device)
-    errors = _errors(found)
-    calls: dict[str, Callable[[], object]] = {name: c.call for name, c in found.items()}
+    candidates = _candidates(shape, positions, device)
+    errors = _errors(candidates)
+    calls: dict[str, Callable[[], object]] = {name: c.call for name, c in candidates.items()}
     packed_size = shape[0] * shape[1] // 2
     calls[_COPY] = common.copier(packed_size // 8, device)
     timings = common.interleaved(calls, options)
@@ -105,7 +105,7 @@ def _measure_linear(shape: tuple[int, int], positions: int, options: Options) ->
         "float_weight_in_cache": 4 * shape[0] * shape[1] < common.cache_bytes(device),
         "seconds": _seconds(timings),
         "relative_error": errors,
-        "ratio_to_ours": {name: timings[name].median / ours for name in found},
+        "ratio_to_ours": {name: timings[name].median / ours for name in candidates},
         "bytes": moved,
         "copy_bandwidth": bandwidth,
         "ours_over_floor": ours / (moved / bandwidth),
@@ -135,7 +135,7 @@ def _candidates(
     def in_parts() -> Tensor:
         return F.linear(x, ops.dequantize(unpack_bits(packed, 4, cols, 0), *grid))
 
-    found = {
+    candidates = {
         FLOAT: Candidate(lambda: F.linear(x, weight), 0.0),
         OURS: Candidate(lambda: packed_linear(x, packed, *grid, None, 4, 0), 1e-5),
         IN_PARTS: Candidate(in_parts, 1e-5),
@@ -143,8 +143,8 @@ def _candidates(
         BFLOAT16: Candidate(lambda: F.linear(x_half, weight_half), 1e-2),
     }
     if device.type == "cpu":
-        found |= _torch_int4(codes, scale, x)
-    return found
+        candidates |= _torch_int4(codes, scale, x)
+    return candidates
 
 
 def _torch_int4(codes: Tensor, scale: Tensor, x: Tensor) -> dict[str, Candidate]:
@@ -158,25 +158,25 @@ def _torch_int4(codes: Tensor, scale: Tensor, x: Tensor) -> dict[str, Candidate]
     def product(x: Tensor, grid: Tensor) -> Tensor:
         return aten._weight_int4pack_mm_for_cpu(x, words, _GROUP_SIZE, grid)  # type: ignore[no-any-return]
 
-    found = {INT4_BFLOAT16: Candidate(lambda: product(x_half, grid_half), 1e-2)}
+    candidates = {INT4_BFLOAT16: Candidate(lambda: product(x_half, grid_half), 1e-2)}
     if len(x) > _SLOW_POSITIONS:
-        return found
+        return candidates
     pairs = (codes[:, ::2] | codes[:, 1::2] << 4).contiguous()
     dynamic = aten._dyn_quant_pack_4bit_weight(
         pairs, scale.bfloat16(), None, _GROUP_SIZE, cols, rows
     )
-    found[INT4_FLOAT] = Candidate(lambda: product(x, grid), 1e-5)
-    found[INT4_DYNAMIC] = Candidate(
+    candidates[INT4_FLOAT] = Candidate(lambda: product(x, grid), 1e-5)
+    candidates[INT4_DYNAMIC] = Candidate(
         lambda: aten._dyn_quant_matmul_4bit(x, dynamic, _GROUP_SIZE, cols, rows), 2e-2
     )
-    return found
+    return candidates
 
 
-def _errors(found: dict[str, Candidate]) -> dict[str, float]:
+def _errors(candidates: dict[str, Candidate]) -> dict[str, float]:
     """The distance of each from the float32 product, which must be within its tolerance."""
-    expected = found[FLOAT].call()
+    expected = candidates[FLOAT].call()
     errors = {}
-    for name, candidate in found.items():
+    for name, candidate in candidates.items():
         got = candidate.call().float()
         errors[name] = float((got - expected).norm() / expected.norm())
         if not errors[name] <= candidate.tolerance:

@@ -107,11 +107,11 @@ def _measure(shape: tuple[int, int], options: Options) -> list[dict[str, Any]]:
         "refine_": changes,
         "tabu_search_": float(_TABU_STEPS),
     }
-    found = []
+    measured = []
     for op, read in per_row.items():
         moved = 4 * rows * cols * read
         seconds = timings[op].median
-        found.append(
+        measured.append(
             {
                 "shape": f"{rows}x{cols}",
                 "op": op,
@@ -123,7 +123,7 @@ def _measure(shape: tuple[int, int], options: Options) -> list[dict[str, Any]]:
                 "copy_bandwidth": bandwidth,
             }
         )
-    return found
+    return measured
 
 
 def _changes(problem: _Problem, codes: Tensor) -> float:

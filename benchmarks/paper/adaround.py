@@ -23,8 +23,8 @@ def paper_codes(
     activation = activation or nn.Identity()
 
     def forward(x: Tensor, weight: Tensor) -> Tensor:
-        own = layer.matrix.weight_from_matrix(weight)
-        return activation(layer.matrix.forward(x, own, layer.matrix.bias))
+        matrix = layer.matrix.weight_from_matrix(weight)
+        return activation(layer.matrix.forward(x, matrix, layer.matrix.bias))
 
     return reference.optimize(
         layer.weight, grid.scale, grid.zero_point, grid.qmin, grid.qmax, x,
@@ -35,8 +35,8 @@ def paper_codes(
 def our_codes(layer: Layer, grid: QuantGrid, **settings: Any) -> Tensor:
     """The library's with the bias kept, so that only the rounding differs."""
     bits = (grid.qmax + 1).bit_length()
-    found = optimize_layer(
+    result = optimize_layer(
         layer.matrix.layer, layer.inputs(calibration().images), bits=bits,
         granularity="per_tensor", scale=grid.scale, bias="keep", **settings,
     )  # fmt: skip
-    return found.codes
+    return result.codes

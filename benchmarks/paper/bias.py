@@ -66,11 +66,11 @@ def refit(model: nn.Module, setting: Setting, seed: int) -> None:
 
     def solve(task: LayerTask) -> tuple[Tensor, Tensor | None]:
         settings = comparison.ANNEALING | {"bias": "refit", "scale": "mse"}
-        found = optimize_layer(
+        result = optimize_layer(
             task.matrix.layer, task.inputs, task.targets, bits=setting.bits,
             granularity="per_tensor", **settings,
         )  # fmt: skip
-        return dequantize(found.codes, found.scale, found.zero_point), found.bias
+        return dequantize(result.codes, result.scale, result.zero_point), result.bias
 
     _walk(model, setting, solve)
 

@@ -31,10 +31,10 @@ class Setting(NamedTuple):
 
     @property
     def title(self) -> Text:
-        part = {"all layers": "全部层", "first layer": "首层"}[self.part]
+        part_zh = {"all layers": "全部层", "first layer": "首层"}[self.part]
         return Text(
             f"{self.network}, {self.bits} bits, {self.part}",
-            f"{self.network}，{self.bits} 位，{part}",
+            f"{self.network}，{self.bits} 位，{part_zh}",
         )
 
 
@@ -143,11 +143,11 @@ def table(
 
 def cells(values: Values, settings: Sequence[Setting], scheme: str) -> list[str]:
     """Accuracy and logits' error in every setting."""
-    found = []
+    texts = []
     for setting in settings:
-        found.append(pm(of(values, setting, scheme, "accuracy")))
-        found.append(short(of(values, setting, scheme, "error")))
-    return found
+        texts.append(pm(of(values, setting, scheme, "accuracy")))
+        texts.append(short(of(values, setting, scheme, "error")))
+    return texts
 
 
 def short(values: Sequence[float]) -> str:
@@ -210,7 +210,7 @@ def draw(
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_yticks(range(len(names)), [titles[n].en if number == 0 else "" for n in names])
         for i, scheme in enumerate(names):
-            found = of(values, setting, scheme, "error")
+            errors = of(values, setting, scheme, "error")
             color = colors.get(scheme, pictures.BLUE)
-            axes.plot(found, [i] * len(found), "o", color=color, alpha=0.6, markersize=5)
-            axes.plot([statistics.fmean(found)] * 2, [i - 0.3, i + 0.3], color=color, linewidth=2)
+            axes.plot(errors, [i] * len(errors), "o", color=color, alpha=0.6, markersize=5)
+            axes.plot([statistics.fmean(errors)] * 2, [i - 0.3, i + 0.3], color=color, linewidth=2)

@@ -1,4 +1,4 @@
-"""How many images calibration needs, and whether they must be the network's own: figure 4."""
+"""Calibration by number and kind of images, the network's own or others: the paper's figure 4."""
 
 from __future__ import annotations
 
@@ -84,15 +84,15 @@ def tables(values: Values) -> list[Table]:
     return [Table(EXPERIMENT.name, "Calibration images: accuracy and logits' error", header, rows)]
 
 
-def kept(values: Values, some: str, reference: str) -> list[float]:
+def share_regained(values: Values, some: str, reference: str) -> list[float]:
     """Of what ``reference`` takes off log(nearest's error), the share that ``some`` takes off."""
-    found = []
+    shares = []
     for run in values["runs"]:
-        nearest, part, whole = (
+        nearest, this, whole = (
             math.log(run["scores"][name]["error"]) for name in ("nearest", some, reference)
         )
-        found.append((nearest - part) / (nearest - whole))
-    return found
+        shares.append((nearest - this) / (nearest - whole))
+    return shares
 
 
 def claims(values: Values) -> list[Claim]:
@@ -106,7 +106,7 @@ def claims(values: Values) -> list[Claim]:
         "论文为准确率；各网络依次列出",
     )
     others = values["domains"][1:]
-    shares = [kept(values, scheme(domain, most), whole) for domain in others]
+    shares = [share_regained(values, scheme(domain, most), whole) for domain in others]
 
     return [
         Claim(
@@ -120,7 +120,7 @@ def claims(values: Values) -> list[Claim]:
                 "；".join(_here(values, scheme("own", n), f"{n} 张数字").zh for n in (few, most)),
             ),
             measure,
-            kept(values, scheme("own", few), whole),
+            share_regained(values, scheme("own", few), whole),
             papers_logarithms(68.43),
         ),
         Claim(
@@ -143,10 +143,10 @@ def claims(values: Values) -> list[Claim]:
 
 def _here(values: Values, name: str, words: str) -> Text:
     settings = comparison.settings_of(values)
-    found = [statistics.fmean(comparison.of(values, s, name, "accuracy")) for s in settings]
+    accuracies = [statistics.fmean(comparison.of(values, s, name, "accuracy")) for s in settings]
     errors = [statistics.fmean(comparison.of(values, s, name, "error")) for s in settings]
-    numbers = [f"{a:.2f} % (error {e:.3g})" for a, e in zip(found, errors, strict=True)]
-    chinese = [f"{a:.2f} %（误差 {e:.3g}）" for a, e in zip(found, errors, strict=True)]
+    numbers = [f"{a:.2f} % (error {e:.3g})" for a, e in zip(accuracies, errors, strict=True)]
+    chinese = [f"{a:.2f} %（误差 {e:.3g}）" for a, e in zip(accuracies, errors, strict=True)]
     return Text(f"{words} {', '.join(numbers)}", f"{words} {'，'.join(chinese)}")
 
 

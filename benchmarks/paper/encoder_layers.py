@@ -46,7 +46,7 @@ def drawn(windows: Tensor, count: int, seed: int) -> Batches:
     """So many of the windows, without replacement, in batches of 32."""
     generator = torch.Generator().manual_seed(seed)
     chosen = windows[torch.randperm(len(windows), generator=generator)[:count]]
-    return [{"input_ids": part} for part in chosen.split(32)]
+    return [{"input_ids": batch} for batch in chosen.split(32)]
 
 
 def _cut(model: PreTrainedModel, rows: int) -> Iterator[tuple[str, nn.Linear]]:

@@ -1,4 +1,4 @@
-"""What an experiment is: values measured once, and the tables, the picture and claims from them."""
+"""Experiment: values measured once, and the tables, the picture and claims from them."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ def papers(better: float, worse: float) -> float:
 
 def papers_logarithms(accuracy: float) -> float:
     """The same over nearest's 23.99 %, in logarithms, as a share of that with its own images."""
-    nearest, part, whole = (math.log(FULL - one) for one in (23.99, accuracy, 68.71))
-    return (nearest - part) / (nearest - whole)
+    nearest, some, whole = (math.log(FULL - one) for one in (23.99, accuracy, 68.71))
+    return (nearest - some) / (nearest - whole)
 
 
 def pm(values: Sequence[float], digits: int = 2) -> str:
@@ -112,7 +112,7 @@ def pm(values: Sequence[float], digits: int = 2) -> str:
     return f"{mean:.{digits}f} ± {error:.{digits}f}"
 
 
-def claims_table(found: Sequence[tuple[Experiment, Claim]]) -> Table:
+def claims_table(pairs: Sequence[tuple[Experiment, Claim]]) -> Table:
     """All claims with their verdicts, for the marker ``claims``."""
     header = (
         Text("Source", "出处"),
@@ -136,6 +136,6 @@ def claims_table(found: Sequence[tuple[Experiment, Claim]]) -> Table:
             else claim.expected,
             VERDICTS[claim.verdict],
         )
-        for experiment, claim in found
+        for experiment, claim in pairs
     ]
     return Table("claims", "Claims", header, rows)

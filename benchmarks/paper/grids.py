@@ -42,8 +42,8 @@ def by_weights(task: LayerTask) -> QuantGrid:
 def by_outputs(task: LayerTask) -> QuantGrid:
     """Least squared error of the layer's outputs under rounding to nearest."""
     widest, loss = min_max(task), output_loss(task)
-    found = [replace(widest, scale=widest.scale * share) for share in SHARES]
-    return min(found, key=lambda grid: loss(nearest(task, grid)))
+    grids = [replace(widest, scale=widest.scale * share) for share in SHARES]
+    return min(grids, key=lambda grid: loss(nearest(task, grid)))
 
 
 def output_loss(task: LayerTask) -> Callable[[Tensor], float]:
@@ -59,14 +59,14 @@ def by_search(task: LayerTask) -> QuantGrid:
 
     Without descent, and refitted in the end to AdaRound's codes on the best of them.
     """
-    found = optimize_layer(
+    result = optimize_layer(
         task.matrix.layer,
         task.inputs,
         task.targets,
         _config(task.config.bits, "gram"),
         **comparison.ANNEALING,
     )
-    return replace(min_max(task), scale=found.scale)
+    return replace(min_max(task), scale=result.scale)
 
 
 def nearest(task: LayerTask, grid: QuantGrid) -> Tensor:
@@ -77,8 +77,8 @@ def adaround(task: LayerTask, grid: QuantGrid) -> Tensor:
     """In the Gram form, without ReLU."""
     config = replace(_config(task.config.bits, "mse"), scale=grid.scale)
     layer = task.matrix.layer
-    found = optimize_layer(layer, task.inputs, task.targets, config, **comparison.ANNEALING)
-    return dequantize(found.codes, found.scale, found.zero_point)
+    result = optimize_layer(layer, task.inputs, task.targets, config, **comparison.ANNEALING)
+    return dequantize(result.codes, result.scale, result.zero_point)
 
 
 def _config(bits: int, scale: str) -> AdaRoundConfig:
@@ -150,7 +150,7 @@ def claims(values: Values) -> list[Claim]:
         comparison.saved(values, f"{rounding} outputs", f"{rounding} weights")
         for rounding in ROUNDINGS
     ]
-    means = [f"{100 * statistics.fmean(found):.0f} %" for found in both]
+    means = [f"{100 * statistics.fmean(shares):.0f} %" for shares in both]
     return [
         comparison.claim(
             values,

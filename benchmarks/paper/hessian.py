@@ -60,16 +60,16 @@ def _jacobian(layer: Layer, images: Tensor) -> Tensor:
     """d logits / d weights, float64 [images, classes, weights]: one backward pass a class."""
     (offset,), logits = _with_offset(layer, images)
     inputs = layer.matrix.samples(layer.inputs(images))
-    patches = torch.cat([part for part, _ in layer.matrix.patches(inputs)], 2)
+    patches = torch.cat([patch for patch, _ in layer.matrix.patches(inputs)], 2)
     if len(patches) != 1:
         raise ValueError(f"layer must have one group, got {len(patches)}")
     patches = patches.view(layer.matrix.cols, len(images), -1).double()
-    found = []
+    columns = []
     for k in range(logits.shape[1]):
         (slope,) = torch.autograd.grad(logits[:, k].sum(), offset, retain_graph=True)
         slope = slope.flatten(2).double()
-        found.append(torch.einsum("nrp,cnp->nrc", slope, patches).flatten(1))
-    return torch.stack(found, 1)
+        columns.append(torch.einsum("nrp,cnp->nrc", slope, patches).flatten(1))
+    return torch.stack(columns, 1)
 
 
 def _with_offset(layer: Layer, images: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -54,16 +54,16 @@ def main(arguments: Sequence[str]) -> None:
             parser.error(f"--output: {options.output} cannot be written to")
     command = shlex.join(["python", "-m", "benchmarks", "paper", *arguments])
     torch.set_num_threads(1)  # the same numbers on every machine of a kind
-    found = {}
+    results = {}
     for experiment in chosen:
         document = measured(experiment, options.quick) | {"command": command}
-        found[experiment.name] = document["results"]
+        results[experiment.name] = document["results"]
         folder = options.output or (None if options.quick else RESULTS)
         if folder is not None:
             common.write_json(folder / f"{experiment.name}.json", document)
         for table in experiment.tables(document["results"]):
             pages.show(table)
-    pages.show(claims_table([(e, claim) for e in chosen for claim in e.claims(found[e.name])]))
+    pages.show(claims_table([(e, claim) for e in chosen for claim in e.claims(results[e.name])]))
     if options.output is not None or not options.quick:
         publish(chosen, options.output)
 
@@ -87,9 +87,9 @@ def publish(chosen: Sequence[Experiment], output: Path | None) -> None:
     from benchmarks.paper import pictures
 
     folder = output or RESULTS
-    found = {name: read(folder / f"{name}.json") for name in EXPERIMENTS}
+    results = {name: read(folder / f"{name}.json") for name in EXPERIMENTS}
     tables, claims = [], []
-    for name, values in found.items():
+    for name, values in results.items():
         experiment = EXPERIMENTS[name]
         if values is None:
             if experiment in chosen:

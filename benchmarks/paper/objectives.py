@@ -103,13 +103,13 @@ def run(problem: Problem, seed: int, shifts: int, epochs: int | None = None) -> 
             layer, grid, starts=("adaround",), refine=False, damping=0.0, seed=seed
         ),
     }
-    found = {}
+    outcomes = {}
     for name, way in ways.items():
         started = time.process_time()
         codes = way().view(shape)
         seconds = time.process_time() - started
         change = (dequantize(codes, grid.scale, grid.zero_point) - layer.weight).view(1, -1)
-        found[name] = {
+        outcomes[name] = {
             **asdict(on_test.codes(codes, grid)),
             "calibration_loss": on_calibration.codes(codes, grid).loss,
             "task": float(task.quadratic(change)),
@@ -123,7 +123,7 @@ def run(problem: Problem, seed: int, shifts: int, epochs: int | None = None) -> 
         "seed": seed,
         "weights": layer.weight.numel(),
         "full": asdict(on_test(layer.weight)),
-        "methods": found,
+        "methods": outcomes,
     }
 
 
@@ -147,7 +147,7 @@ def tables(values: Values) -> list[Table]:
         Text("E‖ΔW x‖²", "E‖ΔW x‖²"),
         Text("seconds", "秒"),
     )
-    found = []
+    by_layer = []
     for problem in values["problems"]:
         layer, bits = problem["layer"], problem["bits"]
         runs = runs_of(values, layer)
@@ -181,8 +181,8 @@ def tables(values: Values) -> list[Table]:
             )
         name = EXPERIMENT.name if layer == FIRST else f"{EXPERIMENT.name}_second"
         caption = f"{layer} of {KIND}, {runs[0]['weights']} weights at {bits} bits"
-        found.append(Table(name, caption, header, rows))
-    return found
+        by_layer.append(Table(name, caption, header, rows))
+    return by_layer
 
 
 def regained(values: Values, method: str) -> list[float]:
@@ -281,8 +281,8 @@ def draw(figure: Figure, values: Values) -> None:
         for method, (marker, color) in styles.items():
             x, y = (
                 [
-                    own / nearest
-                    for own, nearest in zip(
+                    value / nearest
+                    for value, nearest in zip(
                         of(values, layer, method, name),
                         of(values, layer, "nearest", name),
                         strict=True,

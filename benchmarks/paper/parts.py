@@ -1,4 +1,4 @@
-"""What each part of the library adds to the paper's loop, and what its lack costs in the end.
+"""Ablation: what each part of the library adds to the paper's loop, and what its lack costs.
 
 Rows of three layers of MiniLM's block 3, a scale a channel, and a whole digits network. From the
 paper's loop one part after the other is added until it is the preset "balanced"; then each is left
@@ -6,7 +6,7 @@ out of that. Errors are of held-out outputs, over those of rounding to nearest o
 squared weight error, geometric means over layers.
 
 The loop has 2000 steps of 256 tokens at Adam's 1e-2 (on the network 600 at 1e-1) instead of 10,000,
-which bench quality has; the Gram form has 300.
+which the benchmark quality has; the Gram form has 300.
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ _LEFT_OUT: dict[str, dict[str, Any]] = {
 
 
 def _ladder() -> dict[str, dict[str, Any]]:
-    settings, found = _GRAM, {"gram": _GRAM}
+    settings, ladder = _GRAM, {"gram": _GRAM}
     for name, added in _ADDED.items():
         settings = settings | added
-        found[name] = settings
-    return found
+        ladder[name] = settings
+    return ladder
 
 
 SCHEMES = _ladder() | _LEFT_OUT  # what optimize_layer and quantize_ get; the last rung is balanced
@@ -119,14 +119,14 @@ def measure(quick: bool) -> Values:
 def errors(subject: Subject, bits: int, steps: int) -> dict[str, float]:
     """Held-out relative output error by scheme; "nearest" is what the others are compared with."""
     grid = mse_grid(subject, bits, "channel")
-    found = {"loop": subject.relative_errors(loop_weight(subject, bits, steps), None)[0]}
+    by_name = {"loop": subject.relative_errors(loop_weight(subject, bits, steps), None)[0]}
     nearest = nearest_codes(subject.matrix, grid)
-    found["nearest"] = subject.relative_errors(_weight(nearest, grid), None)[0]
+    by_name["nearest"] = subject.relative_errors(_weight(nearest, grid), None)[0]
     for name, settings in SCHEMES.items():
         result = optimize_layer(subject.layer, subject.inputs, bits=bits, **settings)
-        found[name] = subject.relative_errors(result.weight_q, result.bias)[0]
-    common.note(f"parts: {subject.name}, {bits} bits: balanced {found['+ GPTQ']:.3g}")
-    return found
+        by_name[name] = subject.relative_errors(result.weight_q, result.bias)[0]
+    common.note(f"parts: {subject.name}, {bits} bits: balanced {by_name['+ GPTQ']:.3g}")
+    return by_name
 
 
 def loop_weight(subject: Subject, bits: int, steps: int) -> Tensor:
@@ -149,12 +149,12 @@ def seconds(subject: Subject) -> dict[str, float]:
         return time.process_time() - started
 
     few, many = (took(partial(loop_weight, subject, 4, steps)) for steps in (10, 110))
-    found = {"loop": (many - few) * common.REFERENCE_STEPS / 100}
+    by_name = {"loop": (many - few) * common.REFERENCE_STEPS / 100}
     for name, settings in SCHEMES.items():
-        found[name] = took(
+        by_name[name] = took(
             partial(optimize_layer, subject.layer, subject.inputs, bits=4, **settings)
         )
-    return found
+    return by_name
 
 
 def ours(settings: dict[str, Any]) -> Way:
@@ -178,12 +178,12 @@ def _weight(codes: Tensor, grid: QuantGrid) -> Tensor:
 
 def ratios(values: Values, bits: int, scheme: str) -> list[float]:
     """Error over nearest's, geometric mean over layers, a draw of calibration text each."""
-    found: dict[int, list[float]] = {}
+    by_draw: dict[int, list[float]] = {}
     for run in values["layers"]:
         if run["bits"] == bits:
             ratio = run["errors"][scheme] / run["errors"]["nearest"]
-            found.setdefault(run["draw"], []).append(ratio)
-    return [statistics.geometric_mean(layers) for layers in found.values()]
+            by_draw.setdefault(run["draw"], []).append(ratio)
+    return [statistics.geometric_mean(layers) for layers in by_draw.values()]
 
 
 def seconds_of(values: Values, scheme: str) -> float:

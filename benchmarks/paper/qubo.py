@@ -64,21 +64,21 @@ def cross_entropy_method(
     """
     generator = torch.Generator().manual_seed(seed)
     coins = qubo.fraction.clone()
-    found = coins > 0.5
-    least = qubo.values(found)
+    bits = coins > 0.5
+    least = qubo.values(bits)
     elite = max(1, round(_ELITE * samples))
     for _ in range(iterations):
         drawn = torch.rand(samples, *coins.shape, generator=generator, dtype=torch.float32) < coins
         values = qubo.values(drawn)
         lowest, chosen = values.topk(elite, 0, largest=False)
-        kept = drawn.gather(0, chosen[..., None].expand(-1, -1, coins.shape[1]))
+        best_draws = drawn.gather(0, chosen[..., None].expand(-1, -1, coins.shape[1]))
         better = lowest[0] < least
         least = torch.where(better, lowest[0], least)
-        found = torch.where(better[:, None], kept[0], found)
-        coins = (1 - _SMOOTHING) * coins + _SMOOTHING * kept.double().mean(0)
+        bits = torch.where(better[:, None], best_draws[0], bits)
+        coins = (1 - _SMOOTHING) * coins + _SMOOTHING * best_draws.double().mean(0)
         if bool((torch.minimum(coins, 1 - coins) < _CERTAIN).all()):
             break
-    return found
+    return bits
 
 
 def search(qubo: Qubo, starts: Tensor, steps: int, seed: int) -> Tensor:
@@ -87,21 +87,21 @@ def search(qubo: Qubo, starts: Tensor, steps: int, seed: int) -> Tensor:
     starts [k, rows, n]. The ops take any Gram matrix: a bit is a code of a grid {0, 1} with the
     step up - down, a start a row. Bits without a choice, where the grid ends, are left out.
     """
-    found = starts.clone()
+    bits = starts.clone()
     for row in range(starts.shape[1]):
         step = qubo.up[row] - qubo.down[row]
         free = step > 0
         gram, scale = qubo.gram[free][:, free].contiguous(), step[free].repeat(len(starts), 1)
         for way in ("descent", "tabu", "descent"):
-            error = torch.where(found[:, row], qubo.up[row], qubo.down[row])
+            error = torch.where(bits[:, row], qubo.up[row], qubo.down[row])
             residual = (error @ qubo.gram)[:, free].contiguous()
-            codes = found[:, row, free].to(torch.uint8)
+            codes = bits[:, row, free].to(torch.uint8)
             if way == "tabu":
                 ops.tabu_search_(codes, residual, gram[None], scale, 0, 1, steps, seed)
             else:
                 ops.refine_(codes, residual, gram[None], scale, 0, 1, _MAX_SWEEPS)
-            found[:, row, free] = codes > 0
-    return best(qubo, found)
+            bits[:, row, free] = codes > 0
+    return best(qubo, bits)
 
 
 def best(qubo: Qubo, candidates: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the loss of a layer compares: the paper's table 4.
+"""Losses of a layer by what they compare: the paper's table 4.
 
 Layer-wise (both outputs for full-precision inputs), asymmetric (the quantized layer has the
 quantized prefix's), and asymmetric after the ReLU. By quantize_ on the paper's grid; first with
@@ -55,12 +55,12 @@ def measure(quick: bool) -> Values:
 
 
 def way(values: dict[str, Any], steps: int) -> Way:
-    own = values | {"steps": steps} if values["objective"] == "sampled" else values
+    settings = values | {"steps": steps} if values["objective"] == "sampled" else values
 
     def quantized(model: nn.Module, setting: Setting, seed: int) -> None:
         quantize_(
             model, calibration().images, bits=setting.bits, granularity="per_tensor", scale="mse",
-            seed=seed, progress=False, **own,
+            seed=seed, progress=False, **settings,
         )  # fmt: skip
 
     return quantized

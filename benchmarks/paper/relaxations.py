@@ -97,12 +97,12 @@ def relaxation(variant: Variant, steps: dict[str, int]) -> Way:
         undecided: list[float] = []
 
         def codes_of(task: LayerTask, grid: QuantGrid) -> Tensor:
-            found = relaxed.fit(
+            fit = relaxed.fit(
                 variant.relaxation(task.weight, grid), task.inputs, task.activated(task.targets),
                 task.forward, loop, falling=variant.falling,
             )  # fmt: skip
-            undecided.append(found.undecided)
-            return found.codes
+            undecided.append(fit.undecided)
+            return fit.codes
 
         walk_(model, setting, rounded(codes_of))
         return {"undecided": statistics.fmean(undecided)}

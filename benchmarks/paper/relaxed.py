@@ -1,4 +1,4 @@
-"""What the paper compares its relaxation with (tables 3 and 5), in plain PyTorch.
+"""Relaxations that the paper compares its own with (tables 3 and 5), in plain PyTorch.
 
 Each starts at the full-precision weight, is minimised by Adam on minibatches, and ends as codes.
 """

@@ -1,4 +1,4 @@
-"""Whether the quadratic form of the task's Hessian tells good roundings: the paper's figure 1."""
+"""The quadratic form of the task's Hessian as a predictor of good roundings: figure 1."""
 
 from __future__ import annotations
 

@@ -138,10 +138,10 @@ def tables(values: Values) -> list[Table]:
 
 def claims(values: Values) -> list[Claim]:
     most = max(values["counts"])
-    nearest, own = values["nearest"], distances(values, "prose", most)
+    nearest, prose = values["nearest"], distances(values, "prose", most)
     others = distances(values, "source", most)
 
-    numbers = [statistics.fmean(found) for found in (others, own)]
+    numbers = [statistics.fmean(shares) for shares in (others, prose)]
     return [
         Claim(
             Text(
@@ -162,7 +162,7 @@ def claims(values: Values) -> list[Claim]:
             ),
             [
                 math.log(nearest / other) / math.log(nearest / same)
-                for other, same in zip(others, own, strict=True)
+                for other, same in zip(others, prose, strict=True)
             ],
             papers_logarithms(68.51),
         )
@@ -179,8 +179,8 @@ def draw(figure: Figure, values: Values) -> None:
     plain(axes.xaxis)
     named = [(kind, count) for kind in WORDS for count in values["counts"]]
     for i, (kind, count) in enumerate(named):
-        found = distances(values, kind, count)
-        axes.plot(found, [i] * len(found), "o", color=pictures.BLUE, alpha=0.6)
+        shares = distances(values, kind, count)
+        axes.plot(shares, [i] * len(shares), "o", color=pictures.BLUE, alpha=0.6)
     axes.axvline(values["nearest"], color=pictures.RED, label="nearest")
     axes.set_yticks(range(len(named)), [f"{WORDS[kind].en}, {n} sequences" for kind, n in named])
     axes.invert_yaxis()

@@ -51,7 +51,7 @@ class Score:
 
 def in_parts(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """The model's outputs, by parts of the images."""
-    return torch.cat([model(part) for part in images.split(_CHUNK)])
+    return torch.cat([model(chunk) for chunk in images.split(_CHUNK)])
 
 
 def calibration() -> Images:
@@ -110,16 +110,18 @@ class Layer:
 
     def logits(self, weight: Tensor, images: Tensor) -> Tensor:
         """The network's outputs for this matrix [rows, cols], differentiable in it."""
-        own = {f"{self.name}.weight": self.matrix.weight_from_matrix(weight)}
-        return in_parts(lambda part: functional_call(self.model, own, (part,)), images)
+        weights = {f"{self.name}.weight": self.matrix.weight_from_matrix(weight)}
+        return in_parts(lambda chunk: functional_call(self.model, weights, (chunk,)), images)
 
     @torch.no_grad()
     def inputs(self, images: Tensor) -> Tensor:
         """What the layer gets for these images."""
-        found: list[Tensor] = []
-        with self.matrix.layer.register_forward_pre_hook(lambda _, x: found.append(x[0].clone())):
+        captured: list[Tensor] = []
+        with self.matrix.layer.register_forward_pre_hook(
+            lambda _, x: captured.append(x[0].clone())
+        ):
             self.model(images)
-        return found[0]
+        return captured[0]
 
     def scorer(self, data: Images) -> Scorer:
         return Scorer(self, data)

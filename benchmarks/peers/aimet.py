@@ -81,8 +81,8 @@ def measure(python: Path) -> list[dict[str, Any]]:
             write(exports / case, model, batch, version)
         script = common.FOLDER / "peers" / "aimet_encodings.py"
         subprocess.run([str(python), str(script), str(exports), str(result)], check=True)
-        found: dict[str, dict[str, float]] = json.loads(result.read_text())
-    return [{"case": case} | row for case, row in found.items()]
+        errors: dict[str, dict[str, float]] = json.loads(result.read_text())
+    return [{"case": case} | row for case, row in errors.items()]
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""A small convolutional network for bench quality, trained here on scikit-learn's digits."""
+"""A small convolutional network, trained here on scikit-learn's digits."""
 
 from __future__ import annotations
 

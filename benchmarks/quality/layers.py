@@ -1,4 +1,4 @@
-"""The layers of bench quality, what enters them, and the error that a rounding makes of it."""
+"""Layers under test, what enters them, and the error that a rounding makes of it."""
 
 from __future__ import annotations
 
@@ -87,11 +87,11 @@ class Subject:
             change = bias.detach().double()
             if self.layer.bias is not None:
                 change = change - self.layer.bias.detach().double()
-        found = []
+        errors = []
         for moments in (self.held_out, self.calibration):
             lost = moments.row_errors(error, change)[rows].sum()
-            found.append(float(lost / moments.row_errors(self.matrix)[rows].sum()))
-        return found[0], found[1]
+            errors.append(float(lost / moments.row_errors(self.matrix)[rows].sum()))
+        return errors[0], errors[1]
 
 
 def check_moments(layer: nn.Module, inputs: Tensor, moments: Moments) -> None:
@@ -106,9 +106,9 @@ def check_moments(layer: nn.Module, inputs: Tensor, moments: Moments) -> None:
     x = matrix.samples(inputs).double()
     outputs = matrix.forward(x, matrix.weight_from_matrix(error), change)
     direct = outputs.square().sum() / (outputs.numel() // matrix.rows)
-    found = moments.row_errors(error, change).sum()
-    if not abs(found / direct - 1) < 1e-9:
-        raise AssertionError(f"{layer}: moments give {found}, the definition {direct}")
+    by_moments = moments.row_errors(error, change).sum()
+    if not abs(by_moments / direct - 1) < 1e-9:
+        raise AssertionError(f"{layer}: moments give {by_moments}, the definition {direct}")
 
 
 def transformer(
@@ -125,7 +125,9 @@ def transformer(
     for number, block in enumerate(blocks):
         layers = minilm.block_layers(model, block)
         for entry, names in ENTRIES.items():
-            inputs, other = (torch.cat(found.pop((block, entry))) for found in (known, unknown))
+            inputs, other = (
+                torch.cat(captured.pop((block, entry))) for captured in (known, unknown)
+            )
             moments = [Moments.of(layers[entry], x.split(32)) for x in (inputs, other)]
             if number == 0:
                 check_moments(layers[entry], other, moments[1])
@@ -139,12 +141,12 @@ def _capture(
 ) -> dict[tuple[int, str], list[Tensor]]:
     """What enters the blocks' layers in one pass, as float32 [sequences, tokens, features]."""
     device = next(model.parameters()).device
-    found: dict[tuple[int, str], list[Tensor]] = {}
+    captured: dict[tuple[int, str], list[Tensor]] = {}
     with ExitStack() as hooks:
         for block in blocks:
             layers = minilm.block_layers(model, block)
             for entry in ENTRIES:
-                held = found.setdefault((block, entry), [])
+                held = captured.setdefault((block, entry), [])
 
                 def keep(_: nn.Module, args: tuple[Tensor, ...], held: list[Tensor] = held) -> None:
                     held.append(args[0].float())
@@ -152,4 +154,4 @@ def _capture(
                 hooks.enter_context(layers[entry].register_forward_pre_hook(keep))
         for batch in batches:
             model(**{key: value.to(device) for key, value in batch.items()})
-    return found
+    return captured

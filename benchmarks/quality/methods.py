@@ -1,4 +1,4 @@
-"""The methods of bench quality: simple rules, GPTQ, descent and this package's presets."""
+"""Methods under test: simple rules, GPTQ, descent and this package's presets."""
 
 from __future__ import annotations
 
@@ -87,12 +87,12 @@ def round_layer(
     subject: Subject, bits: int, granularity: str, methods: tuple[str, ...], quick: bool
 ) -> dict[str, Rounding]:
     """All methods on one layer; their repeats take turns, so that they see the same machine."""
-    found: dict[str, list[Rounding]] = {method: [] for method in methods}
+    runs_of: dict[str, list[Rounding]] = {method: [] for method in methods}
     for repeat in range(1 if quick else _REPEATS):
         for method in methods:
             if repeat == 0 or method not in _ONCE:
-                found[method].append(_round(subject, bits, granularity, method))
-    return {method: _median(runs) for method, runs in found.items()}
+                runs_of[method].append(_round(subject, bits, granularity, method))
+    return {method: _median(runs) for method, runs in runs_of.items()}
 
 
 def _round(subject: Subject, bits: int, granularity: str, method: str) -> Rounding:

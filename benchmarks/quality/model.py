@@ -1,4 +1,4 @@
-"""MiniLM end to end for bench quality: what quantized weights do to sentence embeddings."""
+"""MiniLM end to end: what quantized weights do to sentence embeddings."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ def _replace(layer: nn.Linear, rounding: Rounding) -> None:
         layer.bias.copy_(rounding.bias)
 
 
-def distance(found: Tensor, exact: Tensor) -> float:
+def distance(embedded: Tensor, exact: Tensor) -> float:
     """Mean 1 - cosine of two sets of :func:`embeddings`."""
     # Of unit vectors it is half the squared distance, without cancellation.
-    return float((found - exact).square().sum(1).mean() / 2)
+    return float((embedded - exact).square().sum(1).mean() / 2)
 
 
 @torch.no_grad()
 def embeddings(model: nn.Module, batches: Batches) -> Tensor:
     """float64 [sequences, features]: the mean over tokens, at length 1; no token is padding."""
     device = next(model.parameters()).device
-    found = []
+    vectors = []
     for batch in batches:
         states = model(**{key: value.to(device) for key, value in batch.items()}).last_hidden_state
-        found.append(F.normalize(states.double().mean(1), dim=1))
-    return torch.cat(found)
+        vectors.append(F.normalize(states.double().mean(1), dim=1))
+    return torch.cat(vectors)

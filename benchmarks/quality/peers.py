@@ -70,10 +70,10 @@ def print_tables(rows: list[dict[str, Any]], layers: list[dict[str, Any]]) -> No
     for layer in dict.fromkeys(row["layer"] for row in rows):
         for bits in dict.fromkeys(row["bits"] for row in rows):
             here = (layer, bits)
-            own = [row for row in layers if row["granularity"] == "channel"]
+            per_channel = [row for row in layers if row["granularity"] == "channel"]
             table = [
                 [row.get("title") or TITLES[row["method"]], row.get("held_out"), row.get("seconds")]
-                for row in own + rows
+                for row in per_channel + rows
                 if (row["layer"], row["bits"]) == here
             ]
             title = f"Other packages on {layer}, {bits} bits, a scale for each channel"
@@ -129,6 +129,6 @@ def _python(folder: Path) -> Path:
 def _called(*command: str | Path) -> str | None:
     """None, or the end of what the command printed where it failed."""
     done = subprocess.run(
-        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     return None if done.returncode == 0 else "\n".join(done.stdout.splitlines()[-5:])

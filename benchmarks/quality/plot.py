@@ -1,4 +1,4 @@
-"""Bench quality's picture, error over time, from what its JSON file holds.
+"""Picture of error over time, from the results of the benchmark quality.
 
 python -m benchmarks quality_plot FILE.json PICTURE.svg
 """
@@ -69,8 +69,8 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
         figure.subplots_adjust(
             left=0.75 / inches, right=1 - 0.15 / inches, top=0.79, bottom=0.19, wspace=0.16
         )
-        for axes, (bits, found) in zip(panels, points.items(), strict=True):
-            _draw_panel(axes, bits, found)
+        for axes, (bits, methods) in zip(panels, points.items(), strict=True):
+            _draw_panel(axes, bits, methods)
         panels[0].set_ylabel("Relative output error, held-out text", fontsize=10, color=INK)
         _write_titles(figure, document, points)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,14 +84,14 @@ def _points(results: Mapping[str, Any]) -> dict[int, dict[str, tuple[float, floa
     points: dict[int, dict[str, tuple[float, float]]] = {}
     for row in results["means"]:
         if (row["family"], row["granularity"]) == ("minilm", "channel"):
-            own = points.setdefault(row["bits"], {})
-            own[row["method"]] = row["seconds"], row["held_out"]
-    for bits, own in points.items():
+            methods = points.setdefault(row["bits"], {})
+            methods[row["method"]] = row["seconds"], row["held_out"]
+    for bits, methods in points.items():
         ratios = [
             of_reference(results["reference"], key, "gptq", bits) for key in ("seconds", "held_out")
         ]
-        if "gptq" in own and None not in ratios:
-            own["reference"] = own["gptq"][0] / ratios[0], own["gptq"][1] / ratios[1]
+        if "gptq" in methods and None not in ratios:
+            methods["reference"] = methods["gptq"][0] / ratios[0], methods["gptq"][1] / ratios[1]
     return points
 
 
@@ -198,7 +198,7 @@ def _write_titles(figure: Figure, document: Mapping[str, Any], points: Mapping[i
     )
     figure.text(left, 0.88, about, fontsize=10, color=FAINT)
     note = f"{TIMES}: error over GPTQ's."
-    if any("reference" in own for own in points.values()):
+    if any("reference" in methods for methods in points.values()):
         note += (
             " AdaRound, reference: the paper's loop, 10,000 steps in plain PyTorch, placed by its "
             "ratio to GPTQ on rows of 4 layers,\nits time extrapolated."
@@ -210,5 +210,5 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks quality_plot")
     parser.add_argument("results", type=Path, help="what python -m benchmarks quality wrote")
     parser.add_argument("picture", type=Path, help="SVG or PNG")
-    arguments = parser.parse_args(arguments)
-    draw(json.loads(arguments.results.read_text()), arguments.picture)
+    options = parser.parse_args(arguments)
+    draw(json.loads(options.results.read_text()), options.picture)

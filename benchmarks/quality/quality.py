@@ -25,7 +25,7 @@ PARTS = ("channel", "group", "cnn", "reference", "model")
 _QUICK_BLOCKS, _QUICK_METHODS = (3,), ("nearest", "gptq", "fast", "balanced")
 Results = dict[str, list[dict[str, Any]]]
 # By (bits, granularity), then by method.
-Found = dict[tuple[int, str], dict[str, Rounding]]
+Roundings = dict[tuple[int, str], dict[str, Rounding]]
 
 
 def run(options: Options) -> tuple[Results, list[Target]]:
@@ -61,25 +61,25 @@ def _transformer(options: Options, results: Results) -> None:
     model.to(options.device)
     calibration = minilm.text_batches(tokenizer, "calibration")
     held_out = minilm.text_batches(tokenizer, "held_out")
-    kept: dict[tuple[int, str], dict[str, Rounding]] = {}
+    roundings: dict[tuple[int, str], dict[str, Rounding]] = {}
     for subject in quality_layers.transformer(model, calibration, held_out, options.blocks):
         granularities = _granularities(subject, options)
-        found = _layer(subject, granularities, options, results)
+        of_layer = _layer(subject, granularities, options, results)
         if "reference" in options.parts and subject.name in reference.LAYERS:
-            results["reference"] += _on_rows(subject, found, options)
+            results["reference"] += _on_rows(subject, of_layer, options)
         if options.peers is not None and subject.name in peers.LAYERS:
             results["peers"] += peers.measure(subject, options)
         if "model" in options.parts:
             for bits in options.bits:
-                for method, rounding in found[bits, "channel"].items():
+                for method, rounding in of_layer[bits, "channel"].items():
                     if method in quality_model.METHODS:
-                        kept.setdefault((bits, method), {})[subject.name] = rounding
+                        roundings.setdefault((bits, method), {})[subject.name] = rounding
     if "model" in options.parts:
         unused = minilm.text_batches(tokenizer, "calibration", unused=True)
         texts = {"held_out": held_out, "calibration_unused": unused}
         if options.quick:
             texts = {name: batches[:1] for name, batches in texts.items()}
-        results["model"] = quality_model.measure(model, texts, kept)
+        results["model"] = quality_model.measure(model, texts, roundings)
 
 
 def _granularities(subject: Subject, options: Options) -> tuple[str, ...]:
@@ -87,15 +87,15 @@ def _granularities(subject: Subject, options: Options) -> tuple[str, ...]:
     parts = set(options.parts)
     compared = subject.name in reference.LAYERS and "reference" in parts
     compared |= subject.name in peers.LAYERS and options.peers is not None
-    wanted = {"channel": bool(parts & {"channel", "model"}) or compared, "group": "group" in parts}
-    return tuple(name for name, is_wanted in wanted.items() if is_wanted)
+    needed = {"channel": bool(parts & {"channel", "model"}) or compared, "group": "group" in parts}
+    return tuple(name for name, is_wanted in needed.items() if is_wanted)
 
 
 def _layer(
     subject: Subject, granularities: tuple[str, ...], options: Options, results: Results
-) -> Found:
+) -> Roundings:
     """Every method on one layer, at every number of bits; adds their rows."""
-    found: Found = {}
+    of_layer: Roundings = {}
     if not results["layers"]:
         methods.round_layer(subject, options.bits[0], "channel", ("gptq",), True)  # warms up
     for bits in options.bits:
@@ -105,7 +105,7 @@ def _layer(
             roundings = methods.round_layer(
                 subject, bits, granularity, options.methods, options.quick
             )
-            found[bits, granularity] = roundings
+            of_layer[bits, granularity] = roundings
             rows = [
                 _row(subject, bits, granularity, method, rounding)
                 for method, rounding in roundings.items()
@@ -115,7 +115,7 @@ def _layer(
                 f"{row['method']} {row['held_out']:.3g} in {row['seconds']:.2g} s" for row in rows
             )
             common.note(f"{subject.name}, {bits} bits a {granularity}: {shown}")
-    return found
+    return of_layer
 
 
 def _row(
@@ -136,7 +136,7 @@ def _row(
     }
 
 
-def _on_rows(subject: Subject, found: Found, options: Options) -> list[dict[str, Any]]:
+def _on_rows(subject: Subject, of_layer: Roundings, options: Options) -> list[dict[str, Any]]:
     """The reference and all methods, on the same first rows; seconds of the whole layer."""
     count = min(options.reference_rows, len(subject.matrix))
     seconds = reference.seconds(subject, options.bits[0])
@@ -157,7 +157,7 @@ def _on_rows(subject: Subject, found: Found, options: Options) -> list[dict[str,
             }
         )
         common.note(f"{subject.name}, {bits} bits: reference {runs[0]}, ~{seconds:.0f} s a layer")
-        for method, rounding in found[bits, "channel"].items():
+        for method, rounding in of_layer[bits, "channel"].items():
             held_out, calibration = subject.relative_errors(
                 rounding.weight, rounding.bias, slice(count)
             )

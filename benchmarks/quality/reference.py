@@ -1,4 +1,4 @@
-"""The paper's loop for bench quality: its error on some rows of a layer, its time for the whole.
+"""The paper's loop: its error on some rows of a layer, its time for the whole.
 
 Rows of a layer do not depend on each other, so the codes of these rows are those that the loop over
 the whole layer would give, and all methods are compared on them.
@@ -38,15 +38,15 @@ def runs(subject: Subject, bits: int, rows: int, steps: int) -> list[Run]:
     """At both learning rates, on the grid of the other methods; the lowest held-out error first."""
     whole = mse_grid(subject, bits, "channel")
     grid = QuantGrid(whole.scale[:rows], whole.zero_point[:rows], whole.qmin, whole.qmax)
-    found = []
+    outcomes = []
     for learning_rate in _LEARNING_RATES:
         codes = _optimized(subject, subject.matrix[:rows], grid, learning_rate, steps)
         weight = subject.matrix.clone()
         weight[:rows] = dequantize(codes, grid.scale, grid.zero_point)
         errors = subject.relative_errors(weight, None, slice(rows))
         ran = steps >= common.REFERENCE_STEPS
-        found.append(Run(learning_rate, *(errors if ran else (None, None))))
-    return sorted(found, key=lambda run: run.held_out or 0.0)
+        outcomes.append(Run(learning_rate, *(errors if ran else (None, None))))
+    return sorted(outcomes, key=lambda run: run.held_out or 0.0)
 
 
 def seconds(subject: Subject, bits: int) -> float:

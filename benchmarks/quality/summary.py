@@ -1,4 +1,4 @@
-"""Bench quality in few numbers: geometric means over layers, tables, targets."""
+"""Results in few numbers: geometric means over layers, tables, targets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NAMES = {"minilm": "MiniLM's Linear layers", "cnn": "The CNN's convolutions"}
 def means(layers: Rows) -> Rows:
     """Geometric means over layers by family, granularity, bits and method; ratios to GPTQ's."""
     groups = _grouped(layers, ("family", "granularity", "bits", "method"))
-    found = []
+    averages = []
     for (family, granularity, bits, method), rows in groups.items():
         row = {
             "family": family,
@@ -35,8 +35,8 @@ def means(layers: Rows) -> Rows:
         for key in ("held_out", "calibration", "seconds"):
             row[key] = _mean(rows, key)
             row[f"{key}_of_gptq"] = None if base is None else row[key] / _mean(base, key)
-        found.append(row)
-    return found
+        averages.append(row)
+    return averages
 
 
 def of_reference(rows: Rows, key: str, method: str, bits: int | None = None) -> float | None:
@@ -45,12 +45,12 @@ def of_reference(rows: Rows, key: str, method: str, bits: int | None = None) -> 
     ``key`` is "held_out" or "seconds"; over all bits where these are None.
     """
     chosen = [row for row in rows if bits in (None, row["bits"])]
-    own, other = (
+    ours, other = (
         [row for row in chosen if row["method"] == name] for name in (method, "reference")
     )
-    if not own or any(row[key] is None for row in own + other):
+    if not ours or any(row[key] is None for row in ours + other):
         return None
-    return _mean(own, key) / _mean(other, key)
+    return _mean(ours, key) / _mean(other, key)
 
 
 def print_tables(results: dict[str, Rows]) -> None:
@@ -72,47 +72,47 @@ def targets(results: dict[str, Rows]) -> list[Target]:
         for row in results["means"]
         if (row["family"], row["granularity"]) == ("minilm", "channel")
     ]
-    found = []
+    goals = []
     for row in main:
         if row["method"] in _MOST_OF_GPTQ and row["held_out_of_gptq"] is not None:
             name = f"{row['method']}, {row['bits']} bits, held-out error over GPTQ's"
             most = _MOST_OF_GPTQ[row["method"]]
-            found.append(Target(name, row["held_out_of_gptq"], most=most))
+            goals.append(Target(name, row["held_out_of_gptq"], most=most))
     fast = [row["seconds_of_gptq"] for row in main if row["method"] == "fast"]
     if fast and None not in fast:
         value = common.geometric_mean(fast)
-        found.append(Target("fast, seconds over GPTQ's", value, most=_MOST_GPTQ_SECONDS))
-    found += _reference_targets(results["reference"]) + _model_targets(results["model"])
+        goals.append(Target("fast, seconds over GPTQ's", value, most=_MOST_GPTQ_SECONDS))
+    goals += _reference_targets(results["reference"]) + _model_targets(results["model"])
     if results["layers"]:
         differing = sum(not row["repeats_agree"] for row in results["layers"])
-        found.append(Target("roundings that differ when repeated", differing, most=0))
-    return found
+        goals.append(Target("roundings that differ when repeated", differing, most=0))
+    return goals
 
 
 def _reference_targets(rows: Rows) -> list[Target]:
-    found = []
+    goals = []
     for method, most in _MOST_OF_REFERENCE.items():
         for bits in _distinct(rows, "bits"):
             value = of_reference(rows, "held_out", method, bits)
             if value is not None:
                 name = f"{method}, {bits} bits, held-out error over the reference's"
-                found.append(Target(name, value, most=most))
+                goals.append(Target(name, value, most=most))
     for method, least in _LEAST_SPEEDUP.items():
         seconds = of_reference(rows, "seconds", method)
         if seconds is not None:
             name = f"{method}, times faster than the reference"
-            found.append(Target(name, 1 / seconds, least=least))
-    return found
+            goals.append(Target(name, 1 / seconds, least=least))
+    return goals
 
 
 def _model_targets(rows: Rows) -> list[Target]:
     distances = {(row["bits"], row["method"]): row["held_out"] for row in rows}
-    found = []
+    goals = []
     for (bits, method), distance in distances.items():
         if method in ("balanced", "best") and (bits, "gptq") in distances:
             name = f"{method}, {bits} bits, 1 - cosine of embeddings over GPTQ's"
-            found.append(Target(name, distance / distances[bits, "gptq"], most=1.0))
-    return found
+            goals.append(Target(name, distance / distances[bits, "gptq"], most=1.0))
+    return goals
 
 
 def _print_means(title: str, rows: Rows) -> None:
@@ -128,14 +128,14 @@ def _print_reference(rows: Rows) -> None:
         layers = _distinct(some, "layer")
         table = []
         for method in _distinct(some, "method"):
-            own = {row["layer"]: row for row in some if row["method"] == method}
+            of_method = {row["layer"]: row for row in some if row["method"] == method}
             over = [of_reference(some, key, method) for key in ("held_out", "seconds")]
             table.append(
                 [
                     TITLES[method],
-                    *(own[layer]["held_out"] for layer in layers),
+                    *(of_method[layer]["held_out"] for layer in layers),
                     over[0],
-                    _mean(list(own.values()), "seconds"),
+                    _mean(list(of_method.values()), "seconds"),
                     None if over[1] is None else 1 / over[1],
                 ]
             )
@@ -161,8 +161,8 @@ def _print_by_bits(
     bits = _distinct(rows, "bits")
     table = []
     for method in _distinct(rows, "method"):
-        own = {row["bits"]: columns(row) for row in rows if row["method"] == method}
-        table.append([TITLES[method], *(cell for b in bits for cell in own[b])])
+        of_method = {row["bits"]: columns(row) for row in rows if row["method"] == method}
+        table.append([TITLES[method], *(cell for b in bits for cell in of_method[b])])
     first, *others = names
     header = ["method"]
     for count in bits:

