@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 SETTINGS = (Setting("separable", 3), Setting("separable", 2))
 TITLES = {
-    "full": Text("not quantized", "未量化"),
     "nearest": Text("nearest", "四舍五入"),
     "corrected": Text("nearest, biases corrected", "四舍五入，偏置校正"),
     "adaround": Text("AdaRound", "AdaRound"),
@@ -28,7 +27,6 @@ TITLES = {
     "refit": Text('AdaRound with bias="refit"', 'AdaRound，bias="refit"'),
 }
 PAPER = {
-    "full": "69.68",
     "nearest": "23.99",
     "corrected": "38.87",
     "adaround": "68.60 ± 0.09",

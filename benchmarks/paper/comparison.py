@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks import common
-from benchmarks.paper.experiment import Claim, Table, Text, Values, pm
+from benchmarks.paper.experiment import FULL, NOT_QUANTIZED, Claim, Table, Text, Values, pm
 from benchmarks.paper.workload import Images, Score, in_parts, network, test_images
 from benchmarks.workloads import digits
 
@@ -129,13 +129,18 @@ def saved(values: Values, better: str, worse: str, part: str | None = None) -> l
 def table(
     name: str, title: str, titles: Mapping[str, Text], paper: Mapping[str, str], values: Values
 ) -> Table:
-    """A row a scheme: the paper's accuracy, then accuracy and logits' error in every setting."""
+    """A row a scheme: the paper's accuracy, then accuracy and logits' error in every setting.
+
+    The first row is the network that is not quantized.
+    """
     settings = settings_of(values)
     header = [Text("", ""), Text("paper: ResNet18, 4 bits, %", "论文：ResNet18，4 位，%")]
     for setting in settings:
         en, zh = setting.title
         header += [Text(f"{en}: %", f"{zh}：%"), Text("logits' error", "logits 误差")]
     rows: list[list[Text | str]] = []
+    titles = {"full": NOT_QUANTIZED, **titles}
+    paper = {"full": f"{FULL}", **paper}
     for scheme, words in titles.items():
         rows.append([words, paper.get(scheme, "-"), *cells(values, settings, scheme)])
     return Table(name, title, header, rows)
@@ -201,7 +206,7 @@ def draw(
     from benchmarks.paper import pictures
 
     settings = settings_of(values)
-    names = [scheme for scheme in titles if scheme != "full"]
+    names = list(titles)
     panels = figure.subplots(1, len(settings), squeeze=False)[0]
     for number, (axes, setting) in enumerate(zip(panels, settings, strict=True)):
         pictures.prepare(axes, setting.title.en, "relative error of the logits", "")

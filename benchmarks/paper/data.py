@@ -14,6 +14,7 @@ from benchmarks.paper import comparison
 from benchmarks.paper.calibration_data import DOMAINS, own
 from benchmarks.paper.comparison import Setting, Way
 from benchmarks.paper.experiment import (
+    NOT_QUANTIZED,
     Claim,
     Experiment,
     Table,
@@ -74,7 +75,7 @@ def tables(values: Values) -> list[Table]:
     for setting in settings:
         en, zh = setting.title
         header += [Text(f"{en}: %", f"{zh}：%"), Text("logits' error", "logits 误差")]
-    named = [("full", Text("not quantized", "未量化"), "-")]
+    named = [("full", NOT_QUANTIZED, "-")]
     named.append(("nearest", Text("nearest", "四舍五入"), "-"))
     for domain in values["domains"]:
         named += [(scheme(domain, n), WORDS[domain], str(n)) for n in values["counts"]]

@@ -91,6 +91,7 @@ class Experiment:
 
 
 FULL = 69.68  # ResNet-18 in the paper, not quantized, %
+NOT_QUANTIZED = Text("not quantized", "未量化")
 
 SHARE = Text("share of what nearest lost", "四舍五入所失准确率的挽回比例")
 

@@ -93,7 +93,6 @@ RULES: dict[str, GridRule] = {
 }
 ROUNDINGS: dict[str, Rounding] = {"nearest": nearest, "adaround": adaround}
 TITLES = {
-    "full": Text("not quantized", "未量化"),
     "nearest min-max": Text("nearest, min-max", "四舍五入，min-max"),
     "nearest weights": Text("nearest, ‖W − Ŵ‖", "四舍五入，‖W − Ŵ‖"),
     "nearest outputs": Text("nearest, ‖Wx − Ŵx̂‖", "四舍五入，‖Wx − Ŵx̂‖"),
@@ -104,7 +103,6 @@ TITLES = {
     "adaround search": Text("AdaRound, searched as ours", "AdaRound，本库搜索"),
 }
 PAPER = {
-    "full": "69.68",
     "nearest min-max": "0.23",
     "nearest weights": "23.99",
     "nearest outputs": "42.89",

@@ -13,8 +13,9 @@ from torch import Tensor
 from adaround_ext.grid import nearest_codes
 from adaround_ext.ops import dequantize
 from benchmarks import common
+from benchmarks.paper import experiment
 from benchmarks.paper.adaround import PAPER, our_codes, paper_codes
-from benchmarks.paper.experiment import SHARE, Claim, Experiment, Table, Text, Values, pm
+from benchmarks.paper.experiment import Claim, Experiment, Table, Text, Values, pm
 from benchmarks.paper.hessian import expansion, gram, local
 from benchmarks.paper.qubo import Qubo, cross_entropy_method, search, stochastic
 from benchmarks.paper.workload import Layer, calibration, network, test_images
@@ -154,13 +155,11 @@ def tables(values: Values) -> list[Table]:
         full = [run["full"] for run in runs]
         rows: list[tuple[Text | str, ...]] = [
             (
-                Text("not quantized", "未量化"),
-                "69.68",
+                experiment.NOT_QUANTIZED,
+                f"{experiment.FULL}",
                 pm([one["accuracy"] for one in full]),
                 pm([one["loss"] for one in full], 4),
-                "0",
-                "0",
-                "-",
+                *("0", "0", "-"),
             )
         ]
         for method, title in METHODS.items():
@@ -227,7 +226,7 @@ def claims(values: Values) -> list[Claim]:
                 f"{percent(values, 'nearest')} to {percent(values, 'task cem')} ({KIND})",
                 f"{percent(values, 'nearest')} 升至 {percent(values, 'task cem')}（{KIND}）",
             ),
-            SHARE,
+            experiment.SHARE,
             regained(values, "task cem"),
             0.939,
         ),

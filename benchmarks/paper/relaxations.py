@@ -49,7 +49,6 @@ VARIANTS = {
     "rectified falling": Variant(relaxed.RectifiedSigmoid, 1e-1, falling=True),
 }
 TITLES = {
-    "full": Text("not quantized", "未量化"),
     "nearest": Text("nearest", "四舍五入"),
     "ste": Text("straight-through estimator", "直通估计（STE）"),
     "ste falling": Text("straight-through, falling rate", "直通估计，学习率递减"),
@@ -61,7 +60,6 @@ TITLES = {
     "rectified falling": Text("AdaRound, falling rate", "AdaRound，学习率递减"),
 }
 PAPER = {  # all layers; table 3 without asymmetric inputs and ReLU, table 5 with them
-    "full": "69.68",
     "nearest": "23.99",
     "ste": "66.63 (T5)",
     "annealed": "65.22 ± 0.67 (T3)",

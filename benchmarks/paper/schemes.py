@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from adaround_ext.grid import baseline_codes, nearest_codes
 from benchmarks import common
+from benchmarks.paper import experiment
 from benchmarks.paper.adaround import PAPER, our_codes, paper_codes
-from benchmarks.paper.experiment import SHARE, Claim, Experiment, Table, Text, Values, pm
+from benchmarks.paper.experiment import Claim, Experiment, Table, Text, Values, pm
 from benchmarks.paper.workload import Layer, Score, network, test_images
 from benchmarks.workloads import digits
 
@@ -26,7 +27,7 @@ LAYER = "conv"
 CLAIMED = ("separable", 3)  # where nearest loses about as much as in the paper
 WHERE = Text(f"{CLAIMED[0]}, {CLAIMED[1]} bits", f"{CLAIMED[0]}，{CLAIMED[1]} 位")
 TITLES = {
-    "full": Text("not quantized", "未量化"),
+    "full": experiment.NOT_QUANTIZED,
     "nearest": Text("nearest", "四舍五入"),
     "ceil": Text("ceil", "向上取整"),
     "floor": Text("floor", "向下取整"),
@@ -111,7 +112,7 @@ def settings_of(values: Values) -> list[tuple[str, int]]:
 def tables(values: Values) -> list[Table]:
     """A row a scheme, with the paper's figures beside ours."""
     paper = {
-        "full": "69.68", "nearest": "52.29", "ceil": "0.10", "floor": "0.10",
+        "full": f"{experiment.FULL}", "nearest": "52.29", "ceil": "0.10", "floor": "0.10",
         "stochastic": "52.06 (± 5.52)", "stochastic best": "63.06", "paper": "69.58 ± 0.03",
     }  # fmt: skip
     header = [
@@ -210,7 +211,7 @@ def _claims_of_regained(mean: Mapping[str, str], runs: Sequence[dict[str, Any]])
                 f"{mean['stochastic best']}，{mean['nearest']}，未量化 {mean['full']}"
                 f"（{WHERE.zh}）",
             ),
-            SHARE,
+            experiment.SHARE,
             [regained(run, "stochastic best") for run in runs],
             0.619,
         ),
@@ -225,7 +226,7 @@ def _claims_of_regained(mean: Mapping[str, str], runs: Sequence[dict[str, Any]])
                 f"论文算法 {mean['paper']}，本库 {mean['balanced']}，未量化 {mean['full']}"
                 f"（{WHERE.zh}）",
             ),
-            SHARE,
+            experiment.SHARE,
             [regained(run, "paper") for run in runs],
             0.994,
         ),
