@@ -89,7 +89,7 @@ def _check_module(module: str, arguments: list[str], monkeypatch: pytest.MonkeyP
         return
     assert importlib.util.find_spec(module) is not None, f"there is no {module}"
     command = (module,)
-    if module == "benchmarks" and arguments:
+    if module == "benchmarks" and arguments and not arguments[0].startswith("-"):
         name, *arguments = arguments
         assert name in (*benchmarks.SUITE, *benchmarks.OTHERS), f"there is no benchmark {name}"
         command = (module, name)
