@@ -191,7 +191,7 @@ def values() -> dict[str, object]:
             "seed": seed,
             "scores": {
                 name: {"accuracy": 50.0 + rung, "loss": 1.0, "error": factor**rung}
-                for rung, name in enumerate(("nearest", "own 16", "own 128"))
+                for rung, name in enumerate(("nearest", "own 16", "own 128", "full"))
             },
         }
         for seed, factor in enumerate((0.25, 0.5))
@@ -217,10 +217,10 @@ def test_shares_of_errors() -> None:
 def test_a_table_of_schemes() -> None:
     titles = {"nearest": Text("nearest", "最近"), "own 16": Text("ours", "本库")}
     table = comparison.table("t", "title", titles, {"nearest": "23.99"}, values())
-    assert [len(row) for row in table.rows] == [len(table.header)] * 2
-    assert table.rows[0][1] == "23.99" and table.rows[1][1] == "-"
+    assert [len(row) for row in table.rows] == [len(table.header)] * 3
+    assert [row[1] for row in table.rows] == ["69.68", "23.99", "-"]
     mean, error = statistics.fmean([0.25, 0.5]), 0.125
-    assert table.rows[1][-1] == f"{mean:.2f} ± {error:.2f}"
+    assert table.rows[2][-1] == f"{mean:.2f} ± {error:.2f}"
 
 
 def test_ratios_over_layers_and_draws() -> None:

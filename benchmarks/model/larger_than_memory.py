@@ -121,12 +121,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks larger_than_memory")
     parser.add_argument("--layers", type=int, default=160)
     parser.add_argument("--output", type=Path, metavar="FILE.json")
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.child:
-        layers, *rest = options.child
-        child(int(layers), *rest)
-        return
     facts = common.machine_facts(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as name:
         shards, offload = Path(name, "shards"), Path(name, "offload")
@@ -134,7 +129,7 @@ def main(arguments: Sequence[str]) -> None:
         offload.mkdir()
         size = write_shards(options.layers, shards)
         with limited(int(size * _SHARE)) as cgroup:
-            command = [sys.executable, "-m", "benchmarks", "larger_than_memory", "--child"]
+            command = [sys.executable, "-m", "benchmarks.model.larger_than_memory"]
             command += [str(options.layers), str(shards), str(offload), cgroup]
             # Freed memory goes back at once: what counts is what is held.
             environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
@@ -150,3 +145,7 @@ def main(arguments: Sequence[str]) -> None:
     for key, value in row.items():
         print(f"{key}: {value if isinstance(value, float) else format(value, ',')}")
     common.conclude(options.output, "larger_than_memory", facts, [row], targets)
+
+
+if __name__ == "__main__":
+    child(int(sys.argv[1]), *sys.argv[2:])

@@ -66,7 +66,7 @@ def run(world: int, preset: str, reduction: str) -> dict[str, Any]:
         store = f"file://{folder}/store"
         processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "benchmarks", "ranks", "--child",
+                [sys.executable, "-m", "benchmarks.model.ranks",
                  *map(str, (rank, world, store, preset, reduction))],
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
                 stdout=subprocess.PIPE,
@@ -86,12 +86,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--preset", default="balanced")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, metavar="FILE.json")
-    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.child:
-        rank, world, *rest = options.child
-        child(int(rank), int(world), *rest)
-        return
     facts = common.machine_facts(torch.device("cpu"))
     rows = []
     for index in range(options.rounds):
@@ -116,3 +111,7 @@ def main(arguments: Sequence[str]) -> None:
     common.conclude(
         options.output, "ranks", facts, rows, targets, preset=options.preset, medians=medians
     )
+
+
+if __name__ == "__main__":
+    child(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
