@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from examples.method.catalogue import EXPERIMENTS
+from benchmarks.paper.catalogue import EXPERIMENTS
 from tests.support import documents
 
 PAIRS = documents.PAIRS
@@ -83,4 +83,4 @@ def test_experiments_have_their_places() -> None:
     for name in EXPERIMENTS:
         assert f"<!-- table: {name} -->" in english
         assert f"(images/method_{name}.svg)" in english
-        assert f"`python -m examples.method {name}`" in english
+        assert f"`python -m benchmarks paper {name}`" in english
