@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from adaround_ext.activations.placement import Kind, Place, Site
 from adaround_ext.activations.quantizer import ActivationConfig, ActivationQuantizer
 from adaround_ext.activations.ranges import RangeObserver
+from adaround_ext.tensors import is_dense
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # What a forward that runs through its own submodules, whatever they are, has to name.
@@ -197,7 +198,7 @@ def _with_quantized(tree: Any, quantizer: ActivationQuantizer, tensors: tuple[in
     Modules may ask whether two arguments are the same object: what was one stays one.
     """
     leaves, spec = pytree.tree_flatten(tree)
-    found = [i for i, leaf in enumerate(leaves) if _is_plain(leaf)]
+    found = [i for i, leaf in enumerate(leaves) if is_dense(leaf)]
     quantized: dict[int, Tensor] = {}
     for number in tensors:
         if number < len(found):
@@ -206,7 +207,3 @@ def _with_quantized(tree: Any, quantizer: ActivationQuantizer, tensors: tuple[in
                 quantized[id(leaf)] = quantizer(leaf)
             leaves[found[number]] = quantized[id(leaf)]
     return pytree.tree_unflatten(leaves, spec)
-
-
-def _is_plain(leaf: object) -> bool:
-    return isinstance(leaf, Tensor) and leaf.layout == torch.strided

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from adaround_ext.files import path_from
+from adaround_ext.tensors import is_dense
 
 MEMORY_BUDGET = 1 << 28  # bytes, where the caller says nothing
 
@@ -106,7 +107,7 @@ class ActivationCache:
         return pytree.tree_map_only(Tensor, lambda t: self._stored(t).to(t.dtype), tree)
 
     def _stored(self, tensor: Tensor) -> Tensor:
-        half = self._dtype is not None and tensor.dtype == torch.float32 and _dense(tensor)
+        half = self._dtype is not None and tensor.dtype == torch.float32 and is_dense(tensor)
         return tensor.to(self._dtype) if half else tensor
 
     def __contains__(self, key: Hashable) -> bool:
@@ -116,7 +117,7 @@ class ActivationCache:
         """Copies the tree's tensors; what else is in it, and sparse ones, are kept as they are."""
         self.drop(key)
         leaves, spec = pytree.tree_flatten(tree)
-        held = [self._hold(leaf) if _dense(leaf) else leaf for leaf in leaves]
+        held = [self._hold(leaf) if is_dense(leaf) else leaf for leaf in leaves]
         self._trees[key] = held, spec
 
     def put_if_room(self, key: Hashable, tensor: Tensor) -> bool:
@@ -219,10 +220,6 @@ class ActivationCache:
 
 def _own_place(tensor: Tensor) -> str:
     return "memory" if tensor.device.type == "cpu" else "device"
-
-
-def _dense(leaf: object) -> bool:
-    return isinstance(leaf, Tensor) and leaf.layout == torch.strided
 
 
 @contextmanager
