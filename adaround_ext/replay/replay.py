@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from adaround_ext.replay.cache import ActivationCache
 from adaround_ext.replay.calibration import Calibration
-from adaround_ext.replay.census import Census, first_marks
-from adaround_ext.replay.checksums import Marks
-from adaround_ext.replay.onload import Residence
+from adaround_ext.replay.census import Census, input_checksums
+from adaround_ext.replay.checksums import InputChecksums
+from adaround_ext.replay.onload import Onloader
 from adaround_ext.replay.recordings import Recordings, Stream, other_forwards
-from adaround_ext.replay.reuse import Kept, Wanted
+from adaround_ext.replay.reuse import BlockReuse, StreamTargets
 from adaround_ext.tensors import tensors
 from adaround_ext.tracing.blocks import BlockCall
 from adaround_ext.tracing.trace import ModuleCall
@@ -57,23 +57,23 @@ class Replay:
         calibration: Calibration,
         calls: list[BlockCall],
         cache: ActivationCache,
-        residence: Residence,
+        onloader: Onloader,
         common: int,
         seed: int,
         census: Census,
-        units: Sequence[Wanted] = (),
-        first: Marks | None = None,
+        units: Sequence[StreamTargets] = (),
+        first: InputChecksums | None = None,
     ) -> None:
         """common: how many leading calls give the same in all streams. census: made by the first
         pass. units: all that are to be fitted to two streams, in execution order. first: of an
         earlier run of the first batch, None where that was on another device."""
-        self._residence = residence
+        self._onloader = onloader
         self._model, self._calibration, self._cache, self._seed = model, calibration, cache, seed
         self._calls = calls
         self._numbers = {(c.call.module, c.call.index): i for i, c in enumerate(calls)}
         self._recordings = Recordings(cache, common)
         self._recording: frozenset[int] = frozenset()
-        self._kept = Kept(cache, units, calls)
+        self._reuse = BlockReuse(cache, units, calls)
         self._ready = 0  # leading calls whose layers are all done, and that are recorded
         self._open = 0  # the call that this pass runs in part
         self._end = 0  # of the calls that this pass runs
@@ -136,13 +136,13 @@ class Replay:
         for index in range(self._ready + 1, ready):
             if self.diverged:
                 break
-            self._kept.enter(None, waiting)
+            self._reuse.enter(None, waiting)
             for _ in self._pass(index, index, {}, record):
                 pass
         until = max(call.end for call in calls)
         end = sum(c.call.begin < until for c in self._calls)
         if not self.diverged:
-            self._kept.enter(self._calls[ready] if ready < len(self._calls) else None, waiting)
+            self._reuse.enter(self._calls[ready] if ready < len(self._calls) else None, waiting)
         yield from self._pass(ready, end, _counts(calls), streams)
 
     def _pass(
@@ -164,12 +164,12 @@ class Replay:
         users = [c for i, c in enumerate(self._calls) if i >= ready or not c.replaceable]
         self._recordings.needed = frozenset(i for c in users for i in c.needs)
         self._ran.clear()
-        for batch in self._calibration.own:
+        for batch in self._calibration.local_batches:
             self._streams(batch, counts, streams)
             if self._trouble and not self.diverged:
                 self.give_up(self._trouble)
                 self._streams(batch, counts, streams)  # as if there had never been recordings
-            if self._reference and batch == self._calibration.own[0]:
+            if self._reference and batch == self._calibration.local_batches[0]:
                 self._check_repeats(batch, streams["full"][1])
             yield batch
             for watch, _ in streams.values():
@@ -177,7 +177,7 @@ class Replay:
         self.passes += len(self._ran)
         self._ready = ready
         self._recordings.forget()
-        self._kept.leave()
+        self._reuse.leave()
 
     def _streams(
         self,
@@ -189,7 +189,7 @@ class Replay:
             taken = self._taken_before(batch, watch, counts) if stream == "full" else None
             if taken is None:
                 self._ran.add(stream)
-                self._residence.only(c.call.module for c in self._running)
+                self._onloader.only(c.call.module for c in self._running)
                 with context():
                     taken = self._run(batch, stream, watch, counts)
             watch.taken[stream] = taken
@@ -201,34 +201,34 @@ class Replay:
         recorded = all(self._recordings.has("full", batch, index) for index in self._recording)
         if self._reference or not recorded or not watch.layers:
             return None
-        return self._kept.take(batch, watch.layers, counts)
+        return self._reuse.take(batch, watch.layers, counts)
 
     def _check_repeats(self, batch: int, context: Context) -> None:
         """What differs between two runs of one batch, where two streams are to be compared."""
-        if not self._kept.units:
+        if not self._reuse.units:
             return
         first = self._first if batch == 0 else None
-        second = self.census.marks
+        second = self.census.checksums
         if self._cache.rounds and self._recording:  # the census saw rounded outputs
-            second = self._marks_of(batch, context)
-        first = first or self._marks_of(batch, context)
+            second = self._checksums_of(batch, context)
+        first = first or self._checksums_of(batch, context)
         differing = first.differing(second, batch)
         if differing:  # another thread of the process may have drawn random numbers meanwhile
-            again = self._marks_of(batch, context)
-            differing &= again.differing(self._marks_of(batch, context), batch)
+            again = self._checksums_of(batch, context)
+            differing &= again.differing(self._checksums_of(batch, context), batch)
         self.census.unrepeatable |= differing
 
-    def _marks_of(self, batch: int, context: Context) -> Marks:
-        with first_marks(self._model, batch) as marks, context(), self._residence.while_running():
+    def _checksums_of(self, batch: int, context: Context) -> InputChecksums:
+        with input_checksums(self._model, batch) as sums, context(), self._onloader.while_running():
             self._calibration.run(batch, self._seed + batch)
-        return marks
+        return sums
 
     def give_up(self, trouble: str) -> None:
         """From now on nothing is replaced. The batches before were as they should be."""
         self.diverged = trouble
         self._running = self._calls
         self._recordings.clear()
-        self._kept.clear()
+        self._reuse.clear()
 
     def _stop(self, trouble: str) -> NoReturn:
         self._trouble = trouble
@@ -239,8 +239,8 @@ class Replay:
     ) -> dict[nn.Module, list[Tensor]]:
         taken: dict[nn.Module, list[Tensor]] = defaultdict(list)
         watched = watch.layers
-        later = [unit for unit in self._kept.open if not unit.members & watched]
-        ahead = later if stream == "full" and self._kept.has_room else []
+        later = [unit for unit in self._reuse.open if not unit.members & watched]
+        ahead = later if stream == "full" and self._reuse.has_room else []
         inputs = watch.inputs.union(*(unit.inputs for unit in ahead))
         outputs = watch.outputs.union(*(unit.outputs for unit in ahead))
         counts = dict(counts) | _counts(call for unit in ahead for call in unit.calls)
@@ -269,7 +269,7 @@ class Replay:
             if module in watched:
                 taken[module].append(value.detach().clone())
             else:
-                self._kept.keep(batch, module, times[module], value)
+                self._reuse.keep(batch, module, times[module], value)
 
         def count(module: nn.Module) -> None:
             times[module] += 1
@@ -285,18 +285,18 @@ class Replay:
                 if module in outputs:
                     hooks.enter_context(module.register_forward_hook(after))
             if whole:
-                hooks.enter_context(self._residence.while_running())
+                hooks.enter_context(self._onloader.while_running())
             if not self.diverged:
                 hooks.enter_context(self._replaced(whole))
                 if stream == "quantized":
-                    hooks.enter_context(self._kept.playing(batch))
+                    hooks.enter_context(self._reuse.playing(batch))
             with suppress(_Stop):
                 self._calibration.run(batch, self._seed + batch)  # the same draws in both streams
         return taken
 
     def _to_record(self, batch: int) -> int | None:
         """The open block, if its full-precision outputs can be recorded: they will not change."""
-        members = frozenset().union(*(unit.members for unit in self._kept.open))
+        members = frozenset().union(*(unit.members for unit in self._reuse.open))
         if not members or self._recordings.has("full", batch, self._open):
             return None
         block = self._calls[self._open]
@@ -311,7 +311,7 @@ class Replay:
         if self._reference:
             self.census.note(batch, layer, call, x)
             return
-        noted = self.diverged or x is None or self.census.marks.same(batch, layer, call, x)
+        noted = self.diverged or x is None or self.census.checksums.same(batch, layer, call, x)
         if not noted:
             self._stop(f"{self.census.layers[layer]} gets other inputs then in batch {batch}")
 

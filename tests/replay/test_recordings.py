@@ -45,10 +45,10 @@ def test_only_what_the_last_run_used_is_kept() -> None:
     sizes = [torch.randn(n) for n in (3, 4)]
     played(blanks, *sizes)
     blanks.next_run()
-    assert len(blanks._made) == 2
+    assert len(blanks._tensors) == 2
     played(blanks, sizes[0])
     blanks.next_run()
-    assert [output.shape for output in blanks._made] == [(3,)]
+    assert [output.shape for output in blanks._tensors] == [(3,)]
 
 
 class _Block(nn.Module):
