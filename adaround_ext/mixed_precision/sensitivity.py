@@ -35,7 +35,8 @@ from adaround_ext.replay.cache import MEMORY_BUDGET, ActivationCache
 from adaround_ext.replay.calibration import Calibration, ForwardFn, single_device
 from adaround_ext.replay.census import Census, NewCalls, batches_to_trace
 from adaround_ext.replay.onload import Onloader
-from adaround_ext.replay.replay import Replay, Watch
+from adaround_ext.replay.replay import Replay
+from adaround_ext.replay.run import Watch
 from adaround_ext.report.coverage import few_quantized
 from adaround_ext.result import LayerResult, QuantizedWeight
 from adaround_ext.rounding.solve import solve

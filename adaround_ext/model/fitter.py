@@ -25,8 +25,9 @@ from adaround_ext.planning.plan import Target
 from adaround_ext.replay.calibration import Calibration
 from adaround_ext.replay.census import NewCalls, batches_to_trace
 from adaround_ext.replay.recordings import Stream
-from adaround_ext.replay.replay import Replay, Watch
+from adaround_ext.replay.replay import Replay
 from adaround_ext.replay.reuse import StreamTargets
+from adaround_ext.replay.run import Watch
 from adaround_ext.report.layer import LayerReport
 from adaround_ext.result import LayerResult, QuantizedWeight
 
