@@ -11,7 +11,7 @@ from adaround_ext.tracing.dataflow import Dataflow, same_positions
 from adaround_ext.tracing.trace import Trace
 
 PaddingMask = str | Callable[[Any], Tensor | None] | None
-# In the place of a mask's name: what a function makes of a batch.
+# In the place of a mask's name: the mask is made by a function, of a batch.
 BY_FUNCTION = ""
 
 

@@ -23,8 +23,8 @@ _HOMOGENEOUS = {
     f"aten.{name}"
     for name in ("relu", "relu_", "leaky_relu", "leaky_relu_", "prelu", "_prelu_kernel")
 }
-# Channels whose ranges are 16 million times apart are as good as dead.
-_MOST = 2.0**12
+# Of a channel, either way: ranges that are 16 million times apart are as good as dead.
+_MAX_SCALE = 2.0**12
 
 
 class Equalized(Changed):
@@ -66,20 +66,20 @@ def equalize_(
     if not tolerance >= 0:
         raise ValueError(f"tolerance must not be negative, got {tolerance}")
     traced = TracedLayers(model, trace)
-    found, skipped = [], {}
+    pairs, skipped = list[_Pair](), dict[str, str]()
     for layer in traced:
         pair = _find(traced, layer)
         if isinstance(pair, _Pair):
-            found.append(pair)
+            pairs.append(pair)
         else:
             skipped[traced.names[layer]] = pair
 
-    def scale(journal: Journal, pairs: Sequence[_Pair]) -> None:
-        _scale(journal, traced, pairs, _factors(traced, pairs, iterations, tolerance))
+    def scale(journal: Journal, some: Sequence[_Pair]) -> None:
+        _scale(journal, traced, some, _factors(traced, some, iterations, tolerance))
 
-    journal, kept, reasons = make_verified(model, run, found, scale)
+    journal, accepted, reasons = make_verified(model, run, pairs, scale)
     skipped |= {traced.names[pair.first]: reason for pair, reason in reasons.items()}
-    names = tuple((traced.names[pair.first], traced.names[pair.second]) for pair in kept)
+    names = tuple((traced.names[pair.first], traced.names[pair.second]) for pair in accepted)
     return Equalized(names, skipped, journal)
 
 
@@ -93,7 +93,7 @@ def _find(traced: TracedLayers, layer: nn.Module) -> _Pair | str:
         if value in traced.trace.outputs:
             return "the model returns its output"
         readers = traced.readers(value, time)
-        call = traced.read.get(value)
+        call = traced.read_by.get(value)
         if call is not None and readers and all(call.spans(op.time) for op in readers):
             break
         if len(readers) != 1:
@@ -141,7 +141,7 @@ def _factors(
             range2 = second.abs().amax((1, 3)).flatten().to(range1.device)
             ratio = range1 / range2
             ratio = torch.where((ratio > 0) & ratio.isfinite(), ratio, 1.0)
-            factors[index] = (before * ratio.sqrt()).clamp(1 / _MOST, _MOST)
+            factors[index] = (before * ratio.sqrt()).clamp(1 / _MAX_SCALE, _MAX_SCALE)
             step = factors[index] / before
             first /= _by_output(step, first)
             second *= _by_input(step, second)

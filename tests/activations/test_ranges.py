@@ -186,7 +186,7 @@ def test_histogram_counts_by_hand() -> None:
         x = torch.tensor(part)
         histogram.add(x, min(part), max(part))
     assert (histogram.low, histogram.high) == (-0.5, 1.5)
-    edges, counts, heaps, heights = histogram.parts()
+    edges, counts, heaps, heights = histogram.bins_and_heaps()
     assert dict(zip(heaps.tolist(), heights.tolist(), strict=True)) == {0.0: 2, -0.5: 2, 1.5: 3}
     filled = counts.nonzero()[:, 0]
     assert edges[filled].tolist() == [0.25, 1.0]
