@@ -56,12 +56,12 @@ def test_same_result_and_never_more_than_two_blocks(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other device is this one by another name, and what is brought there is a copy."""
-    made: dict[str, tuple[nn.Module, list[Any]]] = {
+    networks: dict[str, tuple[nn.Module, list[Any]]] = {
         "transformer": (models.Transformer(), [{"ids": models.tokens(4, 6)} for _ in range(2)]),
         "residual": (models.ResidualNet(), [torch.randn(4, 3, 8, 8) for _ in range(2)]),
         "reused": (models.Reused(), [torch.randn(16, 8) for _ in range(2)]),
     }
-    model, batches = made[kind]
+    model, batches = networks[kind]
     other = copy.deepcopy(model)
     home = {n: p.data_ptr() for n, p in other.named_parameters()}
     most = 0
