@@ -194,7 +194,7 @@ class ActivationCache:
         return "file" if size else "memory"
 
     def _write(self, flat: Tensor) -> str:
-        with _room_needed(self._directory, flat):
+        with room_on_disk(self._directory, flat):
             if self._folder is None:
                 self._folder = tempfile.TemporaryDirectory(
                     prefix="adaround_ext_", dir=self._directory
@@ -223,7 +223,7 @@ def _memory_of(tensor: Tensor) -> str:
 
 
 @contextmanager
-def _room_needed(directory: str | os.PathLike[str] | None, tensor: Tensor) -> Iterator[None]:
+def room_on_disk(directory: str | os.PathLike[str] | None, tensor: Tensor) -> Iterator[None]:
     """OSError with the folder, the bytes needed and free, and the cause where writing fails."""
     try:
         yield

@@ -41,13 +41,18 @@ def fold_batch_norm_(model: nn.Module, trace: Trace, run: Callable[[], object]) 
     The layer's parameters keep their identity; a layer without a bias gets one. The batch norm
     becomes an nn.Identity in every module that holds it.
 
-    ``trace`` is of the model as it is now, and ``run`` calls the model on the batch that was traced
-    and returns its output, both in :func:`adaround_ext.tracing.evaluation.evaluation`. A batch norm
-    is left alone, with its reason, where anything else depends on what comes between (another
-    reader, a shared weight, a hook), where it normalises another dimension than the layer's
-    channels, where it has no running statistics, and where the model's outputs move by more than
-    the tolerance of
-    :func:`adaround_ext.transforms.verified.make_verified`.
+    A batch norm is left alone, with its reason, where anything else depends on what comes between
+    (another reader, a shared weight, a hook), where it normalises another dimension than the
+    layer's channels, where it has no running statistics, and where the model's outputs move by more
+    than the tolerance of :func:`adaround_ext.transforms.verified.make_verified`.
+
+    Args:
+        model: Changed in place.
+        trace: Of the model as it is now, in :func:`adaround_ext.tracing.evaluation.evaluation`.
+        run: Calls the model on the batch that was traced, in the same way, and returns its output.
+
+    Returns:
+        What was folded, why the rest was not, and the way back.
     """
     traced = TracedLayers(model, trace)
     ran = dict.fromkeys(call.module for call in trace.calls if call.module in traced.names)

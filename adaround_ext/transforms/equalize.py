@@ -54,12 +54,24 @@ def equalize_(
     within 2^-12 and 2^12. With 16-bit weights it is a power of two, which loses no bits.
 
     Two layers form a pair where the second takes the first one's output, possibly through ReLU,
-    LeakyReLU or PReLU, both run once, and nothing else reads what is between. ``skipped`` has a
-    reason for each other layer that ran. ``trace``, ``run`` and the check of the outputs are those
-    of :func:`adaround_ext.transforms.batch_norm.fold_batch_norm_`.
+    LeakyReLU or PReLU, both run once, and nothing else reads what is between. The outputs are
+    checked as by :func:`adaround_ext.transforms.batch_norm.fold_batch_norm_`.
 
     Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction", ICCV
-    2019, equations (9) to (11). ValueError for iterations below 1 or a negative tolerance.
+    2019, equations (9) to (11).
+
+    Args:
+        model: Changed in place.
+        trace: Of the model as it is now, in :func:`adaround_ext.tracing.evaluation.evaluation`.
+        run: Calls the model on the batch that was traced, in the same way, and returns its output.
+        iterations: Most times that chains of layers are gone over, at least 1.
+        tolerance: Of s around 1, not negative.
+
+    Returns:
+        What was equalized, a reason for each other layer that ran, and the way back.
+
+    Raises:
+        ValueError: iterations is below 1, or tolerance negative.
     """
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
