@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -287,3 +288,15 @@ def test_text_has_the_numbers() -> None:
     ):
         assert part in text
     assert str(model()).startswith("Net: 0 layers")
+
+
+@pytest.mark.parametrize("module", ["adaround_ext.model_report", "adaround_ext.report.model"])
+def test_pickles_of_earlier_versions(module: str) -> None:
+    """They name the classes where they stood."""
+    report = varied()
+    data = pickle.dumps(report, protocol=0)
+    assert pickle.loads(data) == report
+    for name in ("LayerEntry", "ModelReport"):
+        assert f"cadaround_ext\n{name}\n".encode() in data
+        data = data.replace(f"cadaround_ext\n{name}\n".encode(), f"c{module}\n{name}\n".encode())
+    assert pickle.loads(data) == report
