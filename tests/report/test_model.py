@@ -273,7 +273,7 @@ def test_worst_layers_come_first() -> None:
 def test_text_has_the_numbers() -> None:
     text = str(varied())
     assert len(text.splitlines()) <= 15
-    for part in (
+    for piece in (
         "Net: 4 layers at",
         f"{varied().average_bits:.2f} bits",
         "sequential, seed 7",
@@ -286,7 +286,7 @@ def test_text_has_the_numbers() -> None:
         "block.1.c: 4 % (nearest 10 %)",
         "skipped      1",
     ):
-        assert part in text
+        assert piece in text
     assert str(model()).startswith("Net: 0 layers")
 
 
