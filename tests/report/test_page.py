@@ -128,6 +128,13 @@ def test_page_trusts_no_string() -> None:
         assert f"{word}{SCRIPT}" in text
 
 
+def test_a_name_is_no_template() -> None:
+    name = "{{ 7 * 7 }}{% raw %}{# #}"
+    html = model(layer(name), notes=(name,)).to_html()
+    assert html.count(name) >= 3  # chart, table and notes
+    assert name in model(layer(name))._repr_html_()
+
+
 def test_page_without_any_error() -> None:
     exact = layer_report(0.0, 0.0, energy=0.0, seconds={})
     html = model(layer("a", report=exact), layer("b"), seconds={}, memory={}).to_html()
