@@ -141,7 +141,7 @@ def exported(model: nn.Module, kind: str, folder: Path, batches: Sequence[Any]) 
         "runs": [plain(run) for run in report.runs],
     }
     if kind == "onnx":
-        from adaround_ext.export.onnx.runtimes import matmul_nbits
+        from adaround_ext.export.onnx.runner import matmul_nbits
 
         row["matmul_nbits"] = matmul_nbits(folder)
     return row
