@@ -119,7 +119,17 @@ def _beside(path: Path, name: str) -> Path:
 
 
 def read_value(hint: Any, value: Any, where: str) -> Any:
-    """``value``, as JSON has it, as what the annotation ``hint`` says; ValueError if it is not."""
+    """``value``, as JSON has it, as what an annotation says.
+
+    Args:
+        hint: The annotation: a plain type, a tuple or dict of such, one of these or None, or a
+            dataclass, whose ``check_plain`` is asked where it has one.
+        value: What ``json.loads`` gave.
+        where: Its place, for the message.
+
+    Raises:
+        ValueError: It is something else.
+    """
     if hint is Any:
         return value
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
