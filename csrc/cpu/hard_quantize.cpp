@@ -1,8 +1,8 @@
 // hard_quantize and dequantize on the CPU.
 #include <torch/csrc/stable/library.h>
 
-#include "../arguments.h"
-#include "storage.h"
+#include "arguments/rounding.h"
+#include "cpu/storage.h"
 
 namespace adaround_ext::cpu {
 namespace {

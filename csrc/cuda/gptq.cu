@@ -4,8 +4,8 @@
 // in its order.
 #include <torch/csrc/stable/library.h>
 
-#include "../arguments.h"
-#include "working_memory.cuh"
+#include "arguments/rounding.h"
+#include "cuda/working_memory.cuh"
 
 namespace adaround_ext::cuda {
 namespace {

@@ -1,8 +1,8 @@
 // hard_quantize and dequantize on CUDA.
 #include <torch/csrc/stable/library.h>
 
-#include "../arguments.h"
-#include "cuda_utils.cuh"
+#include "arguments/rounding.h"
+#include "cuda/cuda_utils.cuh"
 
 namespace adaround_ext::cuda {
 namespace {

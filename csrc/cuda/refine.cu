@@ -6,8 +6,8 @@
 
 #include <climits>
 
-#include "../arguments.h"
-#include "working_memory.cuh"
+#include "arguments/rounding.h"
+#include "cuda/working_memory.cuh"
 
 namespace adaround_ext::cuda {
 namespace {

@@ -3,8 +3,8 @@
 
 #include <tuple>
 
-#include "../arguments.h"
-#include "cuda_utils.cuh"
+#include "arguments/rounding.h"
+#include "cuda/cuda_utils.cuh"
 
 namespace adaround_ext::cuda {
 namespace {

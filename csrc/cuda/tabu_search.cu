@@ -5,9 +5,9 @@
 //   - after the pass: the cheapest step of every warp is there.
 #include <torch/csrc/stable/library.h>
 
-#include "../arguments.h"
-#include "cheapest.cuh"
-#include "working_memory.cuh"
+#include "arguments/rounding.h"
+#include "cuda/argmin.cuh"
+#include "cuda/working_memory.cuh"
 
 namespace adaround_ext::cuda {
 namespace {

@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
-#include "../packing.h"
-#include "../rounding_math.h"
+#include "math/packing.h"
+#include "math/rounding.h"
 
 namespace adaround_ext::cpu {
 

@@ -7,8 +7,8 @@
 #include <optional>
 #include <vector>
 
-#include "checks.h"
-#include "packing.h"
+#include "arguments/checks.h"
+#include "math/packing.h"
 
 namespace adaround_ext {
 

@@ -17,16 +17,16 @@
 #pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,fma")
 #endif
 
-#include "kernels.h"
+#include "cpu/isa/table.h"
 
 #define ADAROUND_ISA avx512
 #define ADAROUND_WIDTH 16
-#include "vec.h"
+#include "cpu/isa/vec.h"
 
-#include "kernels_impl.h"
-#include "packing_impl.h"
+#include "cpu/loops/pack_bits.h"
+#include "cpu/loops/rounding_step.h"
 
-#include "linear_impl.h"  // uses packing_impl.h
+#include "cpu/loops/packed_linear.h"  // uses pack_bits.h
 
 namespace adaround_ext::cpu {
 

@@ -6,7 +6,7 @@
 
 #include <limits>
 
-#include "checks.h"
+#include "arguments/checks.h"
 
 namespace adaround_ext {
 

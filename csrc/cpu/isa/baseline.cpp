@@ -3,16 +3,16 @@
 #include <type_traits>
 #include <utility>
 
-#include "kernels.h"
+#include "cpu/isa/table.h"
 
 #define ADAROUND_ISA baseline
 #define ADAROUND_WIDTH 4
-#include "vec.h"
+#include "cpu/isa/vec.h"
 
-#include "kernels_impl.h"
-#include "packing_impl.h"
+#include "cpu/loops/pack_bits.h"
+#include "cpu/loops/rounding_step.h"
 
-#include "linear_impl.h"  // uses packing_impl.h
+#include "cpu/loops/packed_linear.h"  // uses pack_bits.h
 
 namespace adaround_ext::cpu {
 

@@ -8,7 +8,7 @@
 //   the regularizer has gradient 0 at h = 1/2.
 #pragma once
 
-#include "elementary.h"
+#include "math/elementary.h"
 
 namespace adaround_ext {
 

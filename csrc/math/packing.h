@@ -6,7 +6,7 @@
 
 #include <type_traits>
 
-#include "elementary.h"
+#include "math/elementary.h"
 
 namespace adaround_ext {
 
