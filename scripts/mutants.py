@@ -1,7 +1,7 @@
 """Bugs for scripts/mutation_check.py, of the kinds that such code has had before.
 
-Each replaces a text that its file holds exactly once. ``tests`` are the op tests that ought to
-notice, or THREADS for those of tests/native.
+Each replaces a text that its file holds exactly once. ``tests`` are NAMEs of tests/*/test_NAME.py
+that ought to notice, or THREADS for those of tests/native.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ MUTANTS = [
     # Loops over vectors: the tail, the vector before it, the pieces.
     Mutant(
         "a tail of one element is left out",
-        "csrc/cpu/loops/rounding_step.h",
+        "csrc/cpu/loops/spans.h",
         "  if (i < end) {\n    f(i, end - i);",
         "  if (i + 1 < end) {\n    f(i, end - i);",
         "ops",
     ),
     Mutant(
         "a vector is taken where one element is missing",
-        "csrc/cpu/loops/rounding_step.h",
+        "csrc/cpu/loops/spans.h",
         "i + kSize<V> <= end;",
         "i + kSize<V> <= end + 1;",
         "rounding_step",
@@ -86,7 +86,7 @@ MUTANTS = [
     ),
     Mutant(
         "the gradient is not stopped by the clamp",
-        "csrc/cpu/loops/rounding_step.h",
+        "csrc/cpu/loops/soft_quantize.h",
         "through_clamp(grid.scale * r.grad, code, grid)",
         "grid.scale * r.grad",
         "ops ops_kinks",
@@ -201,35 +201,35 @@ MUTANTS = [
     ),
     Mutant(
         "a refined code may leave the grid above",
-        "csrc/math/rounding.h",
+        "csrc/math/search.h",
         "return max_(qmin, min_(qmax, best));",
         "return max_(qmin, best);",
         "refine",
     ),
     Mutant(
         "equally good codes alternate",
-        "csrc/math/rounding.h",
+        "csrc/math/search.h",
         "const T half_step = T(0.5) + T(1e-4);",
         "const T half_step = T(0.5) - T(1e-4);",
         "refine",
     ),
     Mutant(
         "what fills up a vector is taken for columns",
-        "csrc/cpu/loops/rounding_step.h",
+        "csrc/cpu/loops/tabu_search.h",
         "if (left < kSize<V>) {  // load()",
         "if (left + 1 < kSize<V>) {  // load()",
         "tabu_search",
     ),
     Mutant(
         "a column rests one step too long",
-        "csrc/cpu/loops/rounding_step.h",
+        "csrc/cpu/loops/tabu_search.h",
         "select_(now >= load<V>(s.free_from",
         "select_(now > load<V>(s.free_from",
         "tabu_search",
     ),
     Mutant(
         "the tabu search does not settle its last step",
-        "csrc/cpu/loops/rounding_step.h",
+        "csrc/cpu/loops/tabu_search.h",
         "step <= s.steps; ++step) {",
         "step < s.steps; ++step) {",
         "tabu_search",
@@ -244,7 +244,7 @@ MUTANTS = [
     # gptq.
     Mutant(
         "the column after the rounded one is not shifted",
-        "csrc/cpu/loops/rounding_step.h",
+        "csrc/cpu/loops/gptq.h",
         "for_each_vector<V>(k + 1, s.cols,",
         "for_each_vector<V>(k + 2, s.cols,",
         "gptq",
@@ -383,6 +383,6 @@ MUTANTS = [
         "csrc/cpu/isa/dispatch.cpp",
         "    in_use() = found;\n",
         "",
-        "native",
+        "library",
     ),
 ]

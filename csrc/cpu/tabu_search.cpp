@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "arguments/rounding.h"
+#include "arguments/search.h"
 #include "cpu/storage.h"
 
 namespace adaround_ext::cpu {

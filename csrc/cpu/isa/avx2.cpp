@@ -1,4 +1,4 @@
-// The loops of kernels.h for AVX2. The target is set before the project's own headers, because
+// The loops of table.h for AVX2. The target is set before the project's own headers, because
 // their templates are compiled for the target they were read under; the standard headers come
 // first, so that nothing of theirs is.
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -20,12 +20,7 @@
 
 #define ADAROUND_ISA avx2
 #define ADAROUND_WIDTH 8
-#include "cpu/isa/vec.h"
-
-#include "cpu/loops/pack_bits.h"
-#include "cpu/loops/rounding_step.h"
-
-#include "cpu/loops/packed_linear.h"  // uses pack_bits.h
+#include "cpu/isa/loops.h"
 
 namespace adaround_ext::cpu {
 

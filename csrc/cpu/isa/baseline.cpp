@@ -7,12 +7,7 @@
 
 #define ADAROUND_ISA baseline
 #define ADAROUND_WIDTH 4
-#include "cpu/isa/vec.h"
-
-#include "cpu/loops/pack_bits.h"
-#include "cpu/loops/rounding_step.h"
-
-#include "cpu/loops/packed_linear.h"  // uses pack_bits.h
+#include "cpu/isa/loops.h"
 
 namespace adaround_ext::cpu {
 

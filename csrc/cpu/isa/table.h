@@ -7,6 +7,7 @@
 
 #include "math/packing.h"
 #include "math/rounding.h"
+#include "math/search.h"
 
 namespace adaround_ext::cpu {
 
