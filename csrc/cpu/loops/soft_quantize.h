@@ -25,14 +25,14 @@ double soft_quantize(const SoftSpan<T>& s) {
 template <typename V, typename T>
 void soft_quantize_backward(const BackwardSpan<T>& s) {
   const Grid<V> grid = broadcast<V>(s.grid);
-  const V beta(s.beta);
-  const V grad_reg(s.grad_reg);
+  // The gradient alone, no step.
+  const StepParams<V> params{V(s.beta), V(s.grad_reg), V(T(0)), V(T(0))};
   for_each_vector<V>(0, s.size, [&](int64_t i, int64_t left) ADAROUND_INLINE_LAMBDA {
-    const Rectified<V> r = rectified_sigmoid(load<V>(s.v + i, left));
-    const V code = floor_code(load<V>(s.weight + i, left), grid) + r.h;
-    const V grad_code = load<V>(s.grad_weight_q + i, left) * grid.scale;
-    const V grad_h = through_clamp(grad_code, code, grid) + grad_reg * round_reg(r.h, beta).grad;
-    store(s.grad_v + i, grad_h * r.grad, left);
+    const V below = floor_code(load<V>(s.weight + i, left), grid);
+    const V grad_v = rounding_grad<true>(
+        load<V>(s.v + i, left), load<V>(s.grad_weight_q + i, left), below, grid, grid.scale,
+        params);
+    store(s.grad_v + i, grad_v, left);
   });
 }
 
