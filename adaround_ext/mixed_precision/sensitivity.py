@@ -27,8 +27,9 @@ from adaround_ext.model.prepare import prepare_
 from adaround_ext.model.solve_units import problems_of, take_alike
 from adaround_ext.model.units import Unit, parallel_segments
 from adaround_ext.model.workspace import Choices, Traces, analyse
+from adaround_ext.planning.candidates import FilterFn
 from adaround_ext.planning.overrides import Overrides, check_overrides
-from adaround_ext.planning.plan import FilterFn, Target
+from adaround_ext.planning.plan import Target
 from adaround_ext.process.omp_waits import short_waits_when_busy
 from adaround_ext.process.turns import one_caller
 from adaround_ext.replay.cache import MEMORY_BUDGET, ActivationCache

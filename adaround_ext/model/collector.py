@@ -12,7 +12,7 @@ from adaround_ext.checks import check, check_kind, has_finite_sum, infinite
 from adaround_ext.distributed import ALONE, Ranks
 from adaround_ext.linalg.precision import full_precision
 from adaround_ext.model.sample_store import GrowingTensor
-from adaround_ext.model.units import Unit, _objective
+from adaround_ext.model.units import Unit
 from adaround_ext.replay.calibration import unpadded
 from adaround_ext.rounding.pose import gram_problems, sampled_problems
 from adaround_ext.rounding.problem import Problem
@@ -183,7 +183,7 @@ class Collector:
         for part in self.unit.same_settings():
             targets = [self.unit.targets[i] for i in part]
             layers, config = [t.matrix for t in targets], targets[0].config
-            reason = _objective(targets[0])[1]
+            reason = targets[0].reason
             if self._statistics is None:
                 outputs = tuple(self._targets[i].tensor() for i in part)
                 yield part, sampled_problems(

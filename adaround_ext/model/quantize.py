@@ -35,8 +35,9 @@ from adaround_ext.model.run_record import (
 )
 from adaround_ext.model.units import Unit, parallel_segments, sequential_segments
 from adaround_ext.model.workspace import Choices, Traces, analyse
+from adaround_ext.planning.candidates import FilterFn
 from adaround_ext.planning.overrides import Overrides, check_overrides
-from adaround_ext.planning.plan import FilterFn, Plan
+from adaround_ext.planning.plan import Plan
 from adaround_ext.process.memory import device_memory, free_device_memory, host_memory
 from adaround_ext.process.omp_waits import short_waits_when_busy
 from adaround_ext.process.turns import one_caller

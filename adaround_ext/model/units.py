@@ -11,7 +11,6 @@ from torch import nn
 
 from adaround_ext.layers.matrix import MatrixLayer
 from adaround_ext.planning.plan import Target
-from adaround_ext.presets import choose_objective
 from adaround_ext.rounding.solve import shareable
 from adaround_ext.statistics.segment import TOKENS
 
@@ -24,7 +23,7 @@ class Unit:
 
     @cached_property
     def sampled(self) -> bool:
-        return _objective(self.targets[0])[0] == "sampled"
+        return self.targets[0].objective == "sampled"
 
     @cached_property
     def from_inputs(self) -> bool:
@@ -54,7 +53,7 @@ class Unit:
     @property
     def shareable(self) -> bool:
         """Whether its rows can be solved apart."""
-        return all(shareable(t.matrix, t.config, _objective(t)[0]) for t in self.targets)
+        return all(shareable(t.matrix, t.config, t.objective) for t in self.targets)
 
     @property
     def cost(self) -> float:
@@ -83,15 +82,10 @@ def make_units(targets: Iterable[Target]) -> list[Unit]:
         matrix, config = target.matrix, target.config
         key = (
             target.inputs, type(matrix), matrix.geometry, matrix.weight.dtype, matrix.weight.device,
-            config.positions, config.seed, _objective(target)[0],
+            config.positions, config.seed, target.objective,
         )  # fmt: skip
         found[key].append(target)
     return [Unit(tuple(group)) for group in found.values()]
-
-
-def _objective(target: Target) -> tuple[str, str]:
-    """Which objective, and why."""
-    return choose_objective(target.config)
 
 
 def sequential_segments(units: Sequence[Unit]) -> list[list[Unit]]:

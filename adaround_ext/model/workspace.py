@@ -11,8 +11,9 @@ from torch import nn
 from adaround_ext.config import AdaRoundConfig
 from adaround_ext.export.goal.goal import Goal
 from adaround_ext.model.units import Unit, make_units
+from adaround_ext.planning.candidates import FilterFn
 from adaround_ext.planning.overrides import Overrides
-from adaround_ext.planning.plan import FilterFn, Plan, make_plan
+from adaround_ext.planning.plan import Plan, make_plan
 from adaround_ext.replay.calibration import Calibration
 from adaround_ext.tracing.blocks import BlockCall, Blocks, block_calls, find_blocks
 from adaround_ext.tracing.dataflow import Dataflow, dataflow
