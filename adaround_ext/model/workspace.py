@@ -124,25 +124,31 @@ class Workspace:
         batches: to be traced before the first. Raises what :meth:`analyse` and attempts raise.
         """
         while True:
-            with self.ranks.together("tracing"), _quantizers_off(self.model, self.options):
-                for batch in batches:
-                    if batch not in self.traces:
-                        self.traces[batch] = trace(self.model, partial(self.data.run, batch))
-                analysis = self.analyse()
+            analysis = self.analyse(batches)
             try:
                 return attempt(analysis)
             except NewCalls as new:
                 batches = new.batches
 
-    def analyse(self) -> Analysis:
-        """Raises ValueError and TypeError as :func:`make_plan` and :func:`find_blocks` do."""
+    def analyse(self, batches: Sequence[int] = ()) -> Analysis:
+        """What the traces tell, with these batches traced too.
+
+        Raises ValueError and TypeError as :func:`make_plan` and :func:`find_blocks` do.
+        """
+        with self.ranks.together("tracing"), _quantizers_off(self.model, self.options):
+            for batch in batches:
+                if batch not in self.traces:
+                    self.traces[batch] = trace(self.model, partial(self.data.run, batch))
+            return self._analysis()
+
+    def _analysis(self) -> Analysis:
         options, goal = self.options, self.goal
         merged = merge_traces(list(self.traces.values()))
         flow = dataflow(merged)
         masks = PaddingMasks(options.padding_mask, merged, flow)
         reasons: dict[nn.Module, str] = {}
-        for batch, own in self.traces.items():
-            reasons |= unlike_layers(self.model, own, partial(self.data.run, batch))
+        for batch, traced in self.traces.items():
+            reasons |= unlike_layers(self.model, traced, partial(self.data.run, batch))
         reasons |= goal.refused()
         plan = make_plan(
             self.model, merged, options.config, options.overrides, options.filter_fn,
