@@ -1,4 +1,4 @@
-"""Quantized weights put into a model: for a while, or for good."""
+"""Quantized weights in a model: for a while, or for good."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def summarize(workspace: Workspace, fit: Fit, mode: str, passes: int) -> ModelRe
     few = few_quantized(model, weights, skipped)
     for note in few if workspace.ranks.first else ():
         _logger.warning("%s", note)
-    notes = (workspace.goal.notes, workspace.data.notes, workspace.prepared.notes, plan.notes)
+    notes = few + workspace.goal.notes + workspace.data.notes + workspace.prepared.notes
     return ModelReport(
         model=type(model).__name__,
         mode=mode,
@@ -41,7 +41,7 @@ def summarize(workspace: Workspace, fit: Fit, mode: str, passes: int) -> ModelRe
         passes=passes,
         batches=workspace.data.batches,
         samples=workspace.data.samples,
-        notes=(*few, *(note for part in notes for note in part), *fit.notes),
+        notes=(*notes, *plan.notes, *fit.notes),
         seconds=seconds,
         memory=_memory(workspace),
         versions=versions(),
