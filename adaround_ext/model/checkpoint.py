@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from adaround_ext.config import make_config
-from adaround_ext.files import path_from
+from adaround_ext.files import path_from, write_atomically
 from adaround_ext.ops.library import build_info
 from adaround_ext.planning.plan import Plan, Target
 from adaround_ext.replay.calibration import Calibration
@@ -48,9 +48,7 @@ class Checkpoint:
                 "checkpoint_dir must be empty, or that of the same run, "
                 f"got {folder} with {others[0]}"
             )
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(record, indent=1))
-        os.replace(part, path)
+        write_atomically(path, json.dumps(record, indent=1))
 
     def discard(self) -> None:
         """Removes what says which run the folder is of, before there is any result."""

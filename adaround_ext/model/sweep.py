@@ -12,8 +12,9 @@ from adaround_ext.model.units import Unit
 from adaround_ext.planning.plan import Target
 from adaround_ext.replay.calibration import Calibration
 from adaround_ext.replay.recordings import Stream
-from adaround_ext.replay.replay import Replay, Watch
-from adaround_ext.replay.reuse import Wanted
+from adaround_ext.replay.replay import Replay
+from adaround_ext.replay.reuse import StreamTargets
+from adaround_ext.replay.run import Watch
 
 Switch = Callable[[], AbstractContextManager[object]]
 
@@ -56,12 +57,12 @@ def sweep(
     return list(unrepeatable)
 
 
-def targets_of(unit: Unit) -> Wanted:
+def targets_of(unit: Unit) -> StreamTargets:
     """What ``unit`` takes of the full-precision stream where there is another one."""
     calls = sorted((c for t in unit.targets for c in t.calls), key=lambda call: call.begin)
     if unit.watches_inputs:
-        return Wanted(frozenset(unit.targets[0].modules), frozenset(), tuple(calls))
-    return Wanted(frozenset(), modules_of(unit.targets), tuple(calls))
+        return StreamTargets(frozenset(unit.targets[0].modules), frozenset(), tuple(calls))
+    return StreamTargets(frozenset(), modules_of(unit.targets), tuple(calls))
 
 
 def modules_of(targets: Iterable[Target]) -> frozenset[nn.Module]:

@@ -28,15 +28,15 @@ from adaround_ext.process.omp_waits import short_waits_when_busy
 from adaround_ext.replay.cache import MEMORY_BUDGET, ActivationCache
 from adaround_ext.replay.calibration import Calibration, ForwardFn, single_device
 from adaround_ext.replay.census import Census, NewCalls
-from adaround_ext.replay.onload import Residence
+from adaround_ext.replay.onload import Onloader
 from adaround_ext.replay.replay import Replay
-from adaround_ext.replay.reuse import Wanted
+from adaround_ext.replay.reuse import StreamTargets
 from adaround_ext.tracing.blocks import BlockCall, Blocks, block_calls, find_blocks
 from adaround_ext.tracing.dataflow import Dataflow, dataflow
 from adaround_ext.tracing.evaluation import evaluation
 from adaround_ext.tracing.merged import merge_traces
 from adaround_ext.tracing.padding import PaddingMask, PaddingMasks
-from adaround_ext.tracing.plain_layers import unlike_layers
+from adaround_ext.tracing.plain_layers import layers_that_do_more
 from adaround_ext.tracing.trace import Trace, trace
 from adaround_ext.transforms.batch_norm import BatchNorm
 
@@ -147,8 +147,9 @@ class Workspace:
         flow = dataflow(merged)
         masks = PaddingMasks(options.padding_mask, merged, flow)
         reasons: dict[nn.Module, str] = {}
-        for batch, traced in self.traces.items():
-            reasons |= unlike_layers(self.model, traced, partial(self.data.run, batch))
+        with full_precision_activations(self.model):  # which are hooks that a fit knows of
+            for batch, traced in self.traces.items():
+                reasons |= layers_that_do_more(traced, partial(self.data.run, batch))
         reasons |= goal.refused()
         plan = make_plan(
             self.model, merged, options.config, options.overrides, options.filter_fn,
@@ -166,7 +167,7 @@ class Workspace:
 
     @contextmanager
     def replaying(
-        self, analysis: Analysis, targets: Sequence[Wanted] = (), shared_prefix: int = 0
+        self, analysis: Analysis, targets: Sequence[StreamTargets] = (), shared_prefix: int = 0
     ) -> Iterator[Replay]:
         """Inside, the model is on its device, and runs block after block.
 
@@ -175,7 +176,7 @@ class Workspace:
         :class:`NewCalls` nothing is left of what was recorded.
         """
         modules = [call.call.module for call in analysis.calls]
-        onloader = Residence(self.model, modules, self.device if self.moves else None)
+        onloader = Onloader(self.model, modules, self.device if self.moves else None)
         census = Census(self.model, analysis.trace, self.cache.rounds)
         first_marks = None if self.moves else self.prepared.marks
         replay = Replay(
