@@ -1,4 +1,4 @@
-"""The command line: ``adaround-ext COMMAND``, with the commands of :mod:`cli_parser`."""
+"""Entry point: ``adaround-ext COMMAND``, run, with its result on standard output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from adaround_ext.cli import options as options
+from adaround_ext.cli import options
 from adaround_ext.cli.parser import make_parser
 
 
