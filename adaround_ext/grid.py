@@ -9,7 +9,6 @@ from torch import Tensor
 
 from adaround_ext.config import AdaRoundConfig
 from adaround_ext.linalg.tiles import PerDevice
-from adaround_ext.reference.rounding import expand_grid
 
 # The search runs over blocks of about so many weights: it looks at each one for every share.
 _BLOCK = PerDevice(cpu=1 << 16, cuda=1 << 24)
@@ -41,6 +40,12 @@ class QuantGrid:
             for name in ("scale", "zero_point")
         )
         return QuantGrid(scale, zero_point, grids[0].qmin, grids[0].qmax)
+
+
+def expand(values: Tensor, rows: int, cols: int) -> Tensor:
+    """A scale or zero point [rows or 1, n_groups] for every weight, [rows, cols]."""
+    of_columns = values[:, :, None].expand(-1, -1, cols // values.shape[1])
+    return of_columns.reshape(len(values), cols).expand(rows, cols)
 
 
 def quant_range(bits: int, symmetric: bool, narrow: bool = False) -> tuple[int, int]:
@@ -86,7 +91,7 @@ def make_grid(weight: Tensor, config: AdaRoundConfig) -> QuantGrid:
 def nearest_codes(weight: Tensor, grid: QuantGrid) -> Tensor:
     """Codes [rows, cols] of rounding w / s to nearest, ties to even."""
     # The zero point comes after: adding an odd one would turn ties to odd multiples of the scale.
-    scale, zero_point = (expand_grid(t, *weight.shape) for t in (grid.scale, grid.zero_point))
+    scale, zero_point = (expand(t, *weight.shape) for t in (grid.scale, grid.zero_point))
     return _codes((weight / scale).round() + zero_point, grid)
 
 
@@ -111,7 +116,7 @@ def baseline_codes(
 
 def position(weight: Tensor, grid: QuantGrid) -> Tensor:
     """w / s + z: where each weight [rows, cols] lies on its grid."""
-    scale, zero_point = (expand_grid(t, *weight.shape) for t in (grid.scale, grid.zero_point))
+    scale, zero_point = (expand(t, *weight.shape) for t in (grid.scale, grid.zero_point))
     return weight / scale + zero_point
 
 

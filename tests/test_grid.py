@@ -12,6 +12,7 @@ from adaround_ext import AdaRoundConfig, grid, optimize_layer
 from adaround_ext.grid import (
     QuantGrid,
     baseline_codes,
+    expand,
     make_grid,
     nearest_codes,
     next_scale,
@@ -36,6 +37,18 @@ def nearest_error(weight: Tensor, of: QuantGrid) -> Tensor:
     codes = nearest_codes(weight, of)
     stored = dequantize(codes, of.scale.double(), of.zero_point, torch.float64)
     return (stored - weight.double()).square().mean(1)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (1, 4), (5, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32])
+def test_expand_is_that_of_the_reference(
+    device: torch.device, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    values = torch.randn(shape).mul(100).to(device, dtype)
+    expanded = expand(values, 5, 12)
+    assert expanded.dtype == dtype
+    assert torch.equal(expanded, expand_grid(values, 5, 12))
+    assert expand(values, 5, 0).shape == (5, 0)
 
 
 @every_width

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from adaround_ext import ops, reference
+from adaround_ext import ops
 from adaround_ext.config import AdaRoundConfig
-from adaround_ext.grid import QuantGrid
+from adaround_ext.grid import QuantGrid, expand
 from adaround_ext.linalg.cuda_graph import repeat
 from adaround_ext.linalg.precision import tf32_products
 from adaround_ext.presets import Settings
-from adaround_ext.reference import ADAM_BETAS, cosine_beta
 
+# As the kernels have them: the stretch of the rectified sigmoid, eq. (23), and Adam's decay rates.
+_ZETA, _GAMMA = 1.1, -0.1
+_ADAM_BETAS = (0.9, 0.999)
+_FRACTION_MARGIN = 1e-4  # keeps weights on the grid off the edge of h's clip
 _UNDECIDED = (0.05, 0.95)
 
 
@@ -54,7 +57,7 @@ def anneal(
 
     weight float32 [rows, cols]: what is rounded.
     """
-    v = reference.initial_v(weight, grid.scale)
+    v = initial_v(weight, grid)
     soft, _ = ops.soft_quantize(weight, v, grid.scale, grid.zero_point, grid.qmin, grid.qmax, 2.0)
     start = soft - weight if objective.as_error else soft
     start = start.to(objective.dtype)
@@ -77,9 +80,28 @@ def anneal(
         repeat(one_step, chosen.steps, weight.device, objective.generator, bar.update)
     qrange = grid.scale, grid.zero_point, grid.qmin, grid.qmax
     soft, _ = ops.soft_quantize(weight, state.v, *qrange, 2.0)
-    h = reference.rectified_sigmoid(state.v)
+    h = _rectified_sigmoid(state.v)
     undecided = (h > _UNDECIDED[0]) & (h < _UNDECIDED[1])
     return Annealed(state.v, soft, ops.hard_quantize(weight, state.v, *qrange), undecided)
+
+
+def initial_v(weight: Tensor, grid: QuantGrid) -> Tensor:
+    """V with h(V) = weight / scale - floor(weight / scale), the inverse of eq. (23), [rows, cols].
+
+    The fraction is kept in [1e-4, 1 - 1e-4]: at 0 the last bit would decide whether a weight ever
+    moves. V's sign is that of rounding to nearest, ties to even, so that the hard decision V >= 0
+    starts there.
+    """
+    steps = weight / expand(grid.scale, *weight.shape)
+    floor = steps.floor()
+    fraction = (steps - floor).clamp(_FRACTION_MARGIN, 1 - _FRACTION_MARGIN)
+    v = -torch.log((_ZETA - _GAMMA) / (fraction - _GAMMA) - 1)
+    return torch.where(steps.round() > floor, v.clamp(min=0), v.clamp(max=-1e-6))
+
+
+def _rectified_sigmoid(v: Tensor) -> Tensor:
+    """h(V) of eq. (23), without derivatives."""
+    return (torch.sigmoid(v) * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
 
 
 class Objective(Protocol):
@@ -105,15 +127,18 @@ def schedule_table(
     A row a step: beta, falling from beta[0] to beta[1] along half a cosine after the warm-up;
     reg_weight, 0 during the warm-up; the learning rate; 1 - 0.9^t; sqrt(1 - 0.999^t), t from 1.
     """
-    start = warmup * steps
-    rows = [
-        (
-            cosine_beta(step, steps, beta, warmup),
-            reg_weight if step >= start else 0.0,
-            learning_rate,
-            1 - ADAM_BETAS[0] ** (step + 1),
-            math.sqrt(1 - ADAM_BETAS[1] ** (step + 1)),
+    begin = warmup * steps  # of the annealing
+    first, last = beta
+    rows = []
+    for step in range(steps):
+        done = max(step - begin, 0.0) / max(steps - begin, 1.0)
+        rows.append(
+            (
+                last + 0.5 * (first - last) * (1 + math.cos(done * math.pi)),
+                reg_weight if step >= begin else 0.0,
+                learning_rate,
+                1 - _ADAM_BETAS[0] ** (step + 1),
+                math.sqrt(1 - _ADAM_BETAS[1] ** (step + 1)),
+            )
         )
-        for step in range(steps)
-    ]
     return torch.tensor(rows, dtype=torch.float32, device="cpu").view(steps, 5)

@@ -365,7 +365,7 @@ class TestTransformers:
 
 
 def test_trained_encoder(tmp_path: Path) -> None:
-    minilm = pytest.importorskip("benchmarks.minilm")
+    minilm = pytest.importorskip("benchmarks.workloads.minilm")
     try:
         model, tokenizer = minilm.load_encoder()
     except ImportError as error:

@@ -11,7 +11,7 @@ from adaround_ext.grid import QuantGrid, make_grid
 from adaround_ext.layers.inputs import batches
 from adaround_ext.layers.matrix import MatrixLayer, matrix_layer
 from adaround_ext.presets import settings
-from adaround_ext.rounding.anneal import anneal, schedule_table
+from adaround_ext.rounding.anneal import anneal, initial_v, schedule_table
 from adaround_ext.rounding.gram_objective import GramObjective
 from adaround_ext.rounding.sampled_objective import SampledObjective
 from adaround_ext.statistics.moments import GramStatistics
@@ -52,6 +52,22 @@ def reference_loop(
             v, *moments, soft, grad.float(), weight, *args, table, count, False, scale_free
         )
     return v
+
+
+@pytest.mark.parametrize("group_size", [None, 4])
+def test_initial_v_is_that_of_the_reference(device: torch.device, group_size: int | None) -> None:
+    weight = torch.randn(16, 24, device=device)
+    grid = make_grid(weight, AdaRoundConfig(symmetric=False, group_size=group_size, scale="mse"))
+    s = reference.expand_grid(grid.scale, 16, 24)
+    weight[0] = s[0] * torch.arange(-12, 12, device=device)  # on the grid
+    weight[1] = s[1] * (torch.arange(-12, 12, device=device) + 0.5)  # ties
+    v = initial_v(weight, grid)
+    expected = reference.initial_v(weight.double(), grid.scale.double())
+    doubled = 2 * weight / s
+    apart = (doubled - doubled.round()).abs() > 1e-3  # elsewhere the dtype decides
+    torch.testing.assert_close(v.double()[apart], expected[apart], rtol=1e-2, atol=1e-3)
+    assert torch.equal(v, reference.initial_v(weight, grid.scale))
+    assert torch.equal((v >= 0).float() + (weight / s).floor(), (weight / s).round())
 
 
 @pytest.mark.parametrize("kind", ["gram", "sampled"])
