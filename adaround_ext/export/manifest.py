@@ -44,14 +44,14 @@ def new_export(folder: str | os.PathLike[str], kind: str) -> Iterator[tuple[Path
     cause, where it cannot be written.
     """
     folder = new_folder(folder)
-    with folder_beside(folder) as part:
+    with folder_beside(folder) as staging:
         try:
             details: dict[str, Any] = {}
-            yield part, details
-            write_manifest(part, kind, details)
-            take_place(part, folder)
+            yield staging, details
+            write_manifest(staging, kind, details)
+            take_place(staging, folder)
         except BaseException as error:
-            unwritten = _unwritten(error, part)
+            unwritten = _unwritten(error, staging)
             if unwritten is None:
                 raise
             text = f"folder must be one that can be written to, {folder}, got "
