@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+import adaround_ext.cli.options as options
 from adaround_ext.activations.quantizer import RANGES
-from adaround_ext.cli import options
 from adaround_ext.distributed import REDUCTIONS
 from adaround_ext.export.formats import FORMATS
 from adaround_ext.export.goal.targets import EXPORT_TARGETS

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import adaround_ext.cli.show as show
 from adaround_ext.checks import device_here
-from adaround_ext.cli import show
 from adaround_ext.cli.models import Source
 from adaround_ext.cli.options import check_parent
 from adaround_ext.cli.output import save, staged

@@ -5,18 +5,21 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from adaround_ext.cli import arguments as add
-from adaround_ext.cli import commands, deploy, options, sensitivity
+import adaround_ext.cli.arguments as add
+from adaround_ext.cli.commands import compare, env, inspect, quantize
+from adaround_ext.cli.deploy import export, verify
+from adaround_ext.cli.options import path
+from adaround_ext.cli.sensitivity import sensitivity
 from adaround_ext.ops.library import build_info
 
 _COMMANDS = {
-    "quantize": commands.quantize,
-    "export": deploy.export,
-    "verify": deploy.verify,
-    "sensitivity": sensitivity.sensitivity,
-    "inspect": commands.inspect,
-    "compare": commands.compare,
-    "env": commands.env,
+    "quantize": quantize,
+    "export": export,
+    "verify": verify,
+    "sensitivity": sensitivity,
+    "inspect": inspect,
+    "compare": compare,
+    "env": env,
 }
 _QUANTIZE = """Quantizes the weights of all Linear and convolution layers of a model with AdaRound.
 
@@ -112,7 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
     command = _command(subparsers, "compare", "two reports", _COMPARE, _COMPARE_EXAMPLES)
     for name in ("a", "b"):
         text = "a report.json, or the directory that quantize wrote it to"
-        command.add_argument(name, type=options.path, metavar=name.upper(), help=text)
+        command.add_argument(name, type=path, metavar=name.upper(), help=text)
 
     _command(subparsers, "env", "versions and devices", _ENV, _ENV_EXAMPLES)
     return parser
