@@ -1,4 +1,4 @@
-"""The commands: each takes parsed arguments and returns its JSON document and its text."""
+"""Commands: each takes parsed arguments and returns its JSON document and its text."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import adaround_ext.cli.show as show
 from adaround_ext.checks import device_here
-from adaround_ext.cli import show as show
+from adaround_ext.cli.models import Source
+from adaround_ext.cli.options import check_parent
 from adaround_ext.cli.output import save, staged
 from adaround_ext.cli.sensitivity import layer_bits, without_left
 from adaround_ext.cli.show import Output
-from adaround_ext.cli.sources import Source, check_data, load_inputs
+from adaround_ext.cli.sources import check_data, load_inputs
 from adaround_ext.distributed import Ranks, launched
 from adaround_ext.export.goal.goal import Goal
 from adaround_ext.export.goal.targets import EXPORT_TARGETS
@@ -151,8 +153,7 @@ def _scales_of(source: Source, args: Namespace) -> dict[str, Any]:
 
 def _check_options(args: Namespace) -> None:
     """Everything that can be wrong before a model is loaded. Raises what names the option."""
-    if args.html is not None and not Path(args.html).absolute().parent.is_dir():
-        raise FileNotFoundError(f"--html must be in a directory that exists, got {args.html}")
+    check_parent("--html", args.html)
     if args.cache_dir is not None and not Path(args.cache_dir).is_dir():
         raise FileNotFoundError(f"--cache-dir must be a directory, got {args.cache_dir}")
     if args.checkpoint_dir is not None and Path(args.checkpoint_dir).is_file():

@@ -16,7 +16,8 @@ from torch import nn
 
 from adaround_ext import ModelReport, load_quantized, ops, quantize_
 from adaround_ext.cli import commands as cli_commands
-from adaround_ext.cli.sources import load_model, text_windows
+from adaround_ext.cli.models import load_model
+from adaround_ext.cli.sources import text_windows
 from adaround_ext.result import QuantizedWeight
 from tests.support.cli_fixtures import FAST, WORDS, Run
 
