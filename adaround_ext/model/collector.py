@@ -14,7 +14,7 @@ from adaround_ext.linalg.precision import full_precision
 from adaround_ext.model.sample_store import GrowingTensor
 from adaround_ext.model.units import Unit, _objective
 from adaround_ext.replay.calibration import unpadded
-from adaround_ext.rounding.pose import gram_problems, sampled_problems
+from adaround_ext.rounding.gram_problem import gram_problems, sampled_problems
 from adaround_ext.rounding.problem import Problem
 from adaround_ext.statistics.moments import GramStatistics
 from adaround_ext.statistics.pairing import paired_rows

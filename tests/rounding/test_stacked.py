@@ -14,7 +14,7 @@ from adaround_ext.linalg.tiles import PerDevice
 from adaround_ext.model import solve_units as shared_work
 from adaround_ext.rounding import solve as solve_module
 from adaround_ext.rounding import stacked as together
-from adaround_ext.rounding.pose import gram_problems
+from adaround_ext.rounding.gram_problem import gram_problems
 from adaround_ext.rounding.problem import Problem
 from adaround_ext.rounding.solution import Quadratic
 from adaround_ext.rounding.solve import solve
