@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adaround_ext import ops
 from adaround_ext.config import AdaRoundConfig
 from adaround_ext.linalg.tiles import PerDevice
 
@@ -29,6 +30,14 @@ class QuantGrid:
     zero_point: Tensor
     qmin: int
     qmax: int
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """The weights of codes [rows, cols], float32."""
+        return ops.dequantize(codes, self.scale, self.zero_point)
+
+    def stored(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same as a layer of ``dtype`` stores them."""
+        return self.dequantize(codes).to(dtype)
 
     @staticmethod
     def join(grids: list[QuantGrid], rows: list[int]) -> QuantGrid:

@@ -108,8 +108,11 @@ class Objective(Protocol):
     """What the loop needs."""
 
     as_error: bool  # gradient takes w_q - target instead of w_q
-    dtype: torch.dtype  # of the gradient and what it takes
     generator: torch.Generator | None  # which gradient draws from
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the gradient and what it takes."""
 
     def gradient(self, weight_q: Tensor) -> Tensor:
         """d loss / d weight_q [rows, cols] for the soft weights or errors [rows, cols]."""

@@ -15,11 +15,12 @@ from adaround_ext.layers import inputs as data
 from adaround_ext.layers.matrix import MatrixLayer, matrix_layer
 from adaround_ext.linalg.precision import full_precision
 from adaround_ext.ops.library import check_device
+from adaround_ext.presets import choose_objective
 from adaround_ext.process.omp_waits import short_waits_when_busy
 from adaround_ext.result import LayerResult
-from adaround_ext.rounding.choice import choose_objective
-from adaround_ext.rounding.gram_problem import gram_problems, sampled_problems
+from adaround_ext.rounding.gram_problem import gram_problems
 from adaround_ext.rounding.problem import Problem
+from adaround_ext.rounding.sampled_problem import sampled_problems
 from adaround_ext.rounding.solve import solve
 from adaround_ext.statistics.moments import GramStatistics
 

@@ -12,10 +12,9 @@ from adaround_ext import AdaRoundConfig, LayerResult, optimize_layer, quantize_
 from adaround_ext.layers.matrix import matrix_layer
 from adaround_ext.linalg.tiles import PerDevice
 from adaround_ext.model import solve_units as shared_work
-from adaround_ext.rounding import solve as solve_module
+from adaround_ext.rounding import gram_problem
 from adaround_ext.rounding import stacked as together
-from adaround_ext.rounding.gram_problem import gram_problems
-from adaround_ext.rounding.problem import Problem
+from adaround_ext.rounding.gram_problem import GramProblem, gram_problems
 from adaround_ext.rounding.solution import Quadratic
 from adaround_ext.rounding.solve import solve
 from adaround_ext.statistics.moments import GramStatistics
@@ -88,7 +87,7 @@ def test_as_many_as_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(part) for part, _ in together.pieces(range(2), quadratic)] == [1, 1]
 
 
-def posed(name: str, device: torch.device, config: AdaRoundConfig, targets: bool) -> Problem:
+def posed(name: str, device: torch.device, config: AdaRoundConfig, targets: bool) -> GramProblem:
     layer, x = make_layer(name, device)
     view = matrix_layer(layer)
     statistics = GramStatistics([view], None, 0)
@@ -146,14 +145,14 @@ def test_rows_in_parts(
     settings: dict[str, Any] = {"steps": 20, "search_steps": 20, "bits": 3}
     whole = optimize_layer(layers, x, y, **settings)
     calls: list[int] = []
-    own = solve_module._solve_rows
+    solve_rows = GramProblem._solve_rows
 
-    def counted(problem: Problem, config: AdaRoundConfig) -> Any:
+    def counted(problem: GramProblem, config: AdaRoundConfig) -> Any:
         calls.append(len(problem.weight))
-        return own(problem, config)
+        return solve_rows(problem, config)
 
-    monkeypatch.setattr(solve_module, "_solve_rows", counted)
-    monkeypatch.setattr(solve_module, "_WEIGHTS", 48 * 35)  # 32 rows: whole blocks of products
+    monkeypatch.setattr(GramProblem, "_solve_rows", counted)
+    monkeypatch.setattr(gram_problem, "MAX_WEIGHTS", 48 * 35)  # 32 rows: whole tiles of products
     parts = optimize_layer(layers, x, y, **settings)
     assert calls == [32, 32, 16]
     for one, other in zip(whole, parts, strict=True):
