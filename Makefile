@@ -55,7 +55,7 @@ pretend: build $(DONE)/test  ## the tests for CUDA without it, on tensors that o
 mutants: build $(DONE)/test  ## plant bugs in the ops: do the tests notice? three quarters of an hour
 	$(BIN)/python -m scripts.mutation_check $(ARGS)
 
-bench: build $(DONE)/demo  ## all benchmarks
+bench: build $(DONE)/demo  ## all benchmarks, or the one that ARGS names: ARGS="paper --quick"
 	$(BIN)/python -m benchmarks $(ARGS)
 
 build: $(DONE)/build  ## the native libraries, in place

@@ -49,9 +49,11 @@ _FORMER = {
     "sensitivity_report": "mixed_precision.result",
     "export.modules": "export.packed.modules",
 }
-for _former, _module in _FORMER.items():
-    sys.modules[f"{__name__}.{_former}"] = sys.modules[f"{__name__}.{_module}"]
-del _name, _item, _former, _module
+for _former, _now in _FORMER.items():
+    _room, _, _last = f"{__name__}.{_former}".rpartition(".")
+    sys.modules[f"{_room}.{_last}"] = _module = sys.modules[f"{__name__}.{_now}"]
+    setattr(sys.modules[_room], _last, _module)
+del _name, _item, _former, _now, _room, _last, _module
 
 
 def __dir__() -> list[str]:

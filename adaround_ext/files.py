@@ -1,9 +1,10 @@
-"""Paths as callers give them, and files that others may read as far as the umask lets them."""
+"""Files and folders written whole or not at all, with ordinary rights; typed JSON."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -15,23 +16,90 @@ _ORDINARY = 0o666
 
 
 def path_from(path: str | os.PathLike[str]) -> Path:
-    """With a leading ~ as the home directory."""
+    """``path`` with a leading ~ as the home directory."""
     return Path(path).expanduser()
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A new empty file beside ``path`` that takes its place at the end, or goes on an error."""
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # so the rename is atomic
+def written_whole(path: Path) -> Iterator[Path]:
+    """A new empty file beside ``path`` that takes its place at the end, or goes on an error.
+
+    It ends with the rights that the umask leaves, whatever is done to it in between.
+
+    Args:
+        path: The file to write or to replace, in a folder that exists.
+
+    Yields:
+        The path of the file to write to.
+    """
+    temporary = _beside(path, path.name)
     try:
-        part.touch(_ORDINARY, exist_ok=False)
-        mode = part.stat().st_mode
-        yield part
-        part.chmod(mode)  # some libraries write for the owner alone
-        os.replace(part, path)
+        temporary.touch(_ORDINARY, exist_ok=False)
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)  # some libraries write for the owner alone
+        os.replace(temporary, path)
     except BaseException:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """A new empty folder beside ``path``, which goes at the end unless it took its place.
+
+    Args:
+        path: Where :func:`take_place` is to bring it; folders above it are made.
+
+    Yields:
+        The path of the folder to write to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = _beside(path, f".{path.name}")
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def take_place(folder: Path, path: Path, overwrite: bool = False) -> None:
+    """Moves a folder that was made by :func:`folder_beside` to ``path``, with ordinary rights.
+
+    A folder at ``path`` that is empty stays, and gets the files: it may be somebody's current
+    directory.
+
+    Args:
+        folder: What was written.
+        path: Where it belongs.
+        overwrite: Whether it replaces a folder with files, which are deleted.
+
+    Raises:
+        OSError: It cannot be moved, or there are files and ``overwrite`` is False. What was at
+            ``path`` is still there.
+    """
+    share_files(folder)
+    if path.is_dir() and not any(path.iterdir()):
+        for item in folder.iterdir():
+            item.rename(path / item.name)
+        return
+    if not overwrite or not path.exists():
+        os.replace(folder, path)
+        return
+    former = path.with_name(f"{folder.name}.old")
+    os.replace(path, former)
+    try:
+        os.replace(folder, path)
+    except BaseException:
+        os.replace(former, path)
+        raise
+    shutil.rmtree(former)
 
 
 def share_files(folder: Path) -> None:
@@ -45,14 +113,23 @@ def share_files(folder: Path) -> None:
             path.chmod(rights)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
-    with whole_file(path) as part:
-        part.write_text(text, encoding="utf-8")
+def _beside(path: Path, name: str) -> Path:
+    """A path nobody uses in the same folder, and so on the same disk: the rename is atomic."""
+    return path.with_name(f"{name}.{secrets.token_hex(4)}.part")
 
 
 def read_value(hint: Any, value: Any, where: str) -> Any:
-    """``value``, as JSON has it, as what the annotation ``hint`` says; ValueError if it is not."""
+    """``value``, as JSON has it, as what an annotation says.
+
+    Args:
+        hint: The annotation: a plain type, a tuple or dict of such, one of these or None, or a
+            dataclass, whose ``check_plain`` is asked where it has one.
+        value: What ``json.loads`` gave.
+        where: Its place, for the message.
+
+    Raises:
+        ValueError: It is something else.
+    """
     if hint is Any:
         return value
     origin, inner = typing.get_origin(hint), typing.get_args(hint)

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from adaround_ext import ops
-from adaround_ext.files import path_from, whole_file
+from adaround_ext.files import path_from, written_whole
 from adaround_ext.layers.matrix import MatrixLayer
 from adaround_ext.report.layer import LayerReport
 from adaround_ext.report.text import as_shape
@@ -120,8 +120,8 @@ class LayerResult:
         tensors = {name: t.contiguous().cpu() for name, t in self._tensors().items()}
         report = json.dumps(self.report.to_dict())
         metadata = {"format": _FORMAT, "report": report, "digest": _digest(tensors, report)}
-        with whole_file(path_from(path)) as part:
-            safetensors.torch.save_file(tensors, part, metadata)
+        with written_whole(path_from(path)) as temporary:
+            safetensors.torch.save_file(tensors, temporary, metadata)
 
     @classmethod
     @torch.inference_mode(False)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 Terms = TypeVar("Terms", bound="RowTerms")
-_PIECE = 1 << 24  # bytes at a time: a large tensor on another device is not copied whole
+_HASHED_BYTES = 1 << 24  # at a time: a large tensor on another device is not copied whole
 
 
 def add_tensor(digest: Any, tensor: Tensor) -> None:
@@ -21,15 +21,19 @@ def add_tensor(digest: Any, tensor: Tensor) -> None:
         digest.update(b"meta;")
         return
     flat = tensor.detach().reshape(-1)
-    for piece in flat.split(max(1, _PIECE // max(flat.element_size(), 1))):
+    for piece in flat.split(max(1, _HASHED_BYTES // max(flat.element_size(), 1))):
         digest.update(memoryview(piece.cpu().contiguous().view(torch.uint8).numpy()))
 
 
+def is_dense(leaf: object) -> TypeGuard[Tensor]:
+    """Whether it is a tensor with strides: neither sparse nor nested."""
+    return isinstance(leaf, Tensor) and leaf.layout == torch.strided
+
+
 def tensors(tree: object) -> Iterator[Tensor]:
-    """The plain tensors in nested tuples, lists, dicts and what else torch registers."""
+    """The dense tensors in nested tuples, lists, dicts and what else torch registers."""
     for leaf in pytree.tree_leaves(tree):
-        plain = isinstance(leaf, Tensor) and leaf.layout == torch.strided
-        if plain and not nn.parameter.is_lazy(leaf):
+        if is_dense(leaf) and not nn.parameter.is_lazy(leaf):
             yield leaf
 
 
@@ -38,9 +42,7 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-TOLERANCE = 1e-4
-
-
+TOLERANCE = 1e-4  # of a norm: float32 outputs that are computed in another order
 HALF_TOLERANCE = 1e-2  # 16-bit weights or outputs: every layer's own rounding shows
 
 

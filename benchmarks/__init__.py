@@ -1,1 +1,1 @@
-"""What this package costs and gains, measured: ``python -m benchmarks``."""
+"""Benchmarks, in folders by what they measure: ``python -m benchmarks --help`` lists them."""

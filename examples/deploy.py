@@ -28,8 +28,9 @@ from adaround_ext.export.parity import TOLERANCE, RunnerParity
 from adaround_ext.export.quantized_layers import quantized_layers
 from adaround_ext.export.runner import module_runner
 from adaround_ext.tracing.arguments import Arguments
-from benchmarks import common, digits, minilm
+from benchmarks import common
 from benchmarks.common import Options, Target
+from benchmarks.workloads import digits, minilm
 
 MODELS = ("minilm", "residual", "separable")
 PACKAGES = (
@@ -115,17 +116,17 @@ def drift(model: nn.Module, batches: Sequence[Any], draws: int = 5) -> float:
     reader = Arguments(model, "batch")
     given = [reader.of(batch) for batch in batches]
     want = [module_runner("", model).run(*arguments) for arguments in given]
-    found = []
+    drifts = []
     for seed in range(draws):
         generator = torch.Generator().manual_seed(seed)
         other = copy.deepcopy(model)
-        for parameter, own in zip(other.parameters(), model.parameters(), strict=True):
-            if id(own) not in quantized:
-                parameter *= 1 + 1e-7 * torch.randn(own.shape, generator=generator)
+        for parameter, original in zip(other.parameters(), model.parameters(), strict=True):
+            if id(original) not in quantized:
+                parameter *= 1 + 1e-7 * torch.randn(original.shape, generator=generator)
         got = [module_runner("", other).run(*arguments) for arguments in given]
         for left, right in zip(chain(*got), chain(*want), strict=True):
-            found.append(float((left - right).norm() / right.norm()))
-    return max(found)
+            drifts.append(float((left - right).norm() / right.norm()))
+    return max(drifts)
 
 
 def exported(model: nn.Module, kind: str, folder: Path, batches: Sequence[Any]) -> Row:
@@ -140,7 +141,7 @@ def exported(model: nn.Module, kind: str, folder: Path, batches: Sequence[Any]) 
         "runs": [plain(run) for run in report.runs],
     }
     if kind == "onnx":
-        from adaround_ext.export.onnx.runtimes import matmul_nbits
+        from adaround_ext.export.onnx.runner import matmul_nbits
 
         row["matmul_nbits"] = matmul_nbits(folder)
     return row
@@ -206,9 +207,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     facts = common.machine_facts(options.device)
     rows = [row for name in chosen.models for row in rows_of(name, chosen.quick)]
     show(rows)
-    made = targets(rows)
-    common.print_targets(made)
-    values: Mapping[str, Any] = common.document("deploy", options, facts, rows, made)
+    goals = targets(rows)
+    common.print_targets(goals)
+    values: Mapping[str, Any] = common.document("deploy", options, facts, rows, goals)
     path = chosen.output or common.FOLDER / "results" / facts["name"] / "deploy.json"
     common.write_json(path, {**values, "packages": {name: version(name) for name in PACKAGES}})
 

@@ -42,7 +42,9 @@ from torch import Tensor, nn
 from adaround_ext import AdaRoundConfig, quantize_
 from adaround_ext.config import Granularity
 from adaround_ext.reference import ReferenceConfig
-from benchmarks import common, digits, reference_model
+from benchmarks import common
+from benchmarks.model import reference_model
+from benchmarks.workloads import digits
 
 CALIBRATION_IMAGES = 512
 REFERENCE = ReferenceConfig(steps=1500, learning_rate=1e-1)
@@ -131,13 +133,6 @@ def rows_of(
         yield row
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and its standard error, which is 0 for one value."""
-    if len(values) == 1:
-        return values[0], 0.0
-    return statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
-
-
 class Results:
     """Rows by net, bits, granularity and method, seeds in order."""
 
@@ -161,25 +156,25 @@ class Results:
 
 def targets(results: Results) -> list[common.Target]:
     """Ours close to full precision, and not below the reference by over one standard error."""
-    found = []
+    goals = []
     for setting in results.settings:
         net, bits, granularity = setting
         where = f"{net}, {bits} bits {granularity}: points"
         if granularity == "per_channel" and bits in MOST_LOST:
-            lost, _ = mean_and_error(results.differences(setting, "full", OURS))
-            found.append(common.Target(f"{where} below full", lost, most=MOST_LOST[bits]))
-        gained, error = mean_and_error(results.differences(setting, OURS, "reference"))
+            lost, _ = common.mean_and_error(results.differences(setting, "full", OURS))
+            goals.append(common.Target(f"{where} below full", lost, most=MOST_LOST[bits]))
+        gained, error = common.mean_and_error(results.differences(setting, OURS, "reference"))
         # Both can be the same number but for the last bits: accuracies are counts of few images.
         least = 0.0 - round(error, 9)
-        found.append(common.Target(f"{where} above the reference", round(gained, 9), least=least))
-    return found
+        goals.append(common.Target(f"{where} above the reference", round(gained, 9), least=least))
+    return goals
 
 
 def show(results: Results) -> None:
     """Accuracy, error of the logits and seconds, as tables for people."""
 
     def accuracy(setting: tuple[str, int, str], method: str) -> str:
-        mean, error = mean_and_error(results.of(setting, method, "accuracy"))
+        mean, error = common.mean_and_error(results.of(setting, method, "accuracy"))
         return f"{mean:.2f} ± {error:.2f}"
 
     def mean(name: str) -> Callable[[tuple[str, int, str], str], float]:
@@ -226,14 +221,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print()
     common.print_targets(held)
     if options.output is not None:
-        found: dict[str, Any] = {
+        values: dict[str, Any] = {
             "calibration_images": CALIBRATION_IMAGES,
             "test_images": len(digits.load().test_labels),
             "reference": asdict(reference),
             "rows": [asdict(row) for row in rows],
         }
         device = common.Options(torch.device("cpu"))
-        common.write_json(options.output, common.document("digits", device, facts, found, held))
+        common.write_json(options.output, common.document("digits", device, facts, values, held))
 
 
 if __name__ == "__main__":

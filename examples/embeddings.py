@@ -2,9 +2,9 @@
 
 All 36 Linear layers of MiniLM's encoder, calibrated with 320 sequences of 32 tokens; the mean
 1 - cosine to the full-precision model's embeddings is that of other text. Rounding to nearest and
-GPTQ are those of bench quality: layer by layer, all inputs from the full-precision model. The
-presets are quantize_'s, each run in a process of its own, whose peak of memory is counted above the
-loaded model, its tokenizer and the calibration data.
+GPTQ are those of the benchmark quality: layer by layer, all inputs from the full-precision model.
+The presets are quantize_'s, each run in a process of its own, whose peak of memory is counted above
+the loaded model, its tokenizer and the calibration data.
 
     python -m examples.embeddings [--bits 4 3 2] [--methods nearest gptq fast balanced best]
         [--modes parallel sequential] [--output FILE.json] [--report FOLDER]
@@ -22,16 +22,14 @@ from typing import Any, Literal
 import torch
 
 from adaround_ext import quantize_
-from benchmarks import (
-    common,
-    measured,
-    minilm,
-    quality_layers,
-    quality_methods,
-    quality_model,
-)
+from benchmarks import common
 from benchmarks.common import Options, Target
-from benchmarks.quality_methods import Rounding
+from benchmarks.model import measured
+from benchmarks.quality import layers as quality_layers
+from benchmarks.quality import methods as quality_methods
+from benchmarks.quality import model as quality_model
+from benchmarks.quality.methods import Rounding
+from benchmarks.workloads import minilm
 
 BITS = (4, 3, 2)
 METHODS = quality_model.METHODS
@@ -49,18 +47,18 @@ def baselines(
     model, tokenizer = minilm.load_encoder()
     calibration = minilm.text_batches(tokenizer, "calibration", sequences=sequences)
     held_out = minilm.text_batches(tokenizer, "held_out", sequences=sequences)
-    found: dict[tuple[int, str], dict[str, Rounding]] = {}
+    roundings: dict[tuple[int, str], dict[str, Rounding]] = {}
     # Of the held-out text only embeddings are wanted here, so its moments may be of little.
     for subject in quality_layers.transformer(model, calibration, held_out[:1], tuple(blocks)):
-        if not found:
+        if not roundings:
             quality_methods.round_layer(subject, bits[0], "channel", ("gptq",), True)  # warms up
         for b in bits:
             rounded = quality_methods.round_layer(subject, b, "channel", tuple(methods), True)
             for method, rounding in rounded.items():
-                found.setdefault((b, method), {})[subject.name] = rounding
-    rows = quality_model.measure(model, {"distance": held_out}, found)
+                roundings.setdefault((b, method), {})[subject.name] = rounding
+    rows = quality_model.measure(model, {"distance": held_out}, roundings)
     for row in rows:
-        layers = found[row["bits"], row["method"]].values()
+        layers = roundings[row["bits"], row["method"]].values()
         row |= {"mode": None, "seconds": sum(layer.seconds for layer in layers)}
     return rows
 
@@ -114,22 +112,22 @@ def with_ratios(rows: Sequence[Row]) -> list[Row]:
 
 def targets(rows: Sequence[Row]) -> list[Target]:
     """What was promised of 4 bits, balanced, sequential; as far as it was measured."""
-    found = {(row["bits"], row["method"], row["mode"]): row for row in rows}
+    by_run = {(row["bits"], row["method"], row["mode"]): row for row in rows}
     name = "4 bits, balanced, sequential"
-    row = found.get((4, "balanced", "sequential"))
+    row = by_run.get((4, "balanced", "sequential"))
     if row is None:
         return []
-    made = [
+    goals = [
         Target(f"{name}, seconds", row["seconds"], most=180),
         Target(f"{name}, peak GB above the model", row["peak_mb"] / 1e3, most=1.5),
     ]
     if row["over_gptq"] is not None:
-        made.append(Target(f"{name}, distance over GPTQ's", row["over_gptq"], most=0.7))
-    parallel = found.get((4, "balanced", "parallel"))
+        goals.append(Target(f"{name}, distance over GPTQ's", row["over_gptq"], most=0.7))
+    parallel = by_run.get((4, "balanced", "parallel"))
     if parallel is not None:
         ratio = row["distance"] / parallel["distance"]
-        made.append(Target(f"{name}, distance over the parallel mode's", ratio, most=1.0))
-    return made
+        goals.append(Target(f"{name}, distance over the parallel mode's", ratio, most=1.0))
+    return goals
 
 
 def show(rows: Sequence[Row]) -> None:
@@ -164,19 +162,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     facts = common.machine_facts(torch.device("cpu"))
     rows: list[Row] = []
-    made: list[Target] = []
+    goals: list[Target] = []
     for row in rows_of(options):
         parts = (str(row[key]) for key in ("method", "mode") if row[key])
         figures = f"{row['distance']:.4g} in {row['seconds']:.1f} s"
         common.note(f"{row['bits']} bits, {', '.join(parts)}: {figures}")
         rows = with_ratios([*rows, row])
         trial = (options.blocks, options.sequences) != (EVERY_BLOCK, SEQUENCES)
-        made = [] if trial else targets(rows)
+        goals = [] if trial else targets(rows)
         if options.output is not None:  # after each run, as all of them take long
-            plain = common.document("embeddings", Options(torch.device("cpu")), facts, rows, made)
+            plain = common.document("embeddings", Options(torch.device("cpu")), facts, rows, goals)
             common.write_json(options.output, plain | {"settings": _settings(options)})
     show(sorted(rows, key=lambda row: options.bits.index(row["bits"])))
-    common.print_targets(made)
+    common.print_targets(goals)
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:

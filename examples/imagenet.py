@@ -141,12 +141,12 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
     """Class names and their files, both sorted; a folder without images keeps its place."""
     if not folder.is_dir():
         raise FileNotFoundError(f"folder must be an existing folder, got {folder}")
-    found = {}
+    classes = {}
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.name.startswith("."):
             files = (f for f in path.iterdir() if f.suffix.lower() in SUFFIXES)
-            found[path.name] = sorted(f for f in files if not f.name.startswith("."))
-    return found
+            classes[path.name] = sorted(f for f in files if not f.name.startswith("."))
+    return classes
 
 
 def _drawn(classes: list[list[Path]], count: int, seed: int) -> list[tuple[Path, int]]:

@@ -27,8 +27,10 @@ from torch import Tensor, nn
 
 from adaround_ext import quantize_
 from adaround_ext.layers.matrix import SUPPORTED
-from benchmarks import common, decoder, measured, networks
+from benchmarks import common
 from benchmarks.common import Options
+from benchmarks.model import measured
+from benchmarks.workloads import decoder, networks
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet18": networks.resnet18,
@@ -89,11 +91,11 @@ def workload(
 
     def token_batches() -> Batches:
         """Without padding no mask is needed, whose look-up would hold a GPU up."""
-        found = [decoder.token_batches(count - half, *kind, seed=0)]
+        batches = [decoder.token_batches(count - half, *kind, seed=0)]
         if half:
-            found.append(decoder.token_batches(half, *kind, seed=1, padded=True))
+            batches.append(decoder.token_batches(half, *kind, seed=1, padded=True))
         names = ("input_ids", "attention_mask") if padded else ("input_ids",)
-        return ({name: batch[name].to(device) for name in names} for batch in chain(*found))
+        return ({name: batch[name].to(device) for name in names} for batch in chain(*batches))
 
     return decoder.llama_shaped(**shape, dtype=dtype, device=device), count, token_batches
 
@@ -189,8 +191,8 @@ def show_growth(rows: Sequence[Row]) -> None:
         "Peak MB above the loaded model, by number of images",
         ("model", *map(str, counts), "last over first"),
         [
-            (model, *(found[n] for n in counts), found[counts[-1]] / found[counts[0]])
-            for model, found in peaks.items()
+            (model, *(peak_of[n] for n in counts), peak_of[counts[-1]] / peak_of[counts[0]])
+            for model, peak_of in peaks.items()
         ],
     )
 

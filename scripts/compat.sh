@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the wheel in dist/ (make wheel) against a torch: an environment of its own, the op tests and a
-# choice of the rest, and a row of the table in README.md. Prints the row last.
+# choice of the rest, and a row of the table in docs/measured.md. Prints the row last.
 #   scripts/compat.sh TORCH_VERSION [pytest arguments]
 #   PYTHON=python3.12 scripts/compat.sh 2.12.0
 # RESULTS=FILE.json adds the row to a file, in the place of an older one of the same versions.

@@ -24,6 +24,7 @@ from adaround_ext import (
     sensitivity,
     verify,
 )
+from adaround_ext.files import folder_beside, take_place
 from tests.support.cli_fixtures import FAST, Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,6 +102,38 @@ def test_a_file_that_fails_leaves_the_old_one(
         result.save("layer.safetensors")
     assert Path("layer.safetensors").read_bytes() == before
     assert not list(folder.glob("*.part"))
+
+
+def write_folder(path: Path, overwrite: bool) -> None:
+    with folder_beside(path) as written:
+        (written / "new").write_text("new")
+        take_place(written, path, overwrite)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_takes_its_place(overwrite: bool, tmp_path: Path) -> None:
+    path = tmp_path / "above" / "out"
+    write_folder(path, overwrite)
+    assert [item.name for item in path.iterdir()] == ["new"]
+    (path / "new").unlink()
+    inode = path.stat().st_ino
+    write_folder(path, overwrite)  # into the folder that is there, which is empty
+    assert path.stat().st_ino == inode
+    (path / "new").rename(path / "old")
+    if overwrite:
+        write_folder(path, overwrite)
+    else:
+        with pytest.raises(OSError, match="not empty"):
+            write_folder(path, overwrite)
+    assert [item.name for item in path.iterdir()] == ["new" if overwrite else "old"]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_that_fails_goes(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), folder_beside(tmp_path / "out") as written:
+        (written / "half").touch()
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
 
 
 def test_home_in_every_path(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

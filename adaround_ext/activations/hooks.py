@@ -1,4 +1,4 @@
-"""Puts quantizers of activations into a model, as hooks, and takes them out again."""
+"""Hooks of a model that quantize its activations: put in, observed, taken out again."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from adaround_ext.activations.placement import Kind, Place, Site
 from adaround_ext.activations.quantizer import ActivationConfig, ActivationQuantizer
 from adaround_ext.activations.ranges import RangeObserver
+from adaround_ext.tensors import is_dense
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # What a forward that runs through its own submodules, whatever they are, has to name.
@@ -42,7 +43,7 @@ def attach(
             raise ValueError(f"places must be of this model, which has no {site.module!r}")
         if hasattr(modules[site.module], site.attribute):
             raise ValueError(f"{site.module or 'the model'} already has {site.attribute!r}")
-    found = {}
+    attached = {}
     for place in places:
         quantizer = ActivationQuantizer(config)
         for site in place.sites:
@@ -58,12 +59,16 @@ def attach(
             else:
                 handle = module.register_forward_hook(hook)
             quantizer.handles.append(handle)
-        found[place.name] = quantizer.to(_device(modules[place.sites[0].module], model))
-    return found
+        attached[place.name] = quantizer.to(_device(modules[place.sites[0].module], model))
+    return attached
 
 
 def detach(model: nn.Module) -> None:
-    """Removes all quantizers of activations and their hooks; without any it does nothing."""
+    """Removes all quantizers of activations from a model, and their hooks.
+
+    Args:
+        model: Changed in place; without quantizers nothing happens.
+    """
     for quantizer in quantizers(model).values():
         for handle in quantizer.handles:
             handle.remove()
@@ -76,13 +81,13 @@ def detach(model: nn.Module) -> None:
 
 def quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
     """All quantizers of activations, by their names in ``model.named_modules()``; each once."""
-    found = model.named_modules()
-    return {name: module for name, module in found if isinstance(module, ActivationQuantizer)}
+    modules = model.named_modules()
+    return {name: module for name, module in modules if isinstance(module, ActivationQuantizer)}
 
 
 def attached_sites(model: nn.Module) -> dict[str, tuple[Site, ...]]:
     """Where the quantizers of a model are called, by their names: what :func:`attach` was given."""
-    found: dict[ActivationQuantizer, list[Site]] = {q: [] for q in quantizers(model).values()}
+    sites: dict[ActivationQuantizer, list[Site]] = {q: [] for q in quantizers(model).values()}
     for name, module in model.named_modules():
         for kind, hooks in (
             ("input", module._forward_pre_hooks),
@@ -91,8 +96,8 @@ def attached_sites(model: nn.Module) -> dict[str, tuple[Site, ...]]:
             for hook in hooks.values():
                 if getattr(hook, "func", None) in (_quantize_inputs, _quantize_outputs):
                     site = Site(name, cast(Kind, kind), hook.keywords["tensors"])
-                    found[getattr(module, hook.keywords["attribute"])].append(site)
-    return {name: tuple(found[quantizer]) for name, quantizer in quantizers(model).items()}
+                    sites[getattr(module, hook.keywords["attribute"])].append(site)
+    return {name: tuple(sites[quantizer]) for name, quantizer in quantizers(model).items()}
 
 
 @contextmanager
@@ -197,16 +202,12 @@ def _with_quantized(tree: Any, quantizer: ActivationQuantizer, tensors: tuple[in
     Modules may ask whether two arguments are the same object: what was one stays one.
     """
     leaves, spec = pytree.tree_flatten(tree)
-    found = [i for i, leaf in enumerate(leaves) if _is_plain(leaf)]
+    dense = [i for i, leaf in enumerate(leaves) if is_dense(leaf)]
     quantized: dict[int, Tensor] = {}
     for number in tensors:
-        if number < len(found):
-            leaf = leaves[found[number]]
+        if number < len(dense):
+            leaf = leaves[dense[number]]
             if id(leaf) not in quantized:
                 quantized[id(leaf)] = quantizer(leaf)
-            leaves[found[number]] = quantized[id(leaf)]
+            leaves[dense[number]] = quantized[id(leaf)]
     return pytree.tree_unflatten(leaves, spec)
-
-
-def _is_plain(leaf: object) -> bool:
-    return isinstance(leaf, Tensor) and leaf.layout == torch.strided

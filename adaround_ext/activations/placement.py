@@ -1,4 +1,4 @@
-"""Where quantizers of activations go, as integer runtimes expect them.
+"""Places of quantizers of activations, as integer runtimes expect them.
 
 On the input of every quantized layer, and on the shortcut of every residual addition: its other
 operand is what a layer has just accumulated. A value is quantized once for all who read it.
@@ -95,26 +95,26 @@ class _Placer:
         for layer in dict.fromkeys(layers):
             if layer not in self._names:
                 raise ValueError(f"layers must be modules of the model, got {layer}")
-            found = [call for call in trace.calls_of(layer) if call.inputs]
-            if not found:
+            reads = [call for call in trace.calls_of(layer) if call.inputs]
+            if not reads:
                 self._notes.append(f"{self._names[layer]} did not run: its input has no quantizer")
-            calls += found
+            calls += reads
         self._reads: dict[Key, list[ModuleCall]] = defaultdict(list)
         for call in sorted(calls, key=lambda call: call.begin):
             self._reads[_key(call.inputs[0])].append(call)
         flow = Flow(trace, calls)
         self._sums: dict[Key, list[OperatorCall]] = defaultdict(list)
-        self._made: dict[Key, int] = {}
+        self._times: dict[Key, int] = {}
         for operator in trace.operators:
             value = flow.shortcut(operator)
             if value is not None:
                 self._sums[_key(value)].append(operator)
-                self._made[_key(value)] = flow.time(value)
+                self._times[_key(value)] = flow.time(value)
 
     def placement(self) -> Placement:
         sites: list[tuple[Site, set[Key]]] = []  # with all values that get there
-        found = {key: self._of_shortcut(key) for key in self._sums}
-        for key, shortcut in found.items():
+        shortcuts = {key: self._of_shortcut(key) for key in self._sums}
+        for key, shortcut in shortcuts.items():
             if shortcut is not None:
                 sites.append(shortcut)
             else:
@@ -143,7 +143,7 @@ class _Placer:
                 else:
                     # Readers that hold what was changed in place would not see the hook's result.
                     in_place = key[0] in {value.storage for value in call.inputs}
-                    suits = call.spans(self._made[key]) and call.end < min(times) and not in_place
+                    suits = call.spans(self._times[key]) and call.end < min(times) and not in_place
                 if not suits:
                     continue
                 tensors = tuple(i for i, other in enumerate(_keys(call, kind)) if other == key)
@@ -155,13 +155,13 @@ class _Placer:
 
     def _arriving(self, module: nn.Module, kind: Kind, tensors: tuple[int, ...]) -> set[Key]:
         """The values there, over all calls; none where a call has fewer tensors."""
-        found = set()
+        arriving = set()
         for call in self._trace.calls_of(module):
             keys = _keys(call, kind)
             if len(keys) <= max(tensors):
                 return set()
-            found |= {keys[i] for i in tensors}
-        return found
+            arriving |= {keys[i] for i in tensors}
+        return arriving
 
     def _places(self, sites: list[tuple[Site, set[Key]]]) -> tuple[Place, ...]:
         """One for each set of sites that are connected by common values."""
@@ -173,7 +173,7 @@ class _Placer:
                 keys, members = keys | group[0], group[1] + members
             groups.append((keys, members))
         order = {name: i for i, name in enumerate(self._names.values())}
-        found = []
+        timed = []
         for keys, members in groups:
             tensors: dict[tuple[str, Kind], set[int]] = defaultdict(set)
             for site in members:
@@ -183,8 +183,8 @@ class _Placer:
             times = [(c.begin, self._names[c.module]) for k in keys for c in self._reads.get(k, ())]
             times += [(op.time, self._around(op)) for k in keys for op in self._sums.get(k, ())]
             readers = dict.fromkeys(name for _, name in sorted(times))
-            found.append((min(times), Place(tuple(merged), tuple(readers))))
-        return tuple(item for _, item in sorted(found, key=lambda pair: pair[0]))
+            timed.append((min(times), Place(tuple(merged), tuple(readers))))
+        return tuple(item for _, item in sorted(timed, key=lambda pair: pair[0]))
 
     def _around(self, operator: OperatorCall) -> str:
         """The innermost module that an operator ran in."""

@@ -20,10 +20,17 @@ RANGES = ("mse", "min_max", "percentile")
 class ActivationConfig:
     """Settings of quantized activations.
 
-    bits: 2 to 16. symmetric: codes in [-2^(b-1), 2^(b-1) - 1] with zero point 0, else [0, 2^b - 1].
-    ranges: "mse" (of least squared error), "min_max", or "percentile": ``percentile`` percent of
-    the values lie within; of |x| where symmetric, else as many beyond either end.
-    Raises ValueError and TypeError naming the setting, the rule and what came.
+    Attributes:
+        bits: Of a code, 2 to 16; b in what follows.
+        symmetric: Codes in [-2^(b-1), 2^(b-1) - 1] with zero point 0; else in [0, 2^b - 1].
+        ranges: How a range comes from observed values: "mse" (of least squared error), "min_max"
+            (from the least to the greatest), or "percentile".
+        percentile: With ranges="percentile", so many percent of the values lie within the range,
+            50 to 100; of |x| where symmetric, else with as many beyond either end.
+
+    Raises:
+        TypeError: bits is no integer, or percentile no number; named with the rule and what came.
+        ValueError: A setting has another value; named with the rule and what came.
     """
 
     bits: int = 8
@@ -40,12 +47,23 @@ class ActivationConfig:
         check_number("percentile", self.percentile, 50.0, 100.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """The settings as plain values, for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ActivationConfig:
-        """The inverse of :meth:`to_dict`; unknown keys are refused with ValueError."""
+        """The inverse of :meth:`to_dict`.
+
+        Args:
+            values: Settings by name; what is missing has its default.
+
+        Returns:
+            The settings.
+
+        Raises:
+            TypeError: As of the class.
+            ValueError: As of the class, and for a name that is no setting.
+        """
         refuse_unknown(cls, values)
         return cls(**values)
 
@@ -68,14 +86,25 @@ def affine(low: Tensor, high: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Ten
 
 
 class ActivationQuantizer(nn.Module):
-    """x -> scale (clamp(round(x / scale) + zero_point, qmin, qmax) - zero_point), in float32.
+    """Simulated quantization of a tensor, with one range for all its values.
 
-    x of any shape; the result has its dtype, and what is not floating point comes back as it is.
-    Rounding is to nearest, ties to even. 0 is exact, and a second time changes nothing (in float16
-    and bfloat16 where a code fits their mantissa: 10 and 8 bits). No gradient goes through.
-    scale (float32 []), zero_point, qmin and qmax (int32 []) are in the state dict; ``config`` takes
-    its bits and sign from there. ``enabled = False`` lets everything through. While ``observer`` is
-    set, it gets every x, and x goes through. RuntimeError as long as there is no range.
+    ``x -> scale (clamp(round(x / scale) + zero_point, qmin, qmax) - zero_point)`` in float32, for x
+    of any shape. The result has its dtype; what is not floating point comes back as it is. Rounding
+    is to nearest, ties to even. 0 is exact, and a second time changes nothing (in float16 and
+    bfloat16 where a code fits their mantissa: 10 and 8 bits). No gradient goes through. A call
+    raises RuntimeError as long as there is no range.
+
+    Args:
+        config: The settings; None for the defaults.
+
+    Attributes:
+        scale: float32 [], in the state dict; NaN as long as there is no range.
+        zero_point: int32 [], in the state dict.
+        qmin: The least code, int32 [], in the state dict.
+        qmax: The greatest code, int32 [], in the state dict.
+        config: The settings. Loading a state dict changes its bits and sign to those in there.
+        enabled: False lets everything through.
+        observer: While it is set, it gets every x, and x goes through.
     """
 
     scale: Tensor
@@ -116,9 +145,14 @@ class ActivationQuantizer(nn.Module):
         return quant_range(self.config.bits, self.config.symmetric)
 
     def set_range(self, low: float, high: float) -> None:
-        """Takes the range [low, high] of its inputs, widened to hold 0; see :func:`affine`.
+        """Takes the range of its inputs, from which scale and zero point follow (:func:`affine`).
 
-        Raises ValueError unless both are finite and low <= high.
+        Args:
+            low: The lower end; the range is widened to hold 0.
+            high: The upper end.
+
+        Raises:
+            ValueError: One of them is not finite, or low > high.
         """
         ends = torch.tensor([low, high], dtype=torch.float64, device="cpu")
         if not (bool(ends.isfinite().all()) and low <= high):

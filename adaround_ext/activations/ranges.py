@@ -1,4 +1,4 @@
-"""The range of an activation, found in one pass over any amount of data."""
+"""Ranges of activations, observed in one pass over any amount of data."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from adaround_ext.activations.quantizer import ActivationConfig, affine
 from adaround_ext.grid import quant_range
 
 # Shares of the range that the search tries: all of them, then around the best so far.
-_COARSE = [2.0 ** (-k / 4) for k in range(41)]
-_FINE = [[2.0 ** (k / step) for k in range(-8, 9) if k] for step in (32, 256)]
-_SWEEPS = 4
+_COARSE_SHARES = [2.0 ** (-k / 4) for k in range(41)]
+_FINE_SHARES = [[2.0 ** (k / step) for k in range(-8, 9) if k] for step in (32, 256)]
+_MAX_SWEEPS = 4  # over both ends, at each step of the shares
 
 
 class RangeObserver:
@@ -65,7 +65,7 @@ def percentile_range(histogram: Histogram, share: float, symmetric: bool) -> tup
 
     Where symmetric, the share of |x| instead, and low = -high.
     """
-    edges, counts, heaps, heights = (part.numpy() for part in histogram.parts())
+    edges, counts, heaps, heights = (t.numpy() for t in histogram.bins_and_heaps())
     begin, end = np.append(edges[:-1], heaps), np.append(edges[1:], heaps)
     counts = np.append(counts, heights)
     if symmetric:  # no bin has 0 inside
@@ -87,7 +87,7 @@ def least_error_range(histogram: Histogram, qmin: int, qmax: int) -> tuple[float
     Both ends are searched together and one by one for unsigned codes; of [low, high] itself and
     all that was tried, the best.
     """
-    edges, counts, heaps, heights = histogram.parts()
+    edges, counts, heaps, heights = histogram.bins_and_heaps()
     widths = edges.diff()
     density = torch.where(counts > 0, counts / widths, 0.0)
     # A bin's error is the difference of an antiderivative at its edges: one term an edge.
@@ -109,17 +109,17 @@ def least_error_range(histogram: Histogram, qmin: int, qmax: int) -> tuple[float
     best = torch.ones(2, dtype=torch.float64, device="cpu")
     least = errors(best[None])[0]
     ends = [(1.0, 1.0)] if qmin < 0 else [(1.0, 1.0), (0.0, 1.0), (1.0, 0.0)]
-    moved = [torch.tensor(pair, dtype=torch.float64, device="cpu") for pair in ends]
-    for factors in (_COARSE, *_FINE):
+    directions = [torch.tensor(pair, dtype=torch.float64, device="cpu") for pair in ends]
+    for factors in (_COARSE_SHARES, *_FINE_SHARES):
         ladder = torch.tensor(factors, dtype=torch.float64, device="cpu")[:, None]
-        for _ in range(_SWEEPS):
+        for _ in range(_MAX_SWEEPS):
             before = least
-            for which in moved:
-                shares = (best * ladder**which).clamp(max=1.0)
-                found = errors(shares)
-                place = found.argmin()
-                if found[place] < least:
-                    best, least = shares[place], found[place]
+            for direction in directions:
+                shares = (best * ladder**direction).clamp(max=1.0)
+                tried = errors(shares)
+                place = tried.argmin()
+                if tried[place] < least:
+                    best, least = shares[place], tried[place]
             if least == before:
                 break
     low, high = (full * best).tolist()

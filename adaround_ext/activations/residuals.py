@@ -1,4 +1,4 @@
-"""Residual additions, found in the flow of the data whatever a model calls them."""
+"""Residual additions: recognised in the flow of the data, whatever a model calls them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def version(value: Value) -> Version:
 
 def inputs_of_the_model(trace: Trace) -> list[Value]:
     """The tensors that calls from outside were given."""
-    found: list[Value] = []
+    values: list[Value] = []
     end = -1
     for call in trace.calls:
         if call.begin > end:
             end = call.end
-            found += call.inputs
-    return found
+            values += call.inputs
+    return values
 
 
 class Flow:
@@ -33,7 +33,7 @@ class Flow:
 
     def __init__(self, trace: Trace, layers: list[ModuleCall]) -> None:
         first = list(dict.fromkeys(version(value) for value in inputs_of_the_model(trace)))
-        self._ancestors = {made: 1 << bit for bit, made in enumerate(first)}  # and its own
+        self._ancestors = {value: 1 << bit for bit, value in enumerate(first)}  # and its own
         self._time = dict.fromkeys(first, 0)
         # What computed something from it, other than by addition.
         self._used: dict[Version, int] = defaultdict(int)
@@ -44,14 +44,14 @@ class Flow:
             before = 0
             for old in read:
                 before |= self._ancestors.get(old, 0)
-            made = {version(value) for value in operator.outputs}
+            written = {version(value) for value in operator.outputs}
             for storage in set(operator.written):
                 writes[storage] += 1
-                made.add((storage, writes[storage]))
-            for new in made - read:  # what is in both is only viewed
+                written.add((storage, writes[storage]))
+            for new in written - read:  # what is in both is only viewed
                 self._ancestors[new] = before | (1 << bit)
                 self._time[new] = operator.time
-            if made - read and operator.name not in _ADDITIONS:
+            if written - read and operator.name not in _ADDITIONS:
                 for old in read:
                     self._used[old] |= 1 << bit
         times = [operator.time for operator in trace.operators]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +13,7 @@ from torch import nn
 from adaround_ext.activations.quantizer import ActivationQuantizer
 from adaround_ext.cli.models import Source
 from adaround_ext.export.packed.save import save_codes
-from adaround_ext.files import share_files
+from adaround_ext.files import folder_beside, take_place
 from adaround_ext.report.model import ModelReport
 
 _REPORT = "report.json"
@@ -32,16 +30,10 @@ def staged(output: Path, overwrite: bool, inputs: Iterable[Path]) -> Iterator[Pa
     """
     output = output.resolve()
     _check(output, overwrite, inputs)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = output.with_name(f".{output.name}.{secrets.token_hex(4)}.part")
-    folder.mkdir()
-    try:
+    with folder_beside(output) as folder:
         yield folder
         _check(output, overwrite, inputs)  # hours may have passed
-        _replace(folder, output)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        take_place(folder, output, overwrite)
 
 
 def _check(output: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
@@ -59,20 +51,6 @@ def _check(output: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
     if not (output / _REPORT).is_file():
         rule = f"--output must be a directory of an earlier run, with a {_REPORT}, to be replaced"
         raise ValueError(f"{rule}, got {output}")
-
-
-def _replace(folder: Path, output: Path) -> None:
-    if not output.exists() or not any(output.iterdir()):
-        os.replace(folder, output)
-        return
-    old = output.with_name(f"{folder.name}.old")
-    os.replace(output, old)
-    try:
-        os.replace(folder, output)
-    except BaseException:
-        os.replace(old, output)
-        raise
-    shutil.rmtree(old)
 
 
 @contextmanager
@@ -113,4 +91,3 @@ def save(source: Source, report: ModelReport, folder: Path) -> None:
     save_codes(source.model, folder)
     report.to_html(folder / "report.html")
     report.save(folder / _REPORT)
-    share_files(folder)

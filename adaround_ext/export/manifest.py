@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from adaround_ext.files import check_keys, check_type, share_files, write_atomically
+from adaround_ext.files import check_keys, check_type, folder_beside, take_place, write_atomically
 
 NAME = "adaround.json"
 _FORMAT = "adaround_ext.export.1"
@@ -41,29 +39,20 @@ def new_export(folder: str | os.PathLike[str], kind: str) -> Iterator[tuple[Path
     cause, where it cannot be written.
     """
     folder = new_folder(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
-    part.mkdir()
-    try:
-        details: dict[str, Any] = {}
-        yield part, details
-        share_files(part)
-        write_manifest(part, kind, details)
-        if folder.exists():  # kept: it may be somebody's current directory
-            for path in part.iterdir():
-                path.rename(folder / path.name)
-            part.rmdir()
-        else:
-            os.replace(part, folder)
-    except BaseException as error:
-        unwritten = _unwritten(error, part)
-        shutil.rmtree(part, ignore_errors=True)
-        if unwritten is None:
-            raise
-        text = f"folder must be one that can be written to, {folder}, got "
-        if unwritten.errno is None:
-            raise OSError(f"{text}{unwritten}") from error
-        raise OSError(unwritten.errno, f"{text}{os.strerror(unwritten.errno)}") from error
+    with folder_beside(folder) as part:
+        try:
+            details: dict[str, Any] = {}
+            yield part, details
+            write_manifest(part, kind, details)
+            take_place(part, folder)
+        except BaseException as error:
+            unwritten = _unwritten(error, part)
+            if unwritten is None:
+                raise
+            text = f"folder must be one that can be written to, {folder}, got "
+            if unwritten.errno is None:
+                raise OSError(f"{text}{unwritten}") from error
+            raise OSError(unwritten.errno, f"{text}{os.strerror(unwritten.errno)}") from error
 
 
 def _unwritten(error: BaseException, part: Path) -> OSError | None:

@@ -34,8 +34,9 @@ from adaround_ext.process.turns import one_caller
 from adaround_ext.replay.cache import MEMORY_BUDGET, ActivationCache
 from adaround_ext.replay.calibration import Calibration, ForwardFn, single_device
 from adaround_ext.replay.census import Census, NewCalls, batches_to_trace
-from adaround_ext.replay.onload import Residence
-from adaround_ext.replay.replay import Replay, Watch
+from adaround_ext.replay.onload import Onloader
+from adaround_ext.replay.replay import Replay
+from adaround_ext.replay.run import Watch
 from adaround_ext.report.coverage import few_quantized
 from adaround_ext.result import LayerResult, QuantizedWeight
 from adaround_ext.rounding.solve import solve
@@ -122,7 +123,7 @@ def sensitivity(
             with ActivationCache(MEMORY_BUDGET) as recordings:
                 census = Census(model, known.trace, recordings.rounds)
                 replay = Replay(
-                    model, data, known.calls, recordings, Residence(model, [], None), 0,
+                    model, data, known.calls, recordings, Onloader(model, [], None), 0,
                     config.seed, census,
                 )  # fmt: skip
                 try:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from adaround_ext.files import path_from
+from adaround_ext.files import path_from, write_atomically
 from adaround_ext.result import LayerResult
 
 _FORMAT = "adaround_ext.checkpoint.1"
@@ -38,9 +38,7 @@ class Checkpoint:
                 "checkpoint_dir must be empty, or that of the same run, "
                 f"got {folder} with {others[0]}"
             )
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(own, indent=1))
-        os.replace(part, path)
+        write_atomically(path, json.dumps(own, indent=1))
 
     def discard(self) -> None:
         """Removes what says which run the folder is of, before there is any result."""

@@ -25,8 +25,9 @@ from adaround_ext.planning.plan import Target
 from adaround_ext.replay.calibration import Calibration
 from adaround_ext.replay.census import NewCalls, batches_to_trace
 from adaround_ext.replay.recordings import Stream
-from adaround_ext.replay.replay import Replay, Watch
-from adaround_ext.replay.reuse import Wanted
+from adaround_ext.replay.replay import Replay
+from adaround_ext.replay.reuse import StreamTargets
+from adaround_ext.replay.run import Watch
 from adaround_ext.report.layer import LayerReport
 from adaround_ext.result import LayerResult, QuantizedWeight
 
@@ -290,12 +291,12 @@ class Fitter:
         return swapped([(t, weight, bias) for t, (weight, bias) in self._pending.items()])
 
 
-def wanted_by(unit: Unit) -> Wanted:
+def wanted_by(unit: Unit) -> StreamTargets:
     """What ``unit`` takes of the full-precision stream where there is another one."""
     calls = sorted((c for t in unit.targets for c in t.calls), key=lambda call: call.begin)
     if unit.watches_inputs:
-        return Wanted(frozenset(unit.targets[0].modules), frozenset(), tuple(calls))
-    return Wanted(frozenset(), _modules(unit.targets), tuple(calls))
+        return StreamTargets(frozenset(unit.targets[0].modules), frozenset(), tuple(calls))
+    return StreamTargets(frozenset(), _modules(unit.targets), tuple(calls))
 
 
 def _modules(targets: Iterable[Target]) -> frozenset[nn.Module]:

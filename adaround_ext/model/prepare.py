@@ -14,8 +14,8 @@ from adaround_ext.activations.placement import Place, place
 from adaround_ext.activations.quantizer import ActivationConfig
 from adaround_ext.checks import check_flag
 from adaround_ext.replay.calibration import Calibration, unpadded
-from adaround_ext.replay.census import first_marks
-from adaround_ext.replay.checksums import Marks
+from adaround_ext.replay.census import input_checksums
+from adaround_ext.replay.checksums import InputChecksums
 from adaround_ext.tracing.dataflow import Dataflow
 from adaround_ext.tracing.padding import PaddingMasks
 from adaround_ext.tracing.trace import Trace, trace
@@ -28,13 +28,13 @@ class Prepared:
     """The model's last trace, and what was done to it."""
 
     trace: Trace
-    marks: Marks  # of that run
+    marks: InputChecksums  # of that run
     notes: list[str] = field(default_factory=list)
 
     @staticmethod
     def of(model: nn.Module, run: Callable[[], object]) -> Prepared:
         """Watches a run on the first batch."""
-        with first_marks(model, 0) as marks:
+        with input_checksums(model, 0) as marks:
             return Prepared(trace(model, run), marks)
 
     def again(self, model: nn.Module, run: Callable[[], object]) -> None:

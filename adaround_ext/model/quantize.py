@@ -43,7 +43,7 @@ from adaround_ext.process.turns import one_caller
 from adaround_ext.replay.cache import MEMORY_BUDGET, ActivationCache
 from adaround_ext.replay.calibration import Calibration, ForwardFn, single_device
 from adaround_ext.replay.census import Census, NewCalls
-from adaround_ext.replay.onload import Residence
+from adaround_ext.replay.onload import Onloader
 from adaround_ext.replay.replay import Replay
 from adaround_ext.report.coverage import few_quantized
 from adaround_ext.report.model import LayerEntry, ModelReport
@@ -242,11 +242,11 @@ def quantize_(
                 if checkpoint_dir is not None and ranks.first:
                     checkpoint = Checkpoint(checkpoint_dir, parts)
             modules = [call.call.module for call in calls]
-            residence = Residence(model, modules, device if moves else None)
+            onloader = Onloader(model, modules, device if moves else None)
             every = [wanted_by(unit) for unit in units] if sequential else []
             census = Census(model, known.trace, cache.rounds)
             replay = Replay(
-                model, data, calls, cache, residence, common, config.seed, census, every,
+                model, data, calls, cache, onloader, common, config.seed, census, every,
                 None if moves else prepared.marks,
             )  # fmt: skip
             laps["tracing"] = time.perf_counter() - started - laps["calibration"]
@@ -255,7 +255,7 @@ def quantize_(
                 home if moves else None, progress, ranks, offload,
             )  # fmt: skip
             try:
-                with residence:
+                with onloader:
                     data.device = device
                     fitter.run()
                 break

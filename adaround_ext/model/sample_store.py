@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adaround_ext.distributed import Ranks
 from adaround_ext.files import path_from
-from adaround_ext.replay.cache import _room_needed
+from adaround_ext.replay.cache import room_on_disk
 
 
 class GrowingTensor:
@@ -37,7 +37,7 @@ class GrowingTensor:
         if self._folder is None:
             self._parts.append(part.clone())
             return
-        with ExitStack() as undo, _room_needed(self._folder, part):
+        with ExitStack() as undo, room_on_disk(self._folder, part):
             if self._file is None:
                 # Open as long as this object lives, gone with it.
                 self._file = tempfile.NamedTemporaryFile(dir=self._folder)  # noqa: SIM115

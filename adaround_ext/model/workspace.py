@@ -8,6 +8,7 @@ from functools import partial
 
 from torch import nn
 
+from adaround_ext.activations.hooks import full_precision_activations
 from adaround_ext.config import AdaRoundConfig
 from adaround_ext.export.goal.goal import Goal
 from adaround_ext.model.units import Unit, make_units
@@ -18,7 +19,7 @@ from adaround_ext.tracing.blocks import BlockCall, Blocks, block_calls, find_blo
 from adaround_ext.tracing.dataflow import Dataflow, dataflow
 from adaround_ext.tracing.merged import merge_traces
 from adaround_ext.tracing.padding import PaddingMask, PaddingMasks
-from adaround_ext.tracing.plain_layers import unlike_layers
+from adaround_ext.tracing.plain_layers import layers_that_do_more
 from adaround_ext.tracing.trace import Trace, trace
 
 
@@ -55,8 +56,9 @@ class Traces:
     def unlike_layers(self) -> dict[nn.Module, str]:
         """Layers that do more than their class in any of the batches, and a reason."""
         found: dict[nn.Module, str] = {}
-        for batch, own in self.by_batch.items():
-            found |= unlike_layers(self.model, own, partial(self.data.run, batch))
+        with full_precision_activations(self.model):
+            for batch, own in self.by_batch.items():
+                found |= layers_that_do_more(own, partial(self.data.run, batch))
         return found
 
 

@@ -1,4 +1,4 @@
-"""Where activations and calibration batches wait: on the device, in memory, then in files."""
+"""Activation cache: trees of tensors by key, on the device, in memory, then in files."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from adaround_ext.files import path_from
+from adaround_ext.tensors import is_dense
 
 MEMORY_BUDGET = 1 << 28  # bytes, where the caller says nothing
 
 
 @dataclass(frozen=True)
 class _Held:
-    """A tensor's memory in one run, and how it was seen."""
+    """A tensor's elements in one run of memory, and its form."""
 
     flat: Tensor | None  # None where it is in ``path``
     path: str | None
@@ -41,7 +42,7 @@ class _Held:
 
 
 class ActivationCache:
-    """Trees of tensors by key, within a budget of memory and beyond it in files.
+    """Activations and calibration batches by key, within a budget of memory, then in files.
 
     memory_budget: bytes of host memory, pinned where the tensors come from a GPU; what does not fit
     goes to files in a new folder under ``directory`` (None: the system's folder for temporary
@@ -106,17 +107,17 @@ class ActivationCache:
         return pytree.tree_map_only(Tensor, lambda t: self._stored(t).to(t.dtype), tree)
 
     def _stored(self, tensor: Tensor) -> Tensor:
-        half = self._dtype is not None and tensor.dtype == torch.float32 and _dense(tensor)
+        half = self._dtype is not None and tensor.dtype == torch.float32 and is_dense(tensor)
         return tensor.to(self._dtype) if half else tensor
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._trees
 
     def put(self, key: Hashable, tree: object) -> None:
-        """Copies the tree's tensors; what else is in it, and sparse ones, are kept as they are."""
+        """Copies the tree's tensors; what else is in it, and sparse ones, stay as they are."""
         self.drop(key)
         leaves, spec = pytree.tree_flatten(tree)
-        held = [self._hold(leaf) if _dense(leaf) else leaf for leaf in leaves]
+        held = [self._hold(leaf) if is_dense(leaf) else leaf for leaf in leaves]
         self._trees[key] = held, spec
 
     def put_if_room(self, key: Hashable, tensor: Tensor) -> bool:
@@ -125,7 +126,7 @@ class ActivationCache:
         Whether it had; ``key in cache`` says whether it is still there.
         """
         self.drop(key)
-        place = _own_place(tensor)
+        place = _memory_of(tensor)
         size = tensor.numel() * tensor.element_size()
         if self._used[place] + size > self._budgets[place]:
             return False
@@ -136,10 +137,10 @@ class ActivationCache:
 
     def _make_room(self, place: str, size: int) -> bool:
         """Whether there is room, if need be without the last of what may be dropped."""
-        most = self._budgets[place] - size
-        if self._used[place] - self._spare[place] > most:
+        budget = self._budgets[place] - size
+        if self._used[place] - self._spare[place] > budget:
             return False
-        while self._used[place] > most:
+        while self._used[place] > budget:
             self.drop(next(reversed(self._optional[place])))
         return True
 
@@ -164,22 +165,22 @@ class ActivationCache:
     def _place(item: _Held) -> str:
         if item.flat is None:
             return "file"
-        return _own_place(item.flat)
+        return _memory_of(item.flat)
 
     def _hold(self, tensor: Tensor) -> _Held:
         original, device = tensor.dtype, tensor.device
         tensor = self._stored(tensor.detach())
         dense = tensor.clone(memory_format=torch.preserve_format)  # without holes
         flat = dense.as_strided((dense.numel(),), (1,))
-        how = (flat.dtype, dense.shape, dense.stride(), original, device)
+        form = (flat.dtype, dense.shape, dense.stride(), original, device)
         place = self._choose(flat)
         if place == "file":
-            held = _Held(None, self._write(flat.cpu()), flat.numel(), *how)
+            held = _Held(None, self._write(flat.cpu()), flat.numel(), *form)
         elif place == "memory" and device.type == "cuda":
             pinned = torch.empty(flat.shape, dtype=flat.dtype, device="cpu", pin_memory=True)
-            held = _Held(pinned.copy_(flat), None, flat.numel(), *how)
+            held = _Held(pinned.copy_(flat), None, flat.numel(), *form)
         else:
-            held = _Held(flat if place == "device" else flat.cpu(), None, flat.numel(), *how)
+            held = _Held(flat if place == "device" else flat.cpu(), None, flat.numel(), *form)
         self._used[place] += held.bytes
         self.peak[place] = max(self.peak[place], self._used[place])
         return held
@@ -193,7 +194,7 @@ class ActivationCache:
         return "file" if size else "memory"
 
     def _write(self, flat: Tensor) -> str:
-        with _room_needed(self._directory, flat):
+        with room_on_disk(self._directory, flat):
             if self._folder is None:
                 self._folder = tempfile.TemporaryDirectory(
                     prefix="adaround_ext_", dir=self._directory
@@ -217,16 +218,12 @@ class ActivationCache:
         return flat.as_strided(held.shape, held.stride)
 
 
-def _own_place(tensor: Tensor) -> str:
+def _memory_of(tensor: Tensor) -> str:
     return "memory" if tensor.device.type == "cpu" else "device"
 
 
-def _dense(leaf: object) -> bool:
-    return isinstance(leaf, Tensor) and leaf.layout == torch.strided
-
-
 @contextmanager
-def _room_needed(directory: str | os.PathLike[str] | None, tensor: Tensor) -> Iterator[None]:
+def room_on_disk(directory: str | os.PathLike[str] | None, tensor: Tensor) -> Iterator[None]:
     """OSError with the folder, the bytes needed and free, and the cause where writing fails."""
     try:
         yield

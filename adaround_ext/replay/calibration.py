@@ -1,4 +1,4 @@
-"""Calibration batches: drawn once, kept, and given to the model as it takes them."""
+"""Calibration batches: drawn once, stored, and given to the model as it takes them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from adaround_ext.replay.samples import cut
 from adaround_ext.tensors import add_tensor, tensors
 from adaround_ext.tracing.arguments import Arguments
 from adaround_ext.tracing.evaluation import gpus, seed_all
-from adaround_ext.tracing.padding import MADE, PaddingMask
+from adaround_ext.tracing.padding import BY_FUNCTION, PaddingMask
 
 ForwardFn = Callable[[nn.Module, Any], object]
 # Statistics are summed segment by segment: few, since ranks keep a matrix for each of theirs, and
@@ -60,14 +60,14 @@ class Calibration:
         self._gpus = gpus(t.device for t in model.parameters())
         self._reader = Arguments(model, "calibration", device)
         self._signature = self._reader.signature
-        self._own: list[Any] | None = None
+        self._source: list[Any] | None = None  # what the caller holds
         # By batch and name; asked for on every pass.
         self._masks: dict[tuple[int, str], Tensor | None] = {}
         self.notes = self._reader.notes
         self._sizes: list[int] = []  # samples of each batch
         self._hash = hashlib.blake2b(digest_size=16) if fingerprint else None
         self.batches = self._draw(source)
-        self.own = range(self.batches)  # what this process runs
+        self.local_batches = range(self.batches)  # what this process runs
         self.segments = self._cut()
 
     def _draw(self, source: Iterable[Any]) -> int:
@@ -77,31 +77,31 @@ class Calibration:
             rule = "calibration must be an iterable of batches, or one tensor or mapping of samples"
             raise TypeError(f"{rule}, got {type(source).__name__}")
         if isinstance(source, (list, tuple)):
-            self._own = list(source)
+            self._source = list(source)
         count = 0
         for item in source:
             self._check(count, item)
-            self._keep(count, item)
+            self._store(count, item)
             count += 1
         if count == 0:
             raise ValueError("calibration must hold at least one batch, got none")
         return count
 
-    def _keep(self, index: int, item: Any) -> None:
-        """Keeps what the caller does not hold; on a GPU also that, since every pass reads it."""
+    def _store(self, index: int, item: Any) -> None:
+        """Stores what the caller does not hold; on a GPU also that, since every pass reads it."""
         size = sum(tensor.nbytes for tensor in tensors(_plain(item)))
-        exact = self._own is None or not self._cache.rounds
+        exact = self._source is None or not self._cache.rounds
         if self.device in self._gpus and exact and size <= self._cache.room_on_device:
             item = pytree.tree_map_only(Tensor, lambda t: t.to(self.device), _plain(item))
-        elif self._own is not None:
+        elif self._source is not None:
             return
         # A loader may fill the same array again.
         item = pytree.tree_map_only(np.ndarray, np.copy, _plain(item))
         self._cache.put(("batch", index), item)
 
     def _check(self, index: int, item: Any) -> None:
-        found = list(tensors(_plain(item)))
-        for tensor in found:
+        leaves = list(tensors(_plain(item)))
+        for tensor in leaves:
             if tensor.is_meta:
                 raise ValueError(f"calibration must hold data, got a meta tensor in batch {index}")
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum())):
@@ -112,18 +112,18 @@ class Calibration:
                         f"{index}"
                     )
         if self._hash is not None:
-            self._add_to_digest(self._hash, item, found)
-        self._sizes.append(next((len(tensor) for tensor in found if tensor.dim() > 0), 0))
+            self._add_to_digest(self._hash, item, leaves)
+        self._sizes.append(next((len(tensor) for tensor in leaves if tensor.dim() > 0), 0))
         if self._forward_fn is None:
             self._check_arguments(index, item)
 
     @staticmethod
-    def _add_to_digest(digest: Any, item: Any, found: list[Tensor]) -> None:
+    def _add_to_digest(digest: Any, item: Any, dense: list[Tensor]) -> None:
         for leaf in pytree.tree_leaves(_plain(item)):
             if isinstance(leaf, (np.ndarray, str, bytes, int, float)):
                 content = leaf.tobytes() if isinstance(leaf, np.ndarray) else repr(leaf).encode()
                 digest.update(content + b";")
-        for tensor in found:
+        for tensor in dense:
             add_tensor(digest, tensor)
 
     def _check_arguments(self, index: int, item: Any) -> None:
@@ -143,8 +143,8 @@ class Calibration:
         # Copies of what the caller holds: a model may write to its inputs.
         copy = ("batch", index) not in self._cache
         if copy:
-            assert self._own is not None
-            item = self._own[index]
+            assert self._source is not None
+            item = self._source[index]
         else:
             item = self._cache.get(("batch", index))
         return pytree.tree_map_only(Tensor, lambda t: t.to(self.device, copy=copy), _plain(item))
@@ -175,14 +175,14 @@ class Calibration:
         sizes = [0] * (self.segments[-1] + 1)
         for segment, size in zip(self.segments, self._sizes, strict=True):
             sizes[segment] += max(size, 1)
-        own = ranks.share(sizes)[ranks.rank]
-        mine = [batch for batch, segment in enumerate(self.segments) if segment in own]
-        self.own = range(mine[0], mine[-1] + 1) if mine else range(0)
+        share = ranks.share(sizes)[ranks.rank]
+        batches = [batch for batch, segment in enumerate(self.segments) if segment in share]
+        self.local_batches = range(batches[0], batches[-1] + 1) if batches else range(0)
 
     def release(self) -> None:
         """Forgets what other ranks run, and will not be traced."""
         for batch in range(self.batches):
-            if batch not in self.own:
+            if batch not in self.local_batches:
                 self._cache.drop(("batch", batch))
 
     def mask(self, index: int, name: str | None) -> Tensor | None:
@@ -198,7 +198,7 @@ class Calibration:
 
     def _find_mask(self, name: str, item: Any) -> Tensor | None:
         if callable(self._padding_mask):
-            mask = self._padding_mask(item) if name == MADE else None
+            mask = self._padding_mask(item) if name == BY_FUNCTION else None
         elif isinstance(item, Mapping):
             mask = item.get(name)
         elif self._forward_fn is None and self._signature is not None:
@@ -208,8 +208,8 @@ class Calibration:
             mask = None
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             return None
-        kept = mask != 0
-        return None if bool(kept.all()) else kept  # else every pass would pick all positions
+        tokens = mask != 0
+        return None if bool(tokens.all()) else tokens  # else every pass would pick all positions
 
     def digest(self) -> str:
         """A fingerprint of all batches' tensors."""

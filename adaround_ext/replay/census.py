@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from adaround_ext.layers.matrix import SUPPORTED
-from adaround_ext.replay.checksums import EXACT, REPEATED, ROUNDED, Marks
+from adaround_ext.replay.checksums import EXACT, REPEATED, ROUNDED, InputChecksums
 from adaround_ext.tensors import tensors
 from adaround_ext.tracing.trace import Trace, unwatched
 
@@ -33,7 +33,7 @@ class Census:
     def __init__(self, model: nn.Module, trace: Trace | None, rounded: bool) -> None:
         """trace: of the calls that are known, None where new ones do not matter. rounded: whether
         recordings are."""
-        self.marks = Marks(ROUNDED if rounded else EXACT)
+        self.checksums = InputChecksums(ROUNDED if rounded else EXACT)
         self.counts: dict[int, Counter[nn.Module]] = {}
         self.unrepeatable: set[nn.Module] = set()
         self.layers = layers_of(model)
@@ -47,18 +47,18 @@ class Census:
         """A call of a layer, in order."""
         self.counts[batch][layer] += 1
         if x is not None:
-            self.marks.note(batch, layer, call, x)
+            self.checksums.note(batch, layer, call, x)
 
     def new_calls(self) -> dict[int, dict[str, int]]:
         """By batch and name, how often layers ran that ran more often than in the traces."""
         if self._trace is None:
             return {}
-        found: dict[int, dict[str, int]] = defaultdict(dict)
+        new: dict[int, dict[str, int]] = defaultdict(dict)
         for batch, counts in self.counts.items():
             for layer, count in counts.items():
                 if count > len(self._trace.calls_of(layer)):
-                    found[batch][self.layers[layer]] = count
-        return dict(found)
+                    new[batch][self.layers[layer]] = count
+        return dict(new)
 
 
 def layers_of(model: nn.Module) -> dict[nn.Module, str]:
@@ -68,31 +68,35 @@ def layers_of(model: nn.Module) -> dict[nn.Module, str]:
 
 def batches_to_trace(new: Mapping[int, Mapping[str, int]]) -> list[int]:
     """Few batches in which all new calls come, those with most of them first."""
-    most: Counter[str] = Counter()
+    missing: Counter[str] = Counter()  # by layer, the most calls in a batch
     for counts in new.values():
-        most |= Counter(counts)
+        missing |= Counter(counts)
+
+    def covered(batch: int) -> int:
+        return sum(new[batch].get(name, 0) >= count for name, count in missing.items())
+
     chosen = []
-    while most:
-        batch = max(new, key=lambda b: (sum(new[b].get(n, 0) >= k for n, k in most.items()), -b))
+    while missing:
+        batch = max(new, key=lambda number: (covered(number), -number))
         chosen.append(batch)
-        most = Counter({name: n for name, n in most.items() if new[batch].get(name, 0) < n})
+        missing = Counter({n: k for n, k in missing.items() if new[batch].get(n, 0) < k})
     return chosen
 
 
 @contextmanager
-def first_marks(model: nn.Module, batch: int) -> Iterator[Marks]:
-    """Marks of one run of a batch inside, of which a trace sees nothing."""
-    marks = Marks(REPEATED)
+def input_checksums(model: nn.Module, batch: int) -> Iterator[InputChecksums]:
+    """Checksums of the one run of a batch inside; a trace sees nothing of how they are made."""
+    checksums = InputChecksums(REPEATED)
     counts: Counter[nn.Module] = Counter()
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = next(tensors((args, kwargs)), None)
         if x is not None:
             with unwatched():
-                marks.note(batch, module, counts[module], x)
+                checksums.note(batch, module, counts[module], x)
         counts[module] += 1
 
     with ExitStack() as hooks:
         for layer in layers_of(model):
             hooks.enter_context(layer.register_forward_pre_hook(before, with_kwargs=True))
-        yield marks
+        yield checksums

@@ -1,4 +1,7 @@
-"""Whether a model whose finished blocks are replaced by recordings still does what it did."""
+"""Input checksums: sums by which a layer's inputs in two runs of a model are compared.
+
+They tell whether a model whose finished blocks are replaced by recordings still does what it did.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ REPEATED = 1e-6  # the same kernels again; noise of this size cancels out of a s
 _Sums = tuple[int, float, float]
 
 
-class Marks:
+class InputChecksums:
     """Sums over the full-precision model's inputs of each layer, from a run with nothing replaced.
 
     What a model keeps in Python (counters, lists that its blocks append to), random numbers, views
@@ -31,21 +34,18 @@ class Marks:
         """Whether it did; NaN counts as the same."""
         return self._agree(self._sums.get((batch, layer, call)), _sums(x))
 
-    def differing(self, other: Marks, batch: int) -> set[nn.Module]:
-        """The layers of which this and the other marks of a batch say different things."""
-        keys = {key for marks in (self, other) for key in marks._sums if key[0] == batch}
-        return {
-            layer
-            for _, layer, call in keys
-            if not self._agree(*(m._sums.get((batch, layer, call)) for m in (self, other)))
-        }
+    def differing(self, other: InputChecksums, batch: int) -> set[nn.Module]:
+        """The layers whose inputs in a batch differ between this and the other run."""
+        first, second = self._sums, other._sums
+        keys = {key for key in (*first, *second) if key[0] == batch}
+        return {key[1] for key in keys if not self._agree(first.get(key), second.get(key))}
 
     def _agree(self, noted: _Sums | None, sums: _Sums | None) -> bool:
         if noted is None or sums is None or noted[0] != sums[0]:
             return False
         _, total, size = sums
-        most = self._tolerance * noted[2]
-        return not (abs(total - noted[1]) > most or abs(size - noted[2]) > most)
+        error = self._tolerance * noted[2]
+        return not (abs(total - noted[1]) > error or abs(size - noted[2]) > error)
 
 
 def _sums(x: Tensor) -> _Sums:

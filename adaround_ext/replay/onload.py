@@ -1,7 +1,8 @@
-"""Where a model's tensors are while it is fitted: at home, or block by block elsewhere."""
+"""Onloading: a model's tensors brought to a device block by block, and sent home again."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from adaround_ext.replay.recordings import other_forwards
 
 
-class Residence:
+class Onloader:
     """Brings a model's blocks to ``device`` as they are needed; for None all stays where it is.
 
     Inside the context everything that is in no block is on ``device``; afterwards all is back, with
@@ -25,18 +26,14 @@ class Residence:
     ) -> None:
         self._device = device
         self._blocks = list(dict.fromkeys(blocks))
-        own = {id(t) for block in self._blocks for t in _tensors(block)}
-        # Tensors that blocks share, with each other or with the rest, stay for the whole time.
-        seen: set[int] = set()
-        for block in self._blocks:
-            found = {id(t) for t in _tensors(block)}
-            own -= found & seen
-            seen |= found
+        self._model = model
         inside = {m for block in self._blocks for m in block.modules()}
         outside = [m for m in model.modules() if m not in inside]
-        own -= {id(t) for m in outside for t in _tensors(m, recurse=False)}
-        self._own = own
-        self._model = model
+        # Tensors that blocks share, with each other or with the rest, stay for the whole time.
+        holders = Counter(i for block in self._blocks for i in {id(t) for t in _tensors(block)})
+        holders.update(id(t) for m in outside for t in _tensors(m, recurse=False))
+        blockwise = {id(t) for block in self._blocks for t in _tensors(block)}
+        self._moving = {i for i in blockwise if holders[i] == 1}  # ids of what comes and goes
         self._home: dict[int, tuple[Tensor, Tensor]] = {}  # by id: the tensor, and its data at home
 
     @property
@@ -44,9 +41,9 @@ class Residence:
         """Whether only a part of the model is on its device at a time."""
         return self._device is not None
 
-    def __enter__(self) -> Residence:
+    def __enter__(self) -> Onloader:
         if self._device is not None:
-            self._bring(t for t in _tensors(self._model) if id(t) not in self._own)
+            self._bring(t for t in _tensors(self._model) if id(t) not in self._moving)
         return self
 
     def __exit__(
@@ -61,10 +58,10 @@ class Residence:
         """These blocks are on the device from now on, and no others."""
         if self._device is None:
             return
-        wanted = [t for block in dict.fromkeys(blocks) for t in _tensors(block)]
-        ids = {id(t) for t in wanted}
-        self._send_home([key for key in self._home if key in self._own and key not in ids])
-        self._bring(wanted)
+        needed = [t for block in dict.fromkeys(blocks) for t in _tensors(block)]
+        ids = {id(t) for t in needed}
+        self._send_home([key for key in self._home if key in self._moving and key not in ids])
+        self._bring(needed)
 
     def while_running(self) -> AbstractContextManager[None]:
         """Inside, blocks come to the device as they run, and leave it for the next one."""

@@ -1,4 +1,4 @@
-"""What blocks returned, kept so that it can be returned again."""
+"""Recordings: what blocks returned, so that it can be returned again."""
 
 from __future__ import annotations
 
@@ -62,31 +62,31 @@ class Blanks:
     """
 
     def __init__(self) -> None:
-        self._made: dict[_Output, tuple[Tensor, int]] = {}
+        self._tensors: dict[_Output, tuple[Tensor, int]] = {}
         self._used: set[_Output] = set()
 
     def next_run(self) -> None:
         """Keeps what the last run of the model used: with each batch its shape may be another."""
-        self._made = {output: self._made[output] for output in self._used}
+        self._tensors = {output: self._tensors[output] for output in self._used}
         self._used.clear()
 
     def like(self, output: _Output) -> Tensor:
         """A tensor of its own in the memory of all that look alike."""
-        blank, writes = self._made.get(output, (None, 0))
+        blank, writes = self._tensors.get(output, (None, 0))
         if blank is None:
             blank = torch.empty_strided(
                 output.shape, output.stride, dtype=output.dtype, device=output.device
             ).zero_()
         elif version(blank) != writes:  # by the model, between its blocks
             blank.zero_()
-        self._made[output] = blank, version(blank)
+        self._tensors[output] = blank, version(blank)
         self._used.add(output)
         return blank.detach()
 
 
 @dataclass(frozen=True)
 class Template:
-    """The outputs of one call, without the tensors that are kept elsewhere."""
+    """The outputs of one call, without the tensors that are recorded elsewhere."""
 
     leaves: list[Any]
     spec: Any
@@ -96,31 +96,31 @@ class Template:
     def of(
         output: Any, given: Sequence[Tensor], versions: Sequence[int], needed: bool
     ) -> tuple[Template, list[Tensor]]:
-        """The template of an output, and the tensors to keep for it.
+        """The template of an output, and the tensors to record for it.
 
         given, versions: the tensors among the arguments, and how often each had been written to
-        before the call. needed: whether anything reads the outputs later; else nothing is kept.
+        before the call. needed: whether anything reads the outputs later; else nothing is recorded.
         """
         leaves, spec = pytree.tree_flatten(output)
         template: list[Any] = []
-        kept: list[Tensor] = []
+        recorded: list[Tensor] = []
         for leaf in leaves:
             place = next((i for i, t in enumerate(given) if t is leaf), None)
             if place is not None:
                 written = needed and version(leaf) != versions[place]
                 template.append(_Given(place, written))
-                kept += [leaf] if written else []
+                recorded += [leaf] if written else []
             elif isinstance(leaf, Tensor):
                 template.append(_Output.of(leaf, recorded=needed))
-                kept += [leaf] if needed else []
+                recorded += [leaf] if needed else []
             else:
                 template.append(leaf)
-        return Template(template, spec, len(leaves) == 1 and leaves[0] is output), kept
+        return Template(template, spec, len(leaves) == 1 and leaves[0] is output), recorded
 
-    def play(self, arguments: object, kept: Sequence[Tensor], blanks: Blanks) -> Any:
+    def play(self, arguments: object, recorded: Sequence[Tensor], blanks: Blanks) -> Any:
         """The outputs again, for a call with these arguments; ``blanks`` for what nothing reads."""
-        found = any(isinstance(item, _Given) for item in self.leaves)
-        given, tensors = given_tensors(arguments) if found else [], iter(kept)
+        passes_on = any(isinstance(item, _Given) for item in self.leaves)
+        given, tensors = given_tensors(arguments) if passes_on else [], iter(recorded)
         leaves: list[Any] = []
         for item in self.leaves:
             if isinstance(item, _Output):
@@ -133,7 +133,7 @@ class Template:
         return leaves[0] if self.alone else pytree.tree_unflatten(leaves, self.spec)
 
     def without_recordings(self) -> Template:
-        """The template where nothing is kept any more."""
+        """The template where nothing is recorded any more."""
         return Template([_dropped(item) for item in self.leaves], self.spec, self.alone)
 
 
@@ -143,15 +143,15 @@ class Recordings:
     needed: the calls whose outputs are read later; of others only the form is kept.
     """
 
-    def __init__(self, cache: ActivationCache, common: int) -> None:
-        """common: how many leading calls give the same in all streams."""
-        self._cache, self._common = cache, common
+    def __init__(self, cache: ActivationCache, shared_prefix: int) -> None:
+        """shared_prefix: how many leading calls give the same in all streams."""
+        self._cache, self._shared_prefix = cache, shared_prefix
         self._templates: dict[_Key, Template] = {}
         self._blanks = Blanks()
         self.needed: frozenset[int] = frozenset()
 
     def _key(self, stream: Stream, batch: int, index: int) -> _Key:
-        return ("full" if index < self._common else stream), batch, index
+        return ("full" if index < self._shared_prefix else stream), batch, index
 
     def has(self, stream: Stream, batch: int, index: int) -> bool:
         """Whether there is something to play."""
@@ -175,16 +175,16 @@ class Recordings:
         given = given_tensors((args, kwargs))
         versions = [version(t) for t in given]
         output = forward(*args, **kwargs)
-        self._templates[key], kept = Template.of(output, given, versions, index in self.needed)
-        if kept:
-            self._cache.put(key, kept)
+        self._templates[key], recorded = Template.of(output, given, versions, index in self.needed)
+        if recorded:
+            self._cache.put(key, recorded)
         return self._cache.rounded(output)
 
     def play(self, stream: Stream, batch: int, index: int, arguments: object) -> Any:
         """What was returned before, for a call with these arguments."""
         key = self._key(stream, batch, index)
-        kept = self._cache.get(key) if key in self._cache else []
-        return self._templates[key].play(arguments, kept, self._blanks)
+        recorded = self._cache.get(key) if key in self._cache else []
+        return self._templates[key].play(arguments, recorded, self._blanks)
 
     def forget(self) -> None:
         """Drops what nothing needs any more, but for its form."""
@@ -213,10 +213,10 @@ def other_forwards(
             module.__dict__["forward"] = other(module, module.forward)
         yield
     finally:
-        for module, own in before.items():
+        for module, forward in before.items():
             module.__dict__.pop("forward", None)
-            if own is not None:
-                module.__dict__["forward"] = own
+            if forward is not None:
+                module.__dict__["forward"] = forward
 
 
 def given_tensors(arguments: object) -> list[Tensor]:

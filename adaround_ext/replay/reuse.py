@@ -1,4 +1,4 @@
-"""What later passes through a block would compute again, kept while memory has room for it.
+"""Block reuse: activations that later passes through a block need, kept while there is room.
 
 The full-precision stream gives the same in every pass, so one run through a block is enough for all
 of its units. In the quantized stream a layer that is done gives the same from then on, if no layer
@@ -22,13 +22,15 @@ from adaround_ext.tracing.blocks import BlockCall
 from adaround_ext.tracing.plain_layers import is_plain
 from adaround_ext.tracing.trace import ModuleCall
 
-_Key = tuple[Literal["wanted", "output"], int, nn.Module, int]  # and batch, layer, number of call
+_Key = tuple[Literal["target", "output"], int, nn.Module, int]  # and batch, layer, number of call
 
 
 @dataclass(frozen=True, eq=False)
-class Wanted:
-    """The layers whose inputs or outputs a unit takes from the full-precision stream, and all
-    calls of the unit's layers, in order."""
+class StreamTargets:
+    """What a unit takes from the full-precision stream: inputs and outputs of these layers.
+
+    calls: all of the unit's layers, in order.
+    """
 
     inputs: frozenset[nn.Module]
     outputs: frozenset[nn.Module]
@@ -40,14 +42,14 @@ class Wanted:
         return frozenset(call.module for call in self.calls)
 
 
-class Kept:
-    """Of one block at a time, for each batch: what its units will want, and outputs of layers.
+class BlockReuse:
+    """Of one block at a time, for each batch: its units' targets, and outputs of done layers.
 
     It changes how much runs, and nothing else: what is not kept is computed again.
     """
 
     def __init__(
-        self, cache: ActivationCache, units: Sequence[Wanted], calls: Sequence[BlockCall]
+        self, cache: ActivationCache, units: Sequence[StreamTargets], calls: Sequence[BlockCall]
     ) -> None:
         """units: all that are fitted to two streams, in execution order. calls: of all blocks."""
         self._cache, self.units = cache, units
@@ -63,8 +65,8 @@ class Kept:
         self._block: BlockCall | None = None
         self._done: frozenset[nn.Module] = frozenset()  # of the block, those whose outputs are kept
         self._unfinished: frozenset[nn.Module] = frozenset()  # of the block
-        self.has_room = False  # nothing that the block's units will want had to be left out so far
-        self.open: list[Wanted] = []  # the block's units that are not done
+        self.has_room = False  # no target of the block's units had to be left out so far
+        self.open: list[StreamTargets] = []  # the block's units that are not done
 
     def enter(self, block: BlockCall | None, waiting: set[nn.Module]) -> None:
         """``block`` runs in part from now on, None for none; ``waiting``: layers that are not done.
@@ -73,7 +75,7 @@ class Kept:
         """
         if block is not self._block:
             self._block, self.has_room = block, not self._cache.rounds
-        inside: list[Wanted] = []
+        inside: list[StreamTargets] = []
         if block is not None:
             span = block.call
             inside = [unit for unit in self.units if all(span.spans(c.begin) for c in unit.calls)]
@@ -96,27 +98,27 @@ class Kept:
         self.leave()
 
     def keep(self, batch: int, layer: nn.Module, call: int, value: Tensor) -> None:
-        """What a unit will want of a call of ``layer``."""
-        self.has_room &= self._put(("wanted", batch, layer, call), value)
+        """A target that a unit will take, of a call of ``layer``."""
+        self.has_room &= self._put(("target", batch, layer, call), value)
 
     def take(
         self, batch: int, layers: frozenset[nn.Module], counts: Mapping[nn.Module, int]
     ) -> dict[nn.Module, list[Tensor]] | None:
-        """What is wanted of these layers, for the last time; None where some of it is missing."""
+        """The targets of these layers, for the last time; None where some of them are missing."""
         calls = [(layer, call) for layer in layers for call in range(counts.get(layer, 0))]
-        keys: list[_Key] = [("wanted", batch, layer, call) for layer, call in calls]
+        keys: list[_Key] = [("target", batch, layer, call) for layer, call in calls]
         if not all(key in self._cache for key in keys):
             return None
-        found: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
+        tensors: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
         for key in keys:
-            found[key[2]].append(self._cache.get(key))
+            tensors[key[2]].append(self._cache.get(key))
             self._drop(key)
-        return found
+        return tensors
 
     def playing(self, batch: int) -> AbstractContextManager[None]:
         """Inside, done layers of the quantized stream return what they did, or keep what they
         return; no more so in this run from where a layer is called that is not done."""
-        kept = {layer for kind, _, layer, _ in self._keys[batch] if kind == "output"}
+        playable = {layer for kind, _, layer, _ in self._keys[batch] if kind == "output"}
         same = True  # nothing has run that will change
 
         def other(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -140,13 +142,13 @@ class Kept:
 
             return changing if layer in self._unfinished else played
 
-        return other_forwards(kept | self._done | self._unfinished, other)
+        return other_forwards(playable | self._done | self._unfinished, other)
 
     def _put(self, key: _Key, value: Tensor) -> bool:
-        kept = not self._cache.rounds and self._cache.put_if_room(key, value)
-        if kept:
+        has_room = not self._cache.rounds and self._cache.put_if_room(key, value)
+        if has_room:
             self._keys[key[1]].add(key)
-        return kept
+        return has_room
 
     def _drop(self, key: _Key) -> None:
         self._keys[key[1]].remove(key)

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-_ROWS = 32  # of a batch
+from adaround_ext.tensors import is_dense
+
+_BATCH_SIZE = 32  # samples
 
 
 def cut(samples: Tensor | Mapping[str, Any]) -> Iterable[Any]:
@@ -24,7 +25,7 @@ def cut(samples: Tensor | Mapping[str, Any]) -> Iterable[Any]:
     if isinstance(samples, Tensor):
         if samples.dim() == 0:
             raise ValueError("calibration must have a dimension of samples, got a scalar")
-        return list(samples.split(_ROWS)) if len(samples) else []
+        return list(samples.split(_BATCH_SIZE)) if len(samples) else []
     lengths = {len(value) for value in samples.values() if _has_rows(value)}
     if len(lengths) > 1:
         lengths.discard(1)
@@ -34,21 +35,20 @@ def cut(samples: Tensor | Mapping[str, Any]) -> Iterable[Any]:
 
     def rows(value: Any, begin: int) -> Any:
         long = (_has_rows(value) or isinstance(value, list)) and len(value) == count
-        return value[begin : begin + _ROWS] if long else value
+        return value[begin : begin + _BATCH_SIZE] if long else value
 
     return [
         {name: rows(value, begin) for name, value in samples.items()}
-        for begin in range(0, count, _ROWS)
+        for begin in range(0, count, _BATCH_SIZE)
     ]
 
 
 def _has_rows(value: Any) -> bool:
-    dense = isinstance(value, Tensor) and value.layout == torch.strided
-    return (dense or isinstance(value, np.ndarray)) and value.ndim > 0
+    return (is_dense(value) or isinstance(value, np.ndarray)) and value.ndim > 0
 
 
 def _nested(value: Any) -> bool:
     """Whether tensors are within it that cannot be told to be samples."""
     if isinstance(value, (Tensor, np.ndarray)):
-        return isinstance(value, Tensor) and value.layout != torch.strided
+        return isinstance(value, Tensor) and not is_dense(value)
     return any(isinstance(leaf, (Tensor, np.ndarray)) for leaf in pytree.tree_leaves(value))

@@ -1,4 +1,4 @@
-"""How much of a model was not quantized, and why."""
+"""Coverage: the note of a model of which little was quantized, and the reasons."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from adaround_ext.checks import some
 from adaround_ext.report.text import as_count, as_percent
 
 FEW = "most parameters were not quantized"
-_REASONS = 3  # that are told
+_MOST_REASONS = 3  # that a note has
 
 
 def is_few(quantized: int, parameters: int) -> bool:
@@ -22,30 +22,24 @@ def is_few(quantized: int, parameters: int) -> bool:
 def few_quantized(
     model: nn.Module, weights: Iterable[nn.Parameter], skipped: Mapping[str, str]
 ) -> list[str]:
-    """A note where ``weights``, which were quantized, are less than half of a model's parameters.
+    """A note where less than half of a model's parameters were quantized, none otherwise.
 
-    It has the reasons that leave most, of ``skipped`` or what kind of module it is, each with its
-    largest module. Parameters that several modules hold count for the first.
+    It has the reasons that leave most, each with its largest module. Parameters that several
+    modules hold count for the first.
+
+    Args:
+        model: The whole.
+        weights: The parameters that were quantized.
+        skipped: Reasons by module name; of other modules their kind is the reason.
     """
-    done = {id(weight): weight.numel() for weight in weights}
+    sizes = {id(weight): weight.numel() for weight in weights}
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    quantized = sum(done.values())
+    quantized = sum(sizes.values())
     if not is_few(quantized, parameters):
         return []
-    left: dict[str, Counter[str]] = defaultdict(Counter)
-    seen = set(done)
-    for name, module in model.named_modules():
-        held = list(module.parameters(recurse=False))
-        if any(id(parameter) in done for parameter in held):
-            continue  # a bias is no layer that was left
-        own = [parameter for parameter in held if id(parameter) not in seen]
-        seen.update(map(id, own))
-        count = sum(parameter.numel() for parameter in own)
-        if count:
-            reason = skipped.get(name, f"{type(module).__name__} is not quantized")
-            left[reason][name or "the model"] += count
-    largest = sorted(left.items(), key=lambda item: -item[1].total())[:_REASONS]
-    told = "; ".join(
+    by_reason = _others(model, set(sizes), skipped)
+    largest = sorted(by_reason.items(), key=lambda item: -item[1].total())[:_MOST_REASONS]
+    others = "; ".join(
         f"{as_count(counts.total())} in {some([name for name, _ in counts.most_common()], 1)}: "
         f"{reason}"
         for reason, counts in largest
@@ -53,8 +47,26 @@ def few_quantized(
     share = as_percent(quantized / parameters)
     return [
         f"{FEW}: {as_count(quantized)} of {as_count(parameters)} were ({share}); of the others "
-        f"{told}"
+        f"{others}"
     ]
+
+
+def _others(
+    model: nn.Module, quantized: set[int], skipped: Mapping[str, str]
+) -> dict[str, Counter[str]]:
+    """How many parameters of which modules were not quantized, by reason."""
+    by_reason: dict[str, Counter[str]] = defaultdict(Counter)
+    counted = set(quantized)
+    for name, module in model.named_modules():
+        parameters = {id(p): p.numel() for p in module.parameters(recurse=False)}
+        if quantized & parameters.keys():
+            continue  # a quantized layer's bias is no layer that was left
+        count = sum(size for key, size in parameters.items() if key not in counted)
+        counted |= parameters.keys()
+        if count:
+            reason = skipped.get(name, f"{type(module).__name__} is not quantized")
+            by_reason[reason][name or "the model"] += count
+    return by_reason
 
 
 def told_first(notes: Iterable[str], quantized: int, parameters: int) -> str | None:

@@ -1,4 +1,4 @@
-"""Numbers in words: percentages, times, bytes, counts, shapes and names."""
+"""Numbers in words: percentages, times, bytes, counts and shapes; names cut to what tells most."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def warning_lines(text: str) -> list[str]:
 
 
 def as_percent(share: float) -> str:
-    """Three digits."""
+    """Three digits, as 12.5 %."""
     if not isfinite(share):
         return "n/a"
     return f"{100 * share:.3g} %" if abs(share) < 9.995 else f"{100 * share:,.0f} %"
 
 
 def as_time(seconds: float) -> str:
-    """In the unit that fits."""
+    """In the unit that fits, as 12.5 s."""
     if not isfinite(seconds):
         return "n/a"
     if 0 < seconds < 0.0995:
@@ -37,7 +37,7 @@ def as_time(seconds: float) -> str:
 
 
 def as_bytes(count: float) -> str:
-    """In the binary unit that fits."""
+    """In the binary unit that fits, as 12.5 MiB."""
     if count < 1023.5:
         return f"{count:.0f} bytes"
     for unit in ("KiB", "MiB", "GiB"):
@@ -48,7 +48,7 @@ def as_bytes(count: float) -> str:
 
 
 def as_count(count: int) -> str:
-    """From ten thousand on with three digits."""
+    """From ten thousand on with three digits, as 12.5 k."""
     if count < 10_000:
         return str(count)
     for scale, unit in ((1e3, "k"), (1e6, "M"), (1e9, "G")):
@@ -66,6 +66,11 @@ def _three_digits(value: float) -> str:
     return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:,.0f}"
 
 
-def _tail(name: str, length: int) -> str:
+def tail(name: str, length: int) -> str:
     """The end of a long name, which tells more than its beginning."""
     return name if len(name) <= length else "\N{HORIZONTAL ELLIPSIS}" + name[1 - length :]
+
+
+def short_name(name: str, block: str | None) -> str:
+    """A layer's name within its block."""
+    return name.removeprefix(f"{block}.")

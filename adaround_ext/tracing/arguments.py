@@ -1,4 +1,4 @@
-"""Which parameter of a model gets which value of a batch: one rule for all calls."""
+"""Arguments of a model: one rule for which parameter gets which value of a batch."""
 
 from __future__ import annotations
 
@@ -273,11 +273,11 @@ def _is_label(value: Any, sizes: set[int]) -> bool:
 
 def _sizes(first: Any) -> set[int]:
     """How many samples a batch may have, by its first value."""
-    found = {len(first)} if isinstance(first, (tuple, list)) else set()
+    counts = {len(first)} if isinstance(first, (tuple, list)) else set()
     for leaf in pytree.tree_leaves(first):
         if isinstance(leaf, (Tensor, np.ndarray)):
-            return found | ({len(leaf)} if leaf.ndim else set())
-    return found
+            return counts | ({len(leaf)} if leaf.ndim else set())
+    return counts
 
 
 def arguments(model: nn.Module, batch: Any, name: str) -> Given:

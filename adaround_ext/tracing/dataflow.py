@@ -58,14 +58,14 @@ def dataflow(trace: Trace) -> Dataflow:
         if isinstance(call.module, SUPPORTED)
         for value in call.all_outputs
     }
-    made: set[int] = set()
-    begun = told = False
+    computed: set[int] = set()
+    begun = values_read = False  # of what depends on those layers
 
     def is_foreign(value: Value) -> bool:
         return (
             value.integral
             and bool(value.shape)
-            and not (value.storage in known or value.storage in made)
+            and not (value.storage in known or value.storage in computed)
         )
 
     for operator in trace.operators:
@@ -74,8 +74,8 @@ def dataflow(trace: Trace) -> Dataflow:
         begun |= bool(changed & active)
         depends = any(storage in active for storage in read)
         name = operator.name.split(".")[1]
-        told |= depends and name in _READING
-        chosen = any(storage in flow.chosen for storage in read) or (told and depends)
+        values_read |= depends and name in _READING
+        chosen = any(storage in flow.chosen for storage in read) or (values_read and depends)
         if not chosen and not _is_pointwise(operator) and _picks(operator, name):
             # Indices that come from nowhere were made in Python or NumPy, perhaps of activations.
             foreign = begun and any(map(is_foreign, operator.inputs))
@@ -90,7 +90,7 @@ def dataflow(trace: Trace) -> Dataflow:
             if rows:
                 flow.inputs[storage] = flow.inputs.get(storage, frozenset()) | rows
         if name not in _HANDING_ON or not any(map(is_foreign, operator.inputs)):
-            made |= changed
+            computed |= changed
     return flow
 
 
@@ -120,8 +120,8 @@ def _is_pointwise(operator: OperatorCall) -> bool:
     if operator.name not in _POINTWISE:
         try:
             library, name, overload = operator.name.split(".")
-            found = getattr(getattr(getattr(torch.ops, library), name), overload)
-            _POINTWISE[operator.name] = torch.Tag.pointwise in found.tags
+            packet = getattr(getattr(torch.ops, library), name)
+            _POINTWISE[operator.name] = torch.Tag.pointwise in getattr(packet, overload).tags
         except (AttributeError, ValueError):
             _POINTWISE[operator.name] = False
     return _POINTWISE[operator.name]

@@ -1,4 +1,4 @@
-"""The random numbers that a model draws: the same in every run of it."""
+"""Evaluation mode: a model that runs without gradients, with the same random numbers each time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from adaround_ext.tensors import version
 
-_NUMPY_SEEDS = 1 << 32  # NumPy takes no others
+_NUMPY_SEEDS = 1 << 32  # so many: NumPy takes no others
 
 
 def gpus(devices: Iterable[torch.device | None]) -> list[torch.device]:
@@ -64,18 +64,18 @@ def _uncompiled() -> Iterator[None]:
             tell()
             yield
             return
-        own = torch.compile
+        compile_ = torch.compile
 
         def telling(*args: Any, **kwargs: Any) -> Any:
-            torch.compile = own
+            torch.compile = compile_
             tell()
-            return own(*args, **kwargs)
+            return compile_(*args, **kwargs)
 
         torch.compile = telling
         try:
             yield
         finally:
-            torch.compile = own
+            torch.compile = compile_
 
 
 @contextmanager
@@ -131,4 +131,4 @@ _COMPILED = "_orig_mod"  # what torch.compile has put between a module's name an
 
 def plain_module_name(name: str) -> str:
     """A module's name as it is without torch.compile."""
-    return ".".join(part for part in name.split(".") if part != _COMPILED)
+    return ".".join(step for step in name.split(".") if step != _COMPILED)

@@ -1,4 +1,4 @@
-"""Traces of several batches as one: what runs in any of them, each call once."""
+"""Merged traces: what runs in any of several batches, each call once."""
 
 from __future__ import annotations
 

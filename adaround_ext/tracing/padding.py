@@ -11,8 +11,8 @@ from adaround_ext.tracing.dataflow import Dataflow, same_positions
 from adaround_ext.tracing.trace import Trace
 
 PaddingMask = str | Callable[[Any], Tensor | None] | None
-# In the place of a mask's name: what a function makes of a batch.
-MADE = ""
+# In the place of a mask's name: the mask is made by a function, of a batch.
+BY_FUNCTION = ""
 
 
 class PaddingMasks:
@@ -26,7 +26,7 @@ class PaddingMasks:
 
     def __init__(self, padding_mask: PaddingMask, trace: Trace, flow: Dataflow) -> None:
         self.notes: list[str] = []
-        self._main = padding_mask if isinstance(padding_mask, str) else MADE
+        self._main = padding_mask if isinstance(padding_mask, str) else BY_FUNCTION
         self._none = padding_mask is None
         self._masks: dict[frozenset[str], str] = {}
         shapes = _shapes(trace)

@@ -1,4 +1,4 @@
-"""One run of a model, watched: which modules and operators ran, in what order, on which tensors.
+"""Trace of one run of a model: its modules and operators, in order, and the tensors they had.
 
 Everything that must not depend on how a model is written is read from this: the order of its
 layers, which of them share an input, what follows a layer, what a block's output is used for.
@@ -41,7 +41,7 @@ class Value:
 class ModuleCall:
     """One call of a module. ``index`` counts this module's calls, from 0.
 
-    repeats: the same call in traces of other batches, see :mod:`adaround_ext.merged`.
+    repeats: the same call in traces of other batches, see :mod:`adaround_ext.tracing.merged`.
     """
 
     module: nn.Module
@@ -94,18 +94,18 @@ class Trace:
 
     @cached_property
     def _by_module(self) -> dict[nn.Module, list[ModuleCall]]:
-        found = defaultdict(list)
+        calls = defaultdict(list)
         for call in self.calls:
-            found[call.module].append(call)
-        return found
+            calls[call.module].append(call)
+        return calls
 
     @cached_property
     def _readers(self) -> dict[Value, list[OperatorCall]]:
-        found = defaultdict(list)
+        readers = defaultdict(list)
         for operator in self.operators:
             for value in dict.fromkeys(operator.inputs):
-                found[value].append(operator)
-        return found
+                readers[value].append(operator)
+        return readers
 
     def calls_of(self, module: nn.Module) -> list[ModuleCall]:
         """All calls of a module, in order."""

@@ -1,4 +1,4 @@
-"""Batch norms folded into the layers before them, which quantization then sees as they are run."""
+"""Batch norm folding: into the layers before, which quantization then sees as they are run."""
 
 from __future__ import annotations
 
@@ -41,32 +41,37 @@ def fold_batch_norm_(model: nn.Module, trace: Trace, run: Callable[[], object]) 
     The layer's parameters keep their identity; a layer without a bias gets one. The batch norm
     becomes an nn.Identity in every module that holds it.
 
-    ``trace`` is of the model as it is now, and ``run`` calls the model on the batch that was traced
-    and returns its output, both in :func:`adaround_ext.tracing.evaluation.evaluation`. A batch norm
-    is left alone, with its reason, where anything else depends on what comes between (another
-    reader, a shared weight, a hook), where it normalises another dimension than the layer's
-    channels, where it has no running statistics, and where the model's outputs move by more than
-    the tolerance of
-    :func:`adaround_ext.transforms.verified.make_verified`.
+    A batch norm is left alone, with its reason, where anything else depends on what comes between
+    (another reader, a shared weight, a hook), where it normalises another dimension than the
+    layer's channels, where it has no running statistics, and where the model's outputs move by more
+    than the tolerance of :func:`adaround_ext.transforms.verified.make_verified`.
+
+    Args:
+        model: Changed in place.
+        trace: Of the model as it is now, in :func:`adaround_ext.tracing.evaluation.evaluation`.
+        run: Calls the model on the batch that was traced, in the same way, and returns its output.
+
+    Returns:
+        What was folded, why the rest was not, and the way back.
     """
     traced = TracedLayers(model, trace)
     ran = dict.fromkeys(call.module for call in trace.calls if call.module in traced.names)
     norms = [module for module in {**ran, **traced.names} if isinstance(module, _BATCH_NORMS)]
-    found, skipped = [], {}
+    pairs, skipped = list[_Pair](), dict[str, str]()
     for norm in norms:
         pair = _find(traced, norm)
         if isinstance(pair, _Pair):
-            found.append(pair)
+            pairs.append(pair)
         else:
             skipped[traced.names[norm]] = pair
 
-    def fold(journal: Journal, pairs: Sequence[_Pair]) -> None:
-        for pair in pairs:
+    def fold(journal: Journal, some: Sequence[_Pair]) -> None:
+        for pair in some:
             _fold(journal, model, pair)
 
-    journal, kept, reasons = make_verified(model, run, found, fold)
+    journal, accepted, reasons = make_verified(model, run, pairs, fold)
     skipped |= {traced.names[pair.norm]: reason for pair, reason in reasons.items()}
-    names = tuple((traced.names[pair.layer], traced.names[pair.norm]) for pair in kept)
+    names = tuple((traced.names[pair.layer], traced.names[pair.norm]) for pair in accepted)
     return Folded(names, skipped, journal)
 
 
@@ -79,16 +84,18 @@ def _find(traced: TracedLayers, norm: _BatchNorm) -> _Pair | str:
         return "it has no running statistics"
     if norm._forward_hooks or norm._forward_pre_hooks:
         return "it has hooks"
-    made = [traced.made.get(call.inputs[0]) if len(call.inputs) == 1 else None for call in calls]
-    first = made[0]
+    sources = [
+        traced.produced_by.get(call.inputs[0]) if len(call.inputs) == 1 else None for call in calls
+    ]
+    first = sources[0]
     if first is None:
         return "its input is not the output of a Linear, Conv or ConvTranspose layer"
     layer, name = first.module, traced.names[first.module]
-    wanted = traced.trace.calls_of(layer)
-    if len(made) != len(wanted) or set(made) != set(wanted):
+    layer_calls = traced.trace.calls_of(layer)
+    if len(sources) != len(layer_calls) or set(sources) != set(layer_calls):
         return f"its calls and those of {name} are not in pairs"
     for call in calls:
-        reason = _between(traced, traced.made[call.inputs[0]], call)
+        reason = _between(traced, traced.produced_by[call.inputs[0]], call)
         if reason is not None:
             return reason
     return traced.obstacle(layer) or _Pair(layer, norm)
@@ -103,8 +110,8 @@ def _between(traced: TracedLayers, source: ModuleCall, call: ModuleCall) -> str 
         return f"something else reads the output of {name} too"
     if channel_dim(source.module, value) != 1:
         return f"it does not normalise the channels of {name}"
-    made = [op for op in traced.trace.operators if call.spans(op.time)][-1:]
-    if not any("batch_norm" in op.name and op.outputs[:1] == call.outputs for op in made):
+    last = [op for op in traced.trace.operators if call.spans(op.time)][-1:]
+    if not any("batch_norm" in op.name and op.outputs[:1] == call.outputs for op in last):
         return "it does more than normalise"
     return None
 

@@ -23,8 +23,8 @@ _HOMOGENEOUS = {
     f"aten.{name}"
     for name in ("relu", "relu_", "leaky_relu", "leaky_relu_", "prelu", "_prelu_kernel")
 }
-# Channels whose ranges are 16 million times apart are as good as dead.
-_MOST = 2.0**12
+# Of a channel, either way: ranges that are 16 million times apart are as good as dead.
+_MAX_SCALE = 2.0**12
 
 
 class Equalized(Changed):
@@ -54,32 +54,44 @@ def equalize_(
     within 2^-12 and 2^12. With 16-bit weights it is a power of two, which loses no bits.
 
     Two layers form a pair where the second takes the first one's output, possibly through ReLU,
-    LeakyReLU or PReLU, both run once, and nothing else reads what is between. ``skipped`` has a
-    reason for each other layer that ran. ``trace``, ``run`` and the check of the outputs are those
-    of :func:`adaround_ext.transforms.batch_norm.fold_batch_norm_`.
+    LeakyReLU or PReLU, both run once, and nothing else reads what is between. The outputs are
+    checked as by :func:`adaround_ext.transforms.batch_norm.fold_batch_norm_`.
 
     Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction", ICCV
-    2019, equations (9) to (11). ValueError for iterations below 1 or a negative tolerance.
+    2019, equations (9) to (11).
+
+    Args:
+        model: Changed in place.
+        trace: Of the model as it is now, in :func:`adaround_ext.tracing.evaluation.evaluation`.
+        run: Calls the model on the batch that was traced, in the same way, and returns its output.
+        iterations: Most times that chains of layers are gone over, at least 1.
+        tolerance: Of s around 1, not negative.
+
+    Returns:
+        What was equalized, a reason for each other layer that ran, and the way back.
+
+    Raises:
+        ValueError: iterations is below 1, or tolerance negative.
     """
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
     if not tolerance >= 0:
         raise ValueError(f"tolerance must not be negative, got {tolerance}")
     traced = TracedLayers(model, trace)
-    found, skipped = [], {}
+    pairs, skipped = list[_Pair](), dict[str, str]()
     for layer in traced:
         pair = _find(traced, layer)
         if isinstance(pair, _Pair):
-            found.append(pair)
+            pairs.append(pair)
         else:
             skipped[traced.names[layer]] = pair
 
-    def scale(journal: Journal, pairs: Sequence[_Pair]) -> None:
-        _scale(journal, traced, pairs, _factors(traced, pairs, iterations, tolerance))
+    def scale(journal: Journal, some: Sequence[_Pair]) -> None:
+        _scale(journal, traced, some, _factors(traced, some, iterations, tolerance))
 
-    journal, kept, reasons = make_verified(model, run, found, scale)
+    journal, accepted, reasons = make_verified(model, run, pairs, scale)
     skipped |= {traced.names[pair.first]: reason for pair, reason in reasons.items()}
-    names = tuple((traced.names[pair.first], traced.names[pair.second]) for pair in kept)
+    names = tuple((traced.names[pair.first], traced.names[pair.second]) for pair in accepted)
     return Equalized(names, skipped, journal)
 
 
@@ -93,7 +105,7 @@ def _find(traced: TracedLayers, layer: nn.Module) -> _Pair | str:
         if value in traced.trace.outputs:
             return "the model returns its output"
         readers = traced.readers(value, time)
-        call = traced.read.get(value)
+        call = traced.read_by.get(value)
         if call is not None and readers and all(call.spans(op.time) for op in readers):
             break
         if len(readers) != 1:
@@ -141,7 +153,7 @@ def _factors(
             range2 = second.abs().amax((1, 3)).flatten().to(range1.device)
             ratio = range1 / range2
             ratio = torch.where((ratio > 0) & ratio.isfinite(), ratio, 1.0)
-            factors[index] = (before * ratio.sqrt()).clamp(1 / _MOST, _MOST)
+            factors[index] = (before * ratio.sqrt()).clamp(1 / _MAX_SCALE, _MAX_SCALE)
             step = factors[index] / before
             first /= _by_output(step, first)
             second *= _by_input(step, second)

@@ -1,4 +1,4 @@
-"""Changes of a model that must keep its function: where they may be made, made, run, taken back."""
+"""Verified changes of a model, which keep its function: made, run, and taken back where not."""
 
 from __future__ import annotations
 
@@ -78,15 +78,15 @@ class TracedLayers:
         self.trace = trace
         self.names = {module: name for name, module in model.named_modules()}
         self._layers: dict[nn.Module, MatrixLayer | str] = {}
-        # Of layers inside one another the innermost, which began last, made the value.
-        self.made: dict[Value, ModuleCall] = {}
-        self.read: dict[Value, ModuleCall] = {}
+        # Of layers inside one another the innermost, which began last, produced the value.
+        self.produced_by: dict[Value, ModuleCall] = {}
+        self.read_by: dict[Value, ModuleCall] = {}
         for call in trace.calls:
             if call.module in self.names and self._is_layer(call.module):
                 if len(call.outputs) == 1:
-                    self.made[call.outputs[0]] = call
+                    self.produced_by[call.outputs[0]] = call
                 if len(call.inputs) == 1:
-                    self.read[call.inputs[0]] = call
+                    self.read_by[call.inputs[0]] = call
         self._times = [operator.time for operator in trace.operators]
         self._memory: dict[torch.device, list[tuple[int, int, nn.Module, str]]] = defaultdict(list)
         for module in self.names:
@@ -98,9 +98,9 @@ class TracedLayers:
 
     def __getitem__(self, layer: nn.Module) -> MatrixLayer:
         """A layer without an obstacle as a matrix product."""
-        found = self._layers[layer]
-        assert isinstance(found, MatrixLayer)
-        return found
+        matrix = self._layers[layer]
+        assert isinstance(matrix, MatrixLayer)
+        return matrix
 
     def __iter__(self) -> Iterator[nn.Module]:
         """The layers, in the order in which they first ran."""
@@ -133,8 +133,8 @@ class TracedLayers:
                 continue
             begin, end = extent(tensor)
             for other_begin, other_end, module, other in self._memory[tensor.device]:
-                mine = module is layer and other == key
-                if not mine and begin < other_end and other_begin < end:
+                itself = module is layer and other == key
+                if not itself and begin < other_end and other_begin < end:
                     holder = ".".join(filter(None, (self.names[module], other)))
                     return f"{name} shares its {key} with {holder}"
         if self._read_outside(layer):
@@ -149,11 +149,11 @@ class TracedLayers:
             for call in calls
         ]
         inside = [op for begin, end in spans for op in self.trace.operators[begin:end]]
-        own = {value for op in inside for value in op.inputs}
-        own -= {value for op in inside for value in op.outputs}
-        own -= {value for call in calls for value in call.inputs}
+        weights = {value for op in inside for value in op.inputs}
+        weights -= {value for op in inside for value in op.outputs}
+        weights -= {value for call in calls for value in call.inputs}
         times = {op.time for op in inside}
-        return any(op.time not in times for value in own for op in self.trace.readers(value))
+        return any(op.time not in times for value in weights for op in self.trace.readers(value))
 
 
 def channel_dim(layer: nn.Module, value: Value) -> int:
@@ -169,19 +169,20 @@ def make_verified(
 ) -> tuple[Journal, list[Change], dict[Change, str]]:
     """Makes those changes that keep all outputs of ``run``; the others are taken back.
 
-    Kept is ||after - before|| <= tolerance ||before|| for each output tensor, TOLERANCE or, with
-    weights or outputs of 16 bits, HALF_TOLERANCE; entries that were not finite must be the same.
+    Kept are those with ||after - before|| <= tolerance ||before|| for each output tensor, TOLERANCE
+    or, with weights or outputs of 16 bits, HALF_TOLERANCE; entries that were not finite must be the
+    same.
     All changes are made together first, and halved where that fails.
 
     Returns the journal, the changes made, and for each of the others the reason. Where an error
     leaves this function, no change is left.
     """
-    journal, kept, reasons = Journal(), list[Change](), dict[Change, str]()
+    journal, accepted, reasons = Journal(), list[Change](), dict[Change, str]()
     if not changes:
-        return journal, kept, reasons
+        return journal, accepted, reasons
     before = _outputs(model, run)
     if not before:
-        return journal, kept, dict.fromkeys(changes, "the model returned no tensor to compare")
+        return journal, accepted, dict.fromkeys(changes, "the model returned no tensor to compare")
     half = any(map(_is_half, (*model.parameters(), *before)))
     tolerance = HALF_TOLERANCE if half else TOLERANCE
 
@@ -195,26 +196,26 @@ def make_verified(
     waiting = [changes]
     try:
         while waiting:
-            part = waiting.pop()
+            trial = waiting.pop()
             length = len(journal)
-            make(journal, part)
+            make(journal, trial)
             reason = problem()
             if reason is None:
-                kept += part
+                accepted += trial
                 continue
             journal.undo(length)
-            if part is changes and _difference(before, _outputs(model, run), tolerance):
+            if trial is changes and _difference(before, _outputs(model, run), tolerance):
                 reason = "the model's output changes from run to run, so nothing can be verified"
-                return journal, kept, dict.fromkeys(changes, reason)
-            if len(part) == 1:
-                reasons[part[0]] = reason
+                return journal, accepted, dict.fromkeys(changes, reason)
+            if len(trial) == 1:
+                reasons[trial[0]] = reason
             else:
-                middle = len(part) // 2
-                waiting += [part[middle:], part[:middle]]
+                middle = len(trial) // 2
+                waiting += [trial[middle:], trial[:middle]]
     except BaseException:
         journal.undo()
         raise
-    return journal, kept, reasons
+    return journal, accepted, reasons
 
 
 def _is_half(tensor: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""AIMET's AdaRound on one Linear: run by quality_peers in an environment of its own.
+"""AIMET's AdaRound on one Linear: run by quality/peers.py in an environment of its own.
 
 AIMET chooses its own scales ("tf_enhanced", by signal over quantization noise, for each row); all
 but the number of steps are its defaults (which would be 15,000). It leaves soft weights and their

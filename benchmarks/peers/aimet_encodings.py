@@ -1,4 +1,4 @@
-"""Exports for AIMET in AIMET: run by aimet_peer in an environment of its own.
+"""Exports for AIMET in AIMET: run by peers/aimet.py in an environment of its own.
 
 FOLDER holds an export and batch.npz for each case. Each weight is first moved off its grid, by up
 to 0.4 of the smallest scale: only where AIMET puts it back to the very codes that the encodings
@@ -26,15 +26,15 @@ def main(folder: str, target: str) -> None:
 def measure(folder: Path) -> dict[str, float]:
     batch = dict(np.load(folder / "batch.npz"))
     feeds = {name[3:]: x for name, x in batch.items() if name.startswith("in ")}
-    wanted = [batch[f"out {i}"] for i in range(len(batch) - len(feeds))]
+    expected = [batch[f"out {i}"] for i in range(len(batch) - len(feeds))]
     model = onnx.load(folder / "model.onnx")
     encodings = json.loads((folder / "model.encodings").read_text())
     move(model, encodings)
     moved = onnxruntime.InferenceSession(model.SerializeToString()).run(None, feeds)
     sim = QuantizationSimModel(model)
     load_encodings_to_sim(sim, str(folder / "model.encodings"), strict=False)
-    found = {"moved": moved, "aimet": sim.session.run(None, feeds)}
-    return {name: error(outputs, wanted) for name, outputs in found.items()}
+    outputs_of = {"moved": moved, "aimet": sim.session.run(None, feeds)}
+    return {name: error(outputs, expected) for name, outputs in outputs_of.items()}
 
 
 def move(model: onnx.ModelProto, encodings: dict) -> None:
@@ -52,9 +52,9 @@ def move(model: onnx.ModelProto, encodings: dict) -> None:
             tensor.CopyFrom(numpy_helper.from_array(moved, tensor.name))
 
 
-def error(outputs: list, wanted: list) -> float:
+def error(outputs: list, expected: list) -> float:
     """The largest relative error of an output."""
-    pairs = zip(outputs, wanted, strict=True)
+    pairs = zip(outputs, expected, strict=True)
     return float(max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs))
 
 

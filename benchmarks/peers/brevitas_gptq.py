@@ -1,4 +1,4 @@
-"""Brevitas's GPTQ on one Linear: run by quality_peers in an environment of its own.
+"""Brevitas's GPTQ on one Linear: run by quality/peers.py in an environment of its own.
 
 Brevitas chooses its own scales, of least squared weight error for each row; GPTQ's settings are its
 defaults but for act_order. Source: brevitas.graph.gptq, and apply_gptq in brevitas_examples.

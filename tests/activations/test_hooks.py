@@ -77,8 +77,8 @@ def attached(name: str, **settings: Any) -> tuple[nn.Module, Tensor]:
 @torch.no_grad()
 def calibrate(model: nn.Module, x: Tensor) -> None:
     with observing(quantizers(model)) as observation:
-        for part in x.split(7):
-            model(part)
+        for batch in x.split(7):
+            model(batch)
     observation.set_ranges()
 
 
@@ -95,24 +95,24 @@ def state_of(model: nn.Module) -> list[object]:
 def test_attach_and_detach(name: str) -> None:
     model, x = MODELS[name]()
     model.eval()
-    before, wanted, keys = state_of(model), model(x), list(model.state_dict())
+    before, expected, keys = state_of(model), model(x), list(model.state_dict())
     placement = placement_of(model, x)
-    found = attach(placement.places, model)
-    assert list(found) == [place.name for place in placement.places]
-    assert set(found.values()) == set(quantizers(model).values())
-    for quantizer in found.values():  # every one is kept with the model's state
+    by_name = attach(placement.places, model)
+    assert list(by_name) == [place.name for place in placement.places]
+    assert set(by_name.values()) == set(quantizers(model).values())
+    for quantizer in by_name.values():  # every one is kept with the model's state
         holder = [k for k, m in model.named_modules() if m is quantizer]
         assert f"{holder[0]}.scale" in model.state_dict()
     with pytest.raises(RuntimeError, match="has no range yet"):
         model(x)
     calibrate(model, x)
-    assert not torch.equal(model(x), wanted)
+    assert not torch.equal(model(x), expected)
     with full_precision_activations(model):
-        assert torch.equal(model(x), wanted)
+        assert torch.equal(model(x), expected)
     with observing(quantizers(model)):
-        assert torch.equal(model(x), wanted)
+        assert torch.equal(model(x), expected)
     detach(model)
-    assert torch.equal(model(x), wanted)
+    assert torch.equal(model(x), expected)
     assert state_of(model) == before
     assert list(model.state_dict()) == keys
     detach(model)
@@ -132,8 +132,8 @@ def test_eight_bits_are_accurate(name: str, ranges: str) -> None:
     model, x = attached(name, ranges=ranges)
     y = model(x)
     with full_precision_activations(model):
-        wanted = model(x)
-    assert 0 < float((y - wanted).norm() / wanted.norm()) < 0.02
+        expected = model(x)
+    assert 0 < float((y - expected).norm() / expected.norm()) < 0.02
 
 
 @torch.no_grad()
@@ -215,8 +215,8 @@ def test_ranges_by_hand() -> None:
         linear = nn.Linear(16, 16)
         attach([alone], linear, ActivationConfig(ranges=ranges))
         calibrate(linear, hidden)
-        wanted = float(linear.input_quantizer.scale)
-        assert float(block.attention.k.input_quantizer.scale) == pytest.approx(wanted, rel=1e-5)
+        expected = float(linear.input_quantizer.scale)
+        assert float(block.attention.k.input_quantizer.scale) == pytest.approx(expected, rel=1e-5)
 
 
 @torch.no_grad()
@@ -292,10 +292,10 @@ def test_state_dict(name: str) -> None:
 def test_devices_and_dtypes(device: torch.device) -> None:
     for name in ("resnet", "containers"):
         model, x = attached(name)
-        wanted = model(x)
+        expected = model(x)
         model.to(device)
         assert {q.scale.device.type for q in quantizers(model).values()} == {device.type}
-        torch.testing.assert_close(model(x.to(device)).cpu(), wanted, atol=0.1, rtol=0.1)
+        torch.testing.assert_close(model(x.to(device)).cpu(), expected, atol=0.1, rtol=0.1)
         model.bfloat16()
         assert {q.scale.dtype for q in quantizers(model).values()} == {torch.float32}
         assert model(x.to(device, torch.bfloat16)).dtype == torch.bfloat16
@@ -325,21 +325,21 @@ def test_errors_change_nothing() -> None:
 @torch.no_grad()
 def test_observing() -> None:
     model, x = attached("sequential", ranges="min_max")
-    found = quantizers(model)
+    by_name = quantizers(model)
     first = model[0].input_quantizer
     scale = first.scale.clone()
     # Without set_ranges nothing changes; errors leave no observer behind.
-    with pytest.raises(ZeroDivisionError), observing(found):
+    with pytest.raises(ZeroDivisionError), observing(by_name):
         model(10 * x)
         raise ZeroDivisionError
     assert torch.equal(first.scale, scale)
     assert first.observer is None
     # Only what is selected counts.
-    with observing(found, select=lambda name, t: t[:3]) as observation:
+    with observing(by_name, select=lambda name, t: t[:3]) as observation:
         model(x)
     observation.set_ranges()
-    wanted = float(x[:3].max() - x[:3].min()) / 255
-    assert float(first.scale) == pytest.approx(wanted)
+    expected = float(x[:3].max() - x[:3].min()) / 255
+    assert float(first.scale) == pytest.approx(expected)
     # Some of them, while the others quantize.
     second = {"second": model[2][0].input_quantizer}
     with observing(second) as observation:
@@ -348,16 +348,16 @@ def test_observing() -> None:
     observation.set_ranges()
     assert float(second["second"].scale) == pytest.approx(float(y.max()) / 255)
     # One that saw nothing: no range changes.
-    scales = [q.scale.clone() for q in found.values()]
-    with observing(found) as observation:
+    scales = [q.scale.clone() for q in by_name.values()]
+    with observing(by_name) as observation:
         model[0](5 * x)
     with pytest.raises(ValueError, match=r"activations at 2\.0\.input_quantizer must hold a value"):
         observation.set_ranges()
-    assert all(torch.equal(q.scale, s) for q, s in zip(found.values(), scales, strict=True))
+    assert all(torch.equal(q.scale, s) for q, s in zip(by_name.values(), scales, strict=True))
     bad = x.clone()
     bad[0, :2] = torch.nan
     message = "activations at 0.input_quantizer must be finite in float32, got 2 NaN"
-    with pytest.raises(ValueError, match=message), observing(found):
+    with pytest.raises(ValueError, match=message), observing(by_name):
         model(bad)
 
 
@@ -387,8 +387,8 @@ def test_arguments_and_outputs_of_any_form() -> None:
     assert quantizer is pair.output_quantizer
     quantizer.set_range(0.0, 255.0)
     x, y = torch.tensor([1.2]), torch.tensor([3.4])
-    found = pair(x, more={"skip": y, "again": y, "number": 5})
-    assert found["none"] is None
-    assert [float(found["list"][i]) for i in (0, 1)] == [1.0, 3.0]
-    assert found["list"][2] == 5
+    outputs = pair(x, more={"skip": y, "again": y, "number": 5})
+    assert outputs["none"] is None
+    assert [float(outputs["list"][i]) for i in (0, 1)] == [1.0, 3.0]
+    assert outputs["list"][2] == 5
     assert (float(x), float(y)) == (pytest.approx(1.2), pytest.approx(3.4))

@@ -33,8 +33,8 @@ def readers(placement: Placement) -> dict[str, tuple[str, ...]]:
 @pytest.mark.parametrize("first", [False, True])
 def test_residual_network(first: bool) -> None:
     """The shortcut with fewer layers, whichever branch is computed first."""
-    found = placement_of(ResNet(first), torch.randn(2, 3, 9, 9))
-    assert readers(found) == {
+    plan = placement_of(ResNet(first), torch.randn(2, 3, 9, 9))
+    assert readers(plan) == {
         "stem.0.input_quantizer": ("stem.0",),
         "layer1.0.input_quantizer": ("layer1.0.conv1", "layer1.0"),
         "layer1.0.conv2.input_quantizer": ("layer1.0.conv2",),
@@ -47,8 +47,8 @@ def test_residual_network(first: bool) -> None:
         "layer1.1.downsample.1.output_quantizer": ("layer1.1",),
         "fc.input_quantizer": ("fc",),
     }
-    assert found.notes == ()
-    by_name = {item.name: item for item in found.places}
+    assert plan.notes == ()
+    by_name = {item.name: item for item in plan.places}
     assert by_name["layer1.1.conv1.input_quantizer"].sites == (
         Site("layer1.1.conv1", "input"),
         Site("layer1.1.downsample.0", "input"),
@@ -56,8 +56,8 @@ def test_residual_network(first: bool) -> None:
 
 
 def test_places_are_in_the_order_of_execution() -> None:
-    found = placement_of(ResNet(), torch.randn(2, 3, 9, 9))
-    assert [item.name.rsplit(".", 1)[0] for item in found.places] == [
+    plan = placement_of(ResNet(), torch.randn(2, 3, 9, 9))
+    assert [item.name.rsplit(".", 1)[0] for item in plan.places] == [
         "stem.0", "layer1.0", "layer1.0.conv2", "layer1.1.conv1", "layer1.1.conv2",
         "layer1.1.downsample.1", "fc",
     ]  # fmt: skip
@@ -65,8 +65,8 @@ def test_places_are_in_the_order_of_execution() -> None:
 
 def test_pre_norm_transformer() -> None:
     """q, k and v share; no module makes or takes the second sum's shortcut."""
-    found = placement_of(Transformer(PreNorm), torch.arange(7)[None])
-    by_reader = {item.readers: item for item in found.places}
+    plan = placement_of(Transformer(PreNorm), torch.arange(7)[None])
+    by_reader = {item.readers: item for item in plan.places}
     for i in (0, 1):
         block = f"blocks.{i}"
         q, k, v = (f"{block}.attention.{name}" for name in "qkv")
@@ -74,42 +74,42 @@ def test_pre_norm_transformer() -> None:
         assert by_reader[(block,)].sites == (Site(block, "input"),)
         for name in ("attention.o", "up", "down"):
             assert by_reader[(f"{block}.{name}",)].sites == (Site(f"{block}.{name}", "input"),)
-        assert found.notes[i].startswith(f"{block}: the shortcut of a residual addition is neither")
-    assert len(found.places) == 10
-    assert len(found.notes) == 2
+        assert plan.notes[i].startswith(f"{block}: the shortcut of a residual addition is neither")
+    assert len(plan.places) == 10
+    assert len(plan.notes) == 2
 
 
 def test_post_norm_transformer() -> None:
     """The same value feeds q, k, v and the sum: one quantizer for all, where the norm made it."""
-    found = placement_of(Transformer(PostNorm), torch.arange(7)[None])
-    assert found.notes == ()
-    first, second = readers(found), readers(found)
+    plan = placement_of(Transformer(PostNorm), torch.arange(7)[None])
+    assert plan.notes == ()
+    first, second = readers(plan), readers(plan)
     for i in (0, 1):
         block = f"blocks.{i}"
         qkv = tuple(f"{block}.attention.{name}" for name in "qkv")
         assert first[f"{block}.input_quantizer"] == (*qkv, block)
         assert second[f"{block}.norm1.output_quantizer"] == (f"{block}.up", block)
-    assert len(found.places) == 8
+    assert len(plan.places) == 8
 
 
 def test_separable_network() -> None:
-    found = placement_of(nn.Sequential(Separable(), Separable()), torch.randn(2, 6, 5, 5))
-    assert readers(found)["0.input_quantizer"] == ("0.body.0", "0")
-    assert readers(found)["1.body.2.input_quantizer"] == ("1.body.2",)
-    assert len(found.places) == 6
-    assert found.notes == ()
+    plan = placement_of(nn.Sequential(Separable(), Separable()), torch.randn(2, 6, 5, 5))
+    assert readers(plan)["0.input_quantizer"] == ("0.body.0", "0")
+    assert readers(plan)["1.body.2.input_quantizer"] == ("1.body.2",)
+    assert len(plan.places) == 6
+    assert plan.notes == ()
 
 
 def test_only_a_sequential() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 3))
-    found = placement_of(model, torch.randn(2, 3, 4))
-    assert readers(found) == {"1.input_quantizer": ("1",), "3.input_quantizer": ("3",)}
+    plan = placement_of(model, torch.randn(2, 3, 4))
+    assert readers(plan) == {"1.input_quantizer": ("1",), "3.input_quantizer": ("3",)}
 
 
 def test_containers_with_a_residual() -> None:
     model = Residual(nn.Linear(6, 6), nn.ReLU(), Residual(nn.Linear(6, 6)), Children())
-    found = placement_of(model, torch.randn(2, 6))
-    assert readers(found) == {
+    plan = placement_of(model, torch.randn(2, 6))
+    assert readers(plan) == {
         "input_quantizer": ("0", ""),
         "2.input_quantizer": ("2.0", "2"),
         "3.input_quantizer": ("3.a", "3"),
@@ -118,8 +118,8 @@ def test_containers_with_a_residual() -> None:
 
 
 def test_modules_that_run_several_times() -> None:
-    found = placement_of(Reused(), torch.randn(2, 6))
-    assert readers(found) == {
+    plan = placement_of(Reused(), torch.randn(2, 6))
+    assert readers(plan) == {
         "layer.input_quantizer": ("layer",),
         "block.input_quantizer": ("block.0", "block"),
     }
@@ -128,12 +128,12 @@ def test_modules_that_run_several_times() -> None:
 def test_a_layer_inside_and_outside_of_a_block() -> None:
     """Its calls outside need a hook of its own: the same quantizer, so that twice is once."""
     model = Mixed()
-    found = placement_of(model, torch.randn(2, 6))
-    assert [item.sites for item in found.places] == [
+    plan = placement_of(model, torch.randn(2, 6))
+    assert [item.sites for item in plan.places] == [
         (Site("first", "input"),),
         (Site("block", "input"), Site("block.0", "input")),
     ]
-    assert found.places[1].readers == ("block.0", "block")
+    assert plan.places[1].readers == ("block.0", "block")
 
 
 class _Net(nn.Module):
@@ -150,8 +150,8 @@ class _Net(nn.Module):
 
 
 def test_output_of_the_module_that_made_it() -> None:
-    found = placement_of(_Net(nn.ReLU()), torch.randn(2, 3, 4, 4))
-    assert readers(found) == {
+    plan = placement_of(_Net(nn.ReLU()), torch.randn(2, 3, 4, 4))
+    assert readers(plan) == {
         "conv1.input_quantizer": ("conv1",),
         "relu.output_quantizer": ("conv2", ""),
     }
@@ -162,10 +162,10 @@ def test_a_module_that_also_gives_other_values_is_not_used() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.relu(super().forward(x))
 
-    found = placement_of(Twice(nn.ReLU()), torch.randn(2, 3, 4, 4))
-    assert "conv2.input_quantizer" in readers(found)
-    assert len(found.notes) == 1
-    assert found.notes[0].startswith("the model: the shortcut of a residual addition is neither")
+    plan = placement_of(Twice(nn.ReLU()), torch.randn(2, 3, 4, 4))
+    assert "conv2.input_quantizer" in readers(plan)
+    assert len(plan.notes) == 1
+    assert plan.notes[0].startswith("the model: the shortcut of a residual addition is neither")
 
 
 def test_a_shortcut_that_was_changed_in_place_is_not_placed_on_a_copy() -> None:
@@ -177,19 +177,19 @@ def test_a_shortcut_that_was_changed_in_place_is_not_placed_on_a_copy() -> None:
             return x + self.conv2(out)
 
     model = nn.Sequential(nn.Conv2d(3, 4, 1), PreActivation(4, 4))
-    found = placement_of(model, torch.randn(2, 3, 5, 5))
-    assert readers(found) == {
+    plan = placement_of(model, torch.randn(2, 3, 5, 5))
+    assert readers(plan) == {
         "0.input_quantizer": ("0",),
         "1.conv2.input_quantizer": ("1.conv2",),
     }
-    assert found.notes[0] == "1.conv1 did not run: its input has no quantizer"
-    assert found.notes[1].startswith("1: the shortcut of a residual addition is neither")
+    assert plan.notes[0] == "1.conv1 did not run: its input has no quantizer"
+    assert plan.notes[1].startswith("1: the shortcut of a residual addition is neither")
 
 
 def test_dropout_and_identity_make_no_value() -> None:
     model = _Net(nn.Sequential(nn.ReLU(), nn.Dropout(), nn.Identity()))
-    found = placement_of(model, torch.randn(2, 3, 4, 4))
-    assert "relu.0.output_quantizer" in readers(found)
+    plan = placement_of(model, torch.randn(2, 3, 4, 4))
+    assert "relu.0.output_quantizer" in readers(plan)
 
 
 def test_second_and_repeated_arguments() -> None:
@@ -212,8 +212,8 @@ def test_second_and_repeated_arguments() -> None:
             y = self.first(x).relu()
             return self.fused(y.tanh(), more={"skip": y, "again": y})
 
-    found = placement_of(Model(), torch.randn(2, 6))
-    place = next(item for item in found.places if "fused" in item.readers)
+    plan = placement_of(Model(), torch.randn(2, 6))
+    place = next(item for item in plan.places if "fused" in item.readers)
     assert place.sites == (Site("fused", "input", (1, 2)),)
     assert place.name == "fused.input_quantizer_1"
     assert place.readers == ("fused", "fused.b")
@@ -226,14 +226,14 @@ def test_views_of_the_same_elements_are_one_value() -> None:
             self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
 
         def forward(self, x: Tensor) -> Tensor:
-            part = x[:, :1]  # other elements
-            return self.a(x.view(-1, 6)).sum() + self.b(x).sum() + self.a(part).sum()
+            column = x[:, :1]  # other elements
+            return self.a(x.view(-1, 6)).sum() + self.b(x).sum() + self.a(column).sum()
 
     model = Views()
     x = torch.randn(2, 3, 6)
     with evaluation(model):
-        found = place(model, trace(model, lambda: model(x)), [model.a, model.b])
-    assert [item.sites for item in found.places] == [
+        plan = place(model, trace(model, lambda: model(x)), [model.a, model.b])
+    assert [item.sites for item in plan.places] == [
         (Site("a", "input"), Site("b", "input")),
     ]
     first = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
@@ -247,9 +247,9 @@ def test_layers_that_do_not_run_and_strangers() -> None:
     model.idle = nn.Linear(6, 6)
     model.forward = lambda x: model[0](x)  # type: ignore[method-assign]
     x = torch.randn(2, 6)
-    found = placement_of(model, x)
-    assert found.notes == ("idle did not run: its input has no quantizer",)
-    assert found.places == (Place((Site("0", "input"),), ("0",)),)
+    plan = placement_of(model, x)
+    assert plan.notes == ("idle did not run: its input has no quantizer",)
+    assert plan.places == (Place((Site("0", "input"),), ("0",)),)
     with evaluation(model):
         run = trace(model, lambda: model(x))
     with pytest.raises(ValueError, match=r"layers must be modules of the model, got Linear"):

@@ -58,13 +58,13 @@ def test_numbers_by_hand() -> None:
     assert int(quantizer.zero_point) == 4
     step = 4 / 15
     x = torch.tensor([-9.0, -1.0, 0.0, 0.49 * step, 0.51 * step, 3.0, 9.0])
-    wanted = torch.tensor([-4, -4, 0, 0, 1, 11, 11]) * step
-    torch.testing.assert_close(quantizer(x), wanted)
+    expected = torch.tensor([-4, -4, 0, 0, 1, 11, 11]) * step
+    torch.testing.assert_close(quantizer(x), expected)
     signed = make(-1.0, 3.0, bits=4, symmetric=True)
     assert float(signed.scale) == pytest.approx(3 / 7)
     assert int(signed.zero_point) == 0
-    wanted = torch.tensor([-8, -2, 0, 0, 0, 7, 7]) * (3 / 7)
-    torch.testing.assert_close(signed(x), wanted)
+    expected = torch.tensor([-8, -2, 0, 0, 0, 7, 7]) * (3 / 7)
+    torch.testing.assert_close(signed(x), expected)
 
 
 def test_ties_go_to_even() -> None:

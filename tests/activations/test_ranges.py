@@ -63,8 +63,8 @@ NAMES = [
 def test_min_max_is_exact() -> None:
     x = samples("gelu")
     assert observed(x, ranges="min_max") == (float(x.min()), float(x.max()))
-    parts = x[torch.randperm(len(x))].split(1234)
-    assert observed(*parts, ranges="min_max") == (float(x.min()), float(x.max()))
+    batches = x[torch.randperm(len(x))].split(1234)
+    assert observed(*batches, ranges="min_max") == (float(x.min()), float(x.max()))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -86,11 +86,11 @@ def test_mse_finds_the_least_error(name: str, bits: int, symmetric: bool) -> Non
     x = samples(name)
     grid: dict[str, Any] = {"bits": bits, "symmetric": symmetric}
     low, high = observed(x, **grid)
-    found = squared_error(x, (low, high), **grid)
+    error = squared_error(x, (low, high), **grid)
     shares = [0.7, 0.85, 0.95, 1.05, 1.2, 1.5]
     pairs = [(a, a) for a in shares] + [(1.0, a) for a in shares] + [(a, 1.0) for a in shares]
     for a, b in pairs:
-        assert found <= 1.01 * squared_error(x, (low * a, high * b), **grid)
+        assert error <= 1.01 * squared_error(x, (low * a, high * b), **grid)
 
 
 def test_mse_of_a_normal_distribution() -> None:
@@ -127,10 +127,10 @@ def test_percentile(percentile: float) -> None:
     share = percentile / 100
     width = float(x.abs().max()) / 4096
 
-    def reached(values: Tensor, share: float, found: float) -> bool:
+    def reached(values: Tensor, share: float, bound: float) -> bool:
         rank = round(share * len(values))
         around = values.sort().values[rank - 2 : rank + 2]
-        return float(around[0]) - width <= found <= float(around[-1]) + width
+        return float(around[0]) - width <= bound <= float(around[-1]) + width
 
     low, high = observed(x, ranges="percentile", percentile=percentile)
     assert reached(x, (1 - share) / 2, low)
@@ -143,11 +143,11 @@ def test_percentile(percentile: float) -> None:
 def test_percentile_of_all_is_min_max() -> None:
     for name in NAMES:
         x = samples(name)
-        wanted = observed(x, ranges="min_max")
-        assert observed(x, ranges="percentile", percentile=100) == wanted
-        size = max(-wanted[0], wanted[1])
-        found = observed(x, ranges="percentile", percentile=100, symmetric=True)
-        assert found == (-size, size)
+        expected = observed(x, ranges="min_max")
+        assert observed(x, ranges="percentile", percentile=100) == expected
+        size = max(-expected[0], expected[1])
+        symmetric = observed(x, ranges="percentile", percentile=100, symmetric=True)
+        assert symmetric == (-size, size)
 
 
 def test_percentile_clips_outliers() -> None:
@@ -176,17 +176,17 @@ def test_the_cut_into_batches_does_not_matter(
     generator = torch.Generator().manual_seed(3)
     shuffled = x[torch.randperm(len(x), generator=generator)]
     for data in (shuffled, x[x.abs().argsort()]):  # the latter widens the bins often
-        parts = [torch.zeros(0), *data.split(777)]
-        assert observed(*(part.to(device) for part in parts), **settings) == whole
+        batches = [torch.zeros(0), *data.split(777)]
+        assert observed(*(batch.to(device) for batch in batches), **settings) == whole
 
 
 def test_histogram_counts_by_hand() -> None:
     histogram = Histogram()
-    for part in ([0.25, 0.25, -0.5], [0.0, 1.5, 1.5], [1.0, -0.5, 0.0, 1.5]):
-        x = torch.tensor(part)
-        histogram.add(x, min(part), max(part))
+    for values in ([0.25, 0.25, -0.5], [0.0, 1.5, 1.5], [1.0, -0.5, 0.0, 1.5]):
+        x = torch.tensor(values)
+        histogram.add(x, min(values), max(values))
     assert (histogram.low, histogram.high) == (-0.5, 1.5)
-    edges, counts, heaps, heights = histogram.parts()
+    edges, counts, heaps, heights = histogram.bins_and_heaps()
     assert dict(zip(heaps.tolist(), heights.tolist(), strict=True)) == {0.0: 2, -0.5: 2, 1.5: 3}
     filled = counts.nonzero()[:, 0]
     assert edges[filled].tolist() == [0.25, 1.0]

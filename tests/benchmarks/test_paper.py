@@ -10,10 +10,10 @@ import pytest
 
 pytest.importorskip("sklearn")  # the digits
 pytest.importorskip("matplotlib")
-from examples.method import __main__ as cli
-from examples.method import pages
-from examples.method.catalogue import EXPERIMENTS
-from examples.method.experiment import Claim, Experiment, Table, Text, claims_table
+from benchmarks.paper import main as cli
+from benchmarks.paper import pages
+from benchmarks.paper.catalogue import EXPERIMENTS
+from benchmarks.paper.experiment import Claim, Experiment, Table, Text, claims_table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -122,7 +122,7 @@ def test_full_run_and_tables(folders: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert document["results"] == {"value": 1.25, "quick": False}
     assert document["machine"]["torch_threads"] == 1
     assert "commit" in document["machine"]
-    assert document["command"] == "python -m examples.method toy"
+    assert document["command"] == "python -m benchmarks paper toy"
     first = _files(folders)
     assert b"1.25" in first["docs/method.md"] and b"1.25" in first["docs/method.zh.md"]
     assert "已重现".encode() in first["docs/method.zh.md"]

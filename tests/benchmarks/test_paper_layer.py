@@ -16,11 +16,11 @@ from adaround_ext.grid import nearest_codes
 
 pytest.importorskip("sklearn")  # the digits
 pytest.importorskip("matplotlib")
-from examples.method import adaround, objectives, pages, schemes, taylor, workload
-from examples.method.experiment import Claim, Experiment, Values
-from examples.method.hessian import Expansion, expansion, gram, local
-from examples.method.qubo import Qubo, cross_entropy_method, search, stochastic
-from examples.method.workload import Images, Layer, Scorer
+from benchmarks.paper import adaround, objectives, pages, schemes, taylor, workload
+from benchmarks.paper.experiment import Claim, Experiment, Values
+from benchmarks.paper.hessian import Expansion, expansion, gram, local
+from benchmarks.paper.qubo import Qubo, cross_entropy_method, search, stochastic
+from benchmarks.paper.workload import Images, Layer, Scorer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -179,7 +179,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _shown(experiment: Experiment, values: Values, folder: Path) -> list[Claim]:
     """All that follows from the values; a picture is the same twice."""
-    from examples.method import pictures
+    from benchmarks.paper import pictures
 
     values = json.loads(json.dumps(values))
     for table in experiment.tables(values):

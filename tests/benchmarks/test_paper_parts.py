@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from adaround_ext import AdaRoundConfig, optimize_layer
 from adaround_ext.layers.matrix import matrix_layer
-from benchmarks.quality_layers import Moments, Subject
+from benchmarks.quality.layers import Moments, Subject
 
 pytest.importorskip("sklearn")  # the digits
 pytest.importorskip("matplotlib")
-from examples.method import __main__ as cli
-from examples.method import (
+from benchmarks.paper import (
     bias,
     calibration_data,
     comparison,
@@ -31,11 +30,12 @@ from examples.method import (
     relaxations,
     texts,
 )
-from examples.method.catalogue import EXPERIMENTS
-from examples.method.comparison import Setting
-from examples.method.experiment import Text
-from examples.method.walk import LayerTask
-from examples.method.workload import network
+from benchmarks.paper import main as cli
+from benchmarks.paper.catalogue import EXPERIMENTS
+from benchmarks.paper.comparison import Setting
+from benchmarks.paper.experiment import Text
+from benchmarks.paper.walk import LayerTask
+from benchmarks.paper.workload import network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BITS = 3
@@ -191,7 +191,7 @@ def values() -> dict[str, object]:
             "seed": seed,
             "scores": {
                 name: {"accuracy": 50.0 + rung, "loss": 1.0, "error": factor**rung}
-                for rung, name in enumerate(("nearest", "own 16", "own 128"))
+                for rung, name in enumerate(("nearest", "own 16", "own 128", "full"))
             },
         }
         for seed, factor in enumerate((0.25, 0.5))
@@ -206,7 +206,7 @@ def test_shares_of_errors() -> None:
     assert comparison.of(found, setting, "own 16", "error") == [0.25, 0.5]
     assert comparison.saved(found, "own 16", "nearest") == [0.75, 0.5]
     assert comparison.saved(found, "own 16", "nearest", "first layer") == []
-    assert data.kept(found, "own 16", "own 128") == pytest.approx([0.5, 0.5])
+    assert data.share_regained(found, "own 16", "own 128") == pytest.approx([0.5, 0.5])
     claim = comparison.claim(found, Text("a", "b"), "own 16", "nearest", 0.9)
     assert claim.verdict == "reproduced" and list(claim.effects) == [0.75, 0.5]
     assert "0.375 (51.00 %)" in claim.here.en and "1 (50.00 %)" in claim.here.en
@@ -217,10 +217,10 @@ def test_shares_of_errors() -> None:
 def test_a_table_of_schemes() -> None:
     titles = {"nearest": Text("nearest", "最近"), "own 16": Text("ours", "本库")}
     table = comparison.table("t", "title", titles, {"nearest": "23.99"}, values())
-    assert [len(row) for row in table.rows] == [len(table.header)] * 2
-    assert table.rows[0][1] == "23.99" and table.rows[1][1] == "-"
+    assert [len(row) for row in table.rows] == [len(table.header)] * 3
+    assert [row[1] for row in table.rows] == ["69.68", "23.99", "-"]
     mean, error = statistics.fmean([0.25, 0.5]), 0.125
-    assert table.rows[1][-1] == f"{mean:.2f} ± {error:.2f}"
+    assert table.rows[2][-1] == f"{mean:.2f} ± {error:.2f}"
 
 
 def test_ratios_over_layers_and_draws() -> None:

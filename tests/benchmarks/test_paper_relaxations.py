@@ -11,8 +11,8 @@ from adaround_ext import AdaRoundConfig, reference
 from adaround_ext.grid import QuantGrid, make_grid, nearest_codes
 from adaround_ext.ops import dequantize
 from adaround_ext.reference import GAMMA, ZETA, ReferenceConfig
-from examples.method import relaxed, walk
-from examples.method.relaxed import AnnealedSigmoid, RectifiedSigmoid, Sigmoid, StraightThrough
+from benchmarks.paper import relaxed, walk
+from benchmarks.paper.relaxed import AnnealedSigmoid, RectifiedSigmoid, Sigmoid, StraightThrough
 
 UP_OR_DOWN = (RectifiedSigmoid, Sigmoid, AnnealedSigmoid)
 KINDS = (*UP_OR_DOWN, StraightThrough)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from pathlib import Path
 
@@ -144,7 +145,7 @@ def test_replacing_that_fails_keeps_the_old_output(
     output = tmp_path / "out"
     output.mkdir()
     (output / "report.json").write_text("old")
-    replace, calls = cli_output.os.replace, []
+    replace, calls = os.replace, []
 
     def fails_once(source: Path, target: Path) -> None:
         calls.append(target)
@@ -152,7 +153,7 @@ def test_replacing_that_fails_keeps_the_old_output(
             raise OSError("disk full")
         replace(source, target)
 
-    monkeypatch.setattr(cli_output.os, "replace", fails_once)
+    monkeypatch.setattr(os, "replace", fails_once)
     with (
         pytest.raises(OSError, match="disk full"),
         cli_output.staged(output, True, []) as folder,

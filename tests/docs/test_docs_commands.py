@@ -16,7 +16,8 @@ import pytest
 
 import adaround_ext.export
 from adaround_ext.cli.parser import make_parser
-from examples.method.catalogue import EXPERIMENTS
+from benchmarks import __main__ as benchmarks
+from benchmarks.paper.catalogue import EXPERIMENTS
 from tests.support import documents
 
 _NAMES = documents.NAMES
@@ -87,31 +88,40 @@ def _check_module(module: str, arguments: list[str], monkeypatch: pytest.MonkeyP
     if module in ("sphinx", "pytest", "venv"):
         return
     assert importlib.util.find_spec(module) is not None, f"there is no {module}"
+    command = (module,)
+    if module == "benchmarks" and arguments and not arguments[0].startswith("-"):
+        name, *arguments = arguments
+        assert name in (*benchmarks.SUITE, *benchmarks.OTHERS), f"there is no benchmark {name}"
+        command = (module, name)
     for argument in arguments:
         if argument.startswith("--"):
-            assert argument in _help(module, monkeypatch), f"{module} has no {argument}"
-        elif module == "examples.method":
+            assert argument in _help(command, monkeypatch), f"{command} has no {argument}"
+        elif command == ("benchmarks", "paper"):
             assert argument in EXPERIMENTS, f"there is no experiment {argument}"
 
 
-_helps: dict[str, str] = {}
+_helps: dict[tuple[str, ...], str] = {}
 
 
-def _help(module: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What a module says to --help."""
-    if module not in _helps:
+def _help(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a module, given the rest of the command, says to --help."""
+    module, *arguments = command
+    if command not in _helps:
         said: list[str] = []
-        monkeypatch.setattr(sys, "argv", [module, "--help"])
+        monkeypatch.setattr(sys, "argv", [*command, "--help"])
         monkeypatch.setattr(
             argparse.ArgumentParser,
             "_print_message",
             lambda self, text, file=None: said.append(text),
         )
         with pytest.raises(SystemExit):
-            runpy.run_module(module, run_name="__main__")
+            if module == "benchmarks":
+                benchmarks.main([*arguments, "--help"])
+            else:
+                runpy.run_module(module, run_name="__main__")
         monkeypatch.undo()
-        _helps[module] = "".join(said)
-    return _helps[module]
+        _helps[command] = "".join(said)
+    return _helps[command]
 
 
 @pytest.mark.parametrize(
@@ -124,6 +134,9 @@ def _help(module: str, monkeypatch: pytest.MonkeyPatch) -> str:
         "adaround-ext quantize ./bert --data text.txt",  # without --output
         "python -m examples.nothing",
         "python -m examples.embeddings --nothing",
+        "python -m benchmarks nothing",
+        "python -m benchmarks ranks --nothing",
+        "python -m benchmarks paper nothing",
     ],
 )
 def test_a_wrong_command_is_noticed(command: str, monkeypatch: pytest.MonkeyPatch) -> None:

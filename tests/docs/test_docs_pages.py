@@ -25,6 +25,12 @@ def test_code_is_not_cut(name: str) -> None:
             assert len(line) <= 100, f"{name}:{number}"
 
 
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_the_readme_is_read_in_five_minutes(name: str) -> None:
+    lines = documents.read(name).splitlines()
+    assert len(lines) <= 150 and max(map(len, lines)) <= 120
+
+
 def test_our_column_is_the_first_of_the_comparison() -> None:
     features = documents.tables("docs/compare.md")[0]
     assert features[0][:2] == ["", "adaround_ext"]

@@ -15,7 +15,8 @@ from adaround_ext import AdaRoundConfig
 from adaround_ext.grid import make_grid, nearest_codes
 from adaround_ext.ops import dequantize
 from adaround_ext.reference import ReferenceConfig, optimize
-from benchmarks import digits, reference_model
+from benchmarks.model import reference_model
+from benchmarks.workloads import digits
 
 pytest.importorskip("sklearn")  # the digits
 examples = pytest.importorskip("examples.digits")

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext import ModelReport
-from benchmarks import measured, quality_model
-from benchmarks.measured import Meter, Run
+from benchmarks.model import measured
+from benchmarks.model.measured import Meter, Run
+from benchmarks.quality import model as quality_model
 from examples import embeddings, shapes
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -390,7 +390,7 @@ def test_without_onnx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_trained_encoder(tmp_path: Path) -> None:
-    minilm = pytest.importorskip("benchmarks.minilm")
+    minilm = pytest.importorskip("benchmarks.workloads.minilm")
     try:
         model, tokenizer = minilm.load_encoder()
     except ImportError as error:

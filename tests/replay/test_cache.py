@@ -97,11 +97,11 @@ def test_what_would_only_fail_when_memory_runs_short(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("in_file", [True, False])
 def test_growing_tensor(in_file: bool, tmp_path: Path) -> None:
-    parts = [torch.randn(n, 3, 2).transpose(1, 2) for n in (2, 0, 5)]
+    batches = [torch.randn(n, 3, 2).transpose(1, 2) for n in (2, 0, 5)]
     grown = GrowingTensor(str(tmp_path) if in_file else None)
-    for part in parts:
-        grown.append(part)
-    assert torch.equal(grown.tensor(), torch.cat(parts))
+    for batch in batches:
+        grown.append(batch)
+    assert torch.equal(grown.tensor(), torch.cat(batches))
     assert list(tmp_path.iterdir()) == []
     other = GrowingTensor(None)
     other.append(torch.zeros(2, 3))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext import AdaRoundConfig, quantize_
-from adaround_ext.replay import onload as residence
-from adaround_ext.replay.onload import Residence
+from adaround_ext.replay import onload
+from adaround_ext.replay.onload import Onloader
 from tests.model.test_quantize import codes
 from tests.support import models
 
@@ -24,7 +24,7 @@ def test_what_is_brought_and_sent_home(monkeypatch: pytest.MonkeyPatch) -> None:
     model.layers[2].key.weight = model.layers[1].key.weight  # stays, as two blocks have it
     model.layers[0].register_buffer("counter", torch.zeros(1))
     home = {n: (p, p.data_ptr()) for n, p in model.named_parameters()}
-    monkeypatch.setattr(Residence, "_moved", lambda self, data: data.clone())
+    monkeypatch.setattr(Onloader, "_moved", lambda self, data: data.clone())
 
     def away() -> set[str]:
         return {n for n, p in model.named_parameters() if p.data_ptr() != home[n][1]}
@@ -36,7 +36,7 @@ def test_what_is_brought_and_sent_home(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with (
         pytest.raises(OSError, match="enough"),
-        Residence(model, model.layers, torch.device("cpu")) as here,
+        Onloader(model, model.layers, torch.device("cpu")) as here,
     ):
         assert away() == outside
         here.only([model.layers[0]])
@@ -56,28 +56,28 @@ def test_same_result_and_never_more_than_two_blocks(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other device is this one by another name, and what is brought there is a copy."""
-    made: dict[str, tuple[nn.Module, list[Any]]] = {
+    networks: dict[str, tuple[nn.Module, list[Any]]] = {
         "transformer": (models.Transformer(), [{"ids": models.tokens(4, 6)} for _ in range(2)]),
         "residual": (models.ResidualNet(), [torch.randn(4, 3, 8, 8) for _ in range(2)]),
         "reused": (models.Reused(), [torch.randn(16, 8) for _ in range(2)]),
     }
-    model, batches = made[kind]
+    model, batches = networks[kind]
     other = copy.deepcopy(model)
     home = {n: p.data_ptr() for n, p in other.named_parameters()}
     most = 0
-    only = Residence.only
+    only = Onloader.only
 
-    def counted(self: Residence, blocks: Any) -> None:
+    def counted(self: Onloader, blocks: Any) -> None:
         nonlocal most
         blocks = list(dict.fromkeys(blocks))
         most = max(most, len(blocks))
         only(self, blocks)
 
-    def moved(self: Residence, data: Tensor) -> Tensor:
+    def moved(self: Onloader, data: Tensor) -> Tensor:
         return data.clone()
 
-    monkeypatch.setattr(residence.Residence, "_moved", moved)
-    monkeypatch.setattr(residence.Residence, "only", counted)
+    monkeypatch.setattr(onload.Onloader, "_moved", moved)
+    monkeypatch.setattr(onload.Onloader, "only", counted)
     report = quantize_(model, batches, FAST, progress=False)
     quantize_(other, batches, FAST, device="cpu:0", progress=False)
     one, two = codes(model), codes(other)

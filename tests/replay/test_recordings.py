@@ -13,18 +13,18 @@ pytestmark = pytest.mark.on_a_device
 
 
 def played(blanks: Blanks, *outputs: torch.Tensor) -> list[torch.Tensor]:
-    template, kept = Template.of(list(outputs), [], [], needed=False)
-    assert kept == []
-    found: list[torch.Tensor] = template.play((), kept, blanks)
-    return found
+    template, recorded = Template.of(list(outputs), [], [], needed=False)
+    assert recorded == []
+    outputs_again: list[torch.Tensor] = template.play((), recorded, blanks)
+    return outputs_again
 
 
 def test_zeros_like_the_outputs(device: torch.device) -> None:
     images = torch.randn(2, 3, 4, 5).to(device).to(memory_format=torch.channels_last)
     indices = torch.ones(3, dtype=torch.int64, device=device)
     blanks = Blanks()
-    found = played(blanks, images, indices)
-    for blank, output in zip(found, (images, indices), strict=True):
+    outputs_again = played(blanks, images, indices)
+    for blank, output in zip(outputs_again, (images, indices), strict=True):
         assert blank.shape == output.shape and blank.stride() == output.stride()
         assert blank.dtype == output.dtype and blank.device == output.device
         assert not blank.any()
@@ -45,10 +45,10 @@ def test_only_what_the_last_run_used_is_kept() -> None:
     sizes = [torch.randn(n) for n in (3, 4)]
     played(blanks, *sizes)
     blanks.next_run()
-    assert len(blanks._made) == 2
+    assert len(blanks._tensors) == 2
     played(blanks, sizes[0])
     blanks.next_run()
-    assert [output.shape for output in blanks._made] == [(3,)]
+    assert [output.shape for output in blanks._tensors] == [(3,)]
 
 
 class _Block(nn.Module):

@@ -89,11 +89,11 @@ def test_as_without_room(kind: type[nn.Module], room: int, monkeypatch: pytest.M
     other = copy.deepcopy(model)
     expected, most, passes = products(monkeypatch, model, BATCHES, blocks=[kind], memory_budget=0)
     budget = room * ACTIVATION
-    got, runs, own = products(monkeypatch, other, BATCHES, blocks=[kind], memory_budget=budget)
+    got, runs, fewer = products(monkeypatch, other, BATCHES, blocks=[kind], memory_budget=budget)
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
     assert runs <= most and (runs < most or room == 4)
-    assert (own < passes) == (room > 11)  # of both streams, where some batch has no room
+    assert (fewer < passes) == (room > 11)  # of both streams, where some batch has no room
 
 
 def test_room_is_taken_and_given_back() -> None:

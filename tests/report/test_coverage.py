@@ -42,8 +42,8 @@ def ids() -> Tensor:
 
 
 def test_the_note_names_the_largest_and_their_reasons(caplog: pytest.LogCaptureFixture) -> None:
-    own = Words(tied=True)
-    report = quantize_(own, ids(), **FAST)
+    net = Words(tied=True)
+    report = quantize_(net, ids(), **FAST)
     (note,) = (note for note in report.notes if note.startswith(FEW))
     assert report.notes[0] == note
     assert note == (
@@ -97,18 +97,18 @@ def test_half_is_enough() -> None:
 
 
 def test_shared_parameters_count_once() -> None:
-    own = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Embedding(10, 4), nn.Embedding(10, 4))
-    own[2].weight = own[1].weight
-    (note,) = few_quantized(own, [own[0].weight], {"1": "why"})
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Embedding(10, 4), nn.Embedding(10, 4))
+    net[2].weight = net[1].weight
+    (note,) = few_quantized(net, [net[0].weight], {"1": "why"})
     assert note == f"{FEW}: 16 of 56 were (28.6 %); of the others 40 in 1: why"
-    assert few_quantized(own, [own[1].weight], {}) == []
+    assert few_quantized(net, [net[1].weight], {}) == []
 
 
 def test_sensitivity_says_it_too() -> None:
-    found = sensitivity(Words(tied=True), ids(), bits=(4, 8), average_bits=5, progress=False)
-    assert found.notes[0].startswith(f"{FEW}: 1024 of 9600")
-    assert str(found).splitlines()[1].startswith(f"  WARNING      {FEW}: 1024 of")
-    assert FEW in found._repr_html_()
+    result = sensitivity(Words(tied=True), ids(), bits=(4, 8), average_bits=5, progress=False)
+    assert result.notes[0].startswith(f"{FEW}: 1024 of 9600")
+    assert str(result).splitlines()[1].startswith(f"  WARNING      {FEW}: 1024 of")
+    assert FEW in result._repr_html_()
     assert "WARNING" not in str(sensitivity(Words(), ids(), bits=(4,), progress=False))
 
 

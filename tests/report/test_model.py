@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -272,7 +273,7 @@ def test_worst_layers_come_first() -> None:
 def test_text_has_the_numbers() -> None:
     text = str(varied())
     assert len(text.splitlines()) <= 15
-    for part in (
+    for piece in (
         "Net: 4 layers at",
         f"{varied().average_bits:.2f} bits",
         "sequential, seed 7",
@@ -285,5 +286,17 @@ def test_text_has_the_numbers() -> None:
         "block.1.c: 4 % (nearest 10 %)",
         "skipped      1",
     ):
-        assert part in text
+        assert piece in text
     assert str(model()).startswith("Net: 0 layers")
+
+
+@pytest.mark.parametrize("module", ["adaround_ext.model_report", "adaround_ext.report.model"])
+def test_pickles_of_earlier_versions(module: str) -> None:
+    """They name the classes where they stood."""
+    report = varied()
+    data = pickle.dumps(report, protocol=0)
+    assert pickle.loads(data) == report
+    for name in ("LayerEntry", "ModelReport"):
+        assert f"cadaround_ext\n{name}\n".encode() in data
+        data = data.replace(f"cadaround_ext\n{name}\n".encode(), f"c{module}\n{name}\n".encode())
+    assert pickle.loads(data) == report

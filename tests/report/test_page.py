@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import hashlib
 import os
 import re
 from html import escape
@@ -10,8 +12,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from jinja2 import UndefinedError
 
 from adaround_ext.report.model import ModelReport
+from adaround_ext.report.templates import render
 from tests.report.test_model import SCRIPT, VOID, layer, layer_report, model, varied
 
 
@@ -124,6 +128,13 @@ def test_page_trusts_no_string() -> None:
         assert f"{word}{SCRIPT}" in text
 
 
+def test_a_name_is_no_template() -> None:
+    name = "{{ 7 * 7 }}{% raw %}{# #}"
+    html = model(layer(name), notes=(name,)).to_html()
+    assert html.count(name) >= 3  # chart, table and notes
+    assert name in model(layer(name))._repr_html_()
+
+
 def test_page_without_any_error() -> None:
     exact = layer_report(0.0, 0.0, energy=0.0, seconds={})
     html = model(layer("a", report=exact), layer("b"), seconds={}, memory={}).to_html()
@@ -141,6 +152,42 @@ def test_page_is_written(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["report.html"]
 
 
+def test_page_is_plain_text() -> None:
+    """Not the template engine's, which escapes what is added to it."""
+    for html in (varied().to_html(), varied()._repr_html_()):
+        assert type(html) is str
+
+
+def test_page_and_notebook_have_one_chart() -> None:
+    charts = [
+        re.findall(r'<div class="chart".*?</svg></div></div>', html, re.S)
+        for html in (varied().to_html(), varied()._repr_html_())
+    ]
+    assert len(charts[0]) == 1 and charts[0] == charts[1]
+
+
+def test_page_runs_its_own_script_only() -> None:
+    html = varied().to_html()
+    (script,) = re.findall(r"<script>(.*?)</script>", html, re.S)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in html
+
+
+def test_a_template_names_only_what_is_there() -> None:
+    with pytest.raises(UndefinedError, match="'content' is undefined"):
+        render("cell.html.jinja", style="")
+
+
+def test_files_of_the_page_are_package_data() -> None:
+    import adaround_ext.report
+
+    settings = Path(__file__).parents[2] / "pyproject.toml"
+    patterns = re.findall(r'"(report/[^"]+)"', settings.read_text(encoding="utf-8"))
+    folder = Path(adaround_ext.report.__file__).parent
+    files = {path for path in folder.iterdir() if path.is_file() and path.suffix != ".py"}
+    assert files and files == {path for p in patterns for path in folder.parent.glob(p)}
+
+
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_figure_is_saved(tmp_path: Path, suffix: str) -> None:
     pytest.importorskip("matplotlib")
@@ -156,6 +203,8 @@ def test_figure_is_saved(tmp_path: Path, suffix: str) -> None:
     assert [bar.get_height() for bar in seconds.patches] == [1.5] * 4
     names = [label.get_text() for label in seconds.get_xticklabels()]
     assert names == [entry.name for entry in varied().layers]
+    ticks = [label.get_text() for label in error.get_yticklabels()]
+    assert ticks and all(f">{tick}</text>" in varied().to_html() for tick in ticks)  # as the page
 
 
 @pytest.mark.parametrize("report", [model(), many(1), many(200)], ids=["0", "1", "200"])

@@ -231,9 +231,9 @@ def test_one_rule_for_all_calls(tmp_path: Path) -> None:
     plain = [{"x": x, "scale": scale} for x, scale, _ in data]
     first, second = Net(), Net()
     second.load_state_dict(first.state_dict())
-    found = sensitivity(first, data, bits=(4,), progress=False)
-    assert found.network == sensitivity(second, plain, bits=(4,), progress=False).network
-    assert any("value 3" in note and "label" in note for note in found.notes)
+    result = sensitivity(first, data, bits=(4,), progress=False)
+    assert result.network == sensitivity(second, plain, bits=(4,), progress=False).network
+    assert any("value 3" in note and "label" in note for note in result.notes)
     report = quantize_(first, data, **FAST)
     quantize_(second, plain, **FAST)
     assert torch.equal(first.second.weight, second.second.weight)

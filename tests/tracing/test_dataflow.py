@@ -24,17 +24,17 @@ from tests.support.row_models import (
 
 def watched(model: nn.Module, *args: Tensor, **kwargs: Tensor) -> tuple[Trace, Dataflow]:
     with evaluation(model):
-        found = trace(model, lambda: model(*args, **kwargs))
-    return found, dataflow(found)
+        run = trace(model, lambda: model(*args, **kwargs))
+    return run, dataflow(run)
 
 
 def chosen(model: nn.Module) -> set[str]:
     """The layers that get rows by the data."""
-    found, flow = watched(model, torch.randn(ROWS, FEATURES))
+    run, flow = watched(model, torch.randn(ROWS, FEATURES))
     names = {module: name for name, module in model.named_modules()}
     return {
         names[call.module]
-        for call in found.calls
+        for call in run.calls
         if isinstance(call.module, nn.Linear) and flow.chooses_rows(call)
     }
 
@@ -74,9 +74,9 @@ def test_before_the_first_layer_nothing_is_chosen() -> None:
 
 
 def test_experts_and_what_comes_after_them() -> None:
-    found = chosen(Mixture())
-    assert "blocks.0.1" not in found and "blocks.0.2.router" not in found
-    assert "blocks.0.2.experts.0.down" in found and "blocks.1.1" in found and "head" in found
+    layers = chosen(Mixture())
+    assert "blocks.0.1" not in layers and "blocks.0.2.router" not in layers
+    assert "blocks.0.2.experts.0.down" in layers and "blocks.1.1" in layers and "head" in layers
 
 
 class Attention(nn.Module):
@@ -101,10 +101,10 @@ class Attention(nn.Module):
 def test_positions_are_those_of_the_queries(explicit: bool) -> None:
     model = Attention(explicit)
     x = torch.randn(2, 5, 8)
-    found, flow = watched(model, x, memory=x.clone(), types=x.clone())
+    run, flow = watched(model, x, memory=x.clone(), types=x.clone())
     positions = {
-        name: flow.arguments(found.calls_of(getattr(model, name))[0]) for name in ("q", "k", "o")
+        name: flow.arguments(run.calls_of(getattr(model, name))[0]) for name in ("q", "k", "o")
     }
     query = frozenset({"query", "types"})
     assert positions == {"q": query, "k": frozenset({"memory"}), "o": query}
-    assert same_positions(found, flow) == [query, frozenset({"memory"})]
+    assert same_positions(run, flow) == [query, frozenset({"memory"})]

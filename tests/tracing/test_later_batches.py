@@ -62,11 +62,11 @@ class Steps(nn.Module):
 def with_pictures(*batches: bool) -> list[dict[str, Tensor]]:
     """Batches of 32, some with a picture."""
     torch.manual_seed(0)
-    found = []
+    data = []
     for picture in batches:
-        found.append({"x": torch.randn(32, FEATURES)})
-        found[-1] |= {"picture": torch.randn(32, 8)} if picture else {}
-    return found
+        data.append({"x": torch.randn(32, FEATURES)})
+        data[-1] |= {"picture": torch.randn(32, 8)} if picture else {}
+    return data
 
 
 @pytest.mark.parametrize("mode", ["sequential", "parallel"])
@@ -97,14 +97,14 @@ def test_a_tower_that_some_batches_call(
 
 def test_the_first_batch_does_not_decide() -> None:
     """The same data in another order: the same layers, about the same codes' quality."""
-    found = []
+    entries = []
     for batches in ((True, False), (False, True)):
         torch.manual_seed(0)
         model, data = Towers(), with_pictures(True, False)
         data = data if batches[0] else data[::-1]
         report = quantize_(model, data, **FAST)
-        found.append({e.name: (e.report.samples, e.calls, e.block) for e in report.layers})
-    assert found[0] == found[1]
+        entries.append({e.name: (e.report.samples, e.calls, e.block) for e in report.layers})
+    assert entries[0] == entries[1]
 
 
 @pytest.mark.parametrize("lengths", [(2, 5, 3, 7), (7, 2), (1, 1, 4)])
@@ -166,11 +166,11 @@ def test_experts_without_rows_are_left_alone(empty_calls: bool, mode: str) -> No
 def test_sensitivity_of_later_and_empty_layers() -> None:
     torch.manual_seed(0)
     data = [rows_for(0), rows_for(0, 1), rows_for(3)]
-    found = sensitivity(Routed(True), data, bits=(4,), progress=False)
-    assert found.layers == ("experts.0", "experts.1", "experts.3", "head")
-    assert "experts.2: no row of the calibration data came to it" in found.notes
-    found = sensitivity(Routed(), data, bits=(4,), progress=False)
-    assert found.layers == ("experts.0", "experts.1", "experts.3", "head")
+    result = sensitivity(Routed(True), data, bits=(4,), progress=False)
+    assert result.layers == ("experts.0", "experts.1", "experts.3", "head")
+    assert "experts.2: no row of the calibration data came to it" in result.notes
+    result = sensitivity(Routed(), data, bits=(4,), progress=False)
+    assert result.layers == ("experts.0", "experts.1", "experts.3", "head")
 
 
 @pytest.mark.parametrize("call", [quantize_, sensitivity])

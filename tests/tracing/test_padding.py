@@ -65,25 +65,25 @@ def test_an_encoders_mask_is_not_the_decoders(
     batch["labels" if labels else "decoder_input_ids"] = ids(length)
     if decoder is not None:
         batch["decoder_attention_mask"] = mask(decoder, length)
-    found = rows(quantize_(Translator(), [batch, batch], **QUIET))
+    row_counts = rows(quantize_(Translator(), [batch, batch], **QUIET))
     encoder_rows = 2 * BATCH * REAL
     # Labels have no mask, and no name that one would begin with.
     decoder_rows = 2 * BATCH * (length if decoder is None or labels else decoder)
-    assert found["encode"] == found["key"] == encoder_rows
-    assert found["decode"] == found["query"] == found["out"] == decoder_rows
+    assert row_counts["encode"] == row_counts["key"] == encoder_rows
+    assert row_counts["decode"] == row_counts["query"] == row_counts["out"] == decoder_rows
 
 
 def test_the_order_of_arguments_does_not_matter() -> None:
     batch = {"decoder_input_ids": ids(), "attention_mask": mask(REAL), "input_ids": ids()}
-    found = rows(quantize_(Translator(), [batch], **QUIET))
-    assert (found["encode"], found["decode"]) == (BATCH * REAL, BATCH * TOKENS)
+    row_counts = rows(quantize_(Translator(), [batch], **QUIET))
+    assert (row_counts["encode"], row_counts["decode"]) == (BATCH * REAL, BATCH * TOKENS)
 
 
 def test_a_functions_mask_is_the_encoders() -> None:
     batch = {"input_ids": ids(), "decoder_input_ids": ids()}
     report = quantize_(Translator(), [batch], padding_mask=lambda batch: mask(REAL), **QUIET)
-    found = rows(report)
-    assert (found["encode"], found["decode"]) == (BATCH * REAL, BATCH * TOKENS)
+    row_counts = rows(report)
+    assert (row_counts["encode"], row_counts["decode"]) == (BATCH * REAL, BATCH * TOKENS)
 
 
 @pytest.mark.parametrize("name", ["Bart", "T5"])
@@ -92,20 +92,20 @@ def test_models_of_transformers(name: str) -> None:
     sizes: dict[str, Any] = {"vocab_size": 64, "decoder_start_token_id": 0}
     if name == "Bart":
         names = ["encoder", "decoder"]
-        parts = [f"{part}_{what}" for part in names for what in ("layers", "attention_heads")]
-        sizes |= dict.fromkeys(parts, 1) | {f"{part}_ffn_dim": 16 for part in names}
+        counts = [f"{side}_{what}" for side in names for what in ("layers", "attention_heads")]
+        sizes |= dict.fromkeys(counts, 1) | {f"{side}_ffn_dim": 16 for side in names}
         sizes |= {"d_model": 8, "max_position_embeddings": 16}
     else:
         sizes |= {"d_model": 8, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 1}
     config = getattr(transformers, f"{name}Config")(**sizes)
     model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
     batch = {"input_ids": ids(), "attention_mask": mask(REAL), "labels": ids()}
-    found = rows(quantize_(model, [batch], **QUIET))
-    decoder = {n for n in found if "decoder" in n}
+    row_counts = rows(quantize_(model, [batch], **QUIET))
+    decoder = {n for n in row_counts if "decoder" in n}
     memory = {n for n in decoder if any(k in n for k in ("encoder_attn.k", "encoder_attn.v"))}
     memory |= {n for n in decoder if "EncDecAttention.k" in n or "EncDecAttention.v" in n}
-    assert len(memory) == 2 and len(decoder) > 6 and len(found) > len(decoder)
-    for layer, count in found.items():
+    assert len(memory) == 2 and len(decoder) > 6 and len(row_counts) > len(decoder)
+    for layer, count in row_counts.items():
         alone = layer in decoder and layer not in memory
         assert count == BATCH * (TOKENS if alone else REAL), layer
 

@@ -24,16 +24,16 @@ def traced(model: nn.Module, *args: Any) -> Trace:
 
 def test_calls_in_order_with_their_tensors() -> None:
     model = models.ResidualNet()
-    found = traced(model, torch.randn(2, 3, 8, 8))
+    run = traced(model, torch.randn(2, 3, 8, 8))
     names = {module: name for name, module in model.named_modules()}
-    order = [names[c.module] for c in found.calls if isinstance(c.module, (nn.Conv2d, nn.Linear))]
+    order = [names[c.module] for c in run.calls if isinstance(c.module, (nn.Conv2d, nn.Linear))]
     assert order[:4] == ["stem", "blocks.0.conv1", "blocks.0.conv2", "blocks.0.down"]
     block = model.blocks[0]
-    (conv1,), (down,) = found.calls_of(block.conv1), found.calls_of(block.down)
+    (conv1,), (down,) = run.calls_of(block.conv1), run.calls_of(block.down)
     assert conv1.inputs == down.inputs and conv1.outputs != down.outputs
-    assert [c.index for c in found.calls_of(block.relu)] == [0, 1]
-    assert found.calls_of(block)[0].begin < conv1.begin < conv1.end < found.calls_of(block)[0].end
-    assert found.calls_of(nn.Linear(1, 1)) == []
+    assert [c.index for c in run.calls_of(block.relu)] == [0, 1]
+    assert run.calls_of(block)[0].begin < conv1.begin < conv1.end < run.calls_of(block)[0].end
+    assert run.calls_of(nn.Linear(1, 1)) == []
 
 
 def test_a_write_makes_another_value() -> None:
@@ -48,8 +48,8 @@ def test_a_write_makes_another_value() -> None:
             return y + self.b(x)
 
     model = InPlace()
-    found = traced(model, torch.zeros(2, 4))
-    one, two = found.calls_of(model.a)[0].inputs[0], found.calls_of(model.b)[0].inputs[0]
+    run = traced(model, torch.zeros(2, 4))
+    one, two = run.calls_of(model.a)[0].inputs[0], run.calls_of(model.b)[0].inputs[0]
     assert one.storage == two.storage and one != two
 
 
@@ -66,9 +66,9 @@ def test_only_reader() -> None:
             return c, F.silu(self.d(c))
 
     model = Net()
-    found = traced(model, torch.randn(2, 4))
+    run = traced(model, torch.randn(2, 4))
     readers = {
-        name: found.only_reader(found.calls_of(layer)[0]) for name, layer in model.named_children()
+        name: run.only_reader(run.calls_of(layer)[0]) for name, layer in model.named_children()
     }
     got = {name: reader and reader.name for name, reader in readers.items()}
     assert got == {"a": "aten.relu.default", "b": None, "c": None, "d": "aten.silu.default"}
@@ -82,8 +82,8 @@ def test_hooks_are_gone_after_an_error() -> None:
 
 
 def names_of_blocks(model: nn.Module, *args: Any, blocks: Any = None) -> list[str]:
-    found = traced(model, *args)
-    return [c.name for c in block_calls(model, found, find_blocks(model, found, blocks))]
+    run = traced(model, *args)
+    return [c.name for c in block_calls(model, run, find_blocks(model, run, blocks))]
 
 
 def test_blocks_are_found() -> None:
@@ -105,8 +105,8 @@ def test_blocks_are_given() -> None:
 
 
 def needs(model: nn.Module, *args: Any) -> list[set[int]]:
-    found = traced(model, *args)
-    return [set(c.needs) for c in block_calls(model, found, find_blocks(model, found, None))]
+    run = traced(model, *args)
+    return [set(c.needs) for c in block_calls(model, run, find_blocks(model, run, None))]
 
 
 def test_what_a_block_needs_of_those_before() -> None:
@@ -129,8 +129,8 @@ def test_a_number_read_from_a_tensor_may_steer_everything() -> None:
 
 def test_side_effects_keep_a_block_running() -> None:
     def replaceable(model: nn.Module, *args: Any) -> list[bool]:
-        found = traced(model, *args)
-        calls = block_calls(model, found, find_blocks(model, found, None))
+        run = traced(model, *args)
+        calls = block_calls(model, run, find_blocks(model, run, None))
         return [c.replaceable for c in calls]
 
     x = torch.randn(4, 8)

@@ -159,11 +159,11 @@ def test_the_function_stays_and_undo_restores_it(build: Callable[[], Any]) -> No
     model, x, pairs = build()
     randomize(model)
     before, parameters = snapshot(model), dict(model.named_parameters())
-    wanted = model(x)
+    expected = model(x)
     folded = fold(model, x)
     assert set(folded.pairs) == pairs and folded.skipped == {}
     assert len(folded.pairs) == len(pairs)
-    torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
     for layer, norm in pairs:
         assert type(model.get_submodule(norm)) is nn.Identity
         assert model.get_parameter(f"{layer}.weight") is parameters[f"{layer}.weight"]
@@ -172,7 +172,7 @@ def test_the_function_stays_and_undo_restores_it(build: Callable[[], Any]) -> No
     assert not any(module.training for module in model.modules())
     folded.undo()
     assert_unchanged(model, before)
-    assert torch.equal(model(x), wanted)
+    assert torch.equal(model(x), expected)
     with torch.no_grad():
         next(model.parameters()).zero_()
     folded.undo()  # once is enough
@@ -196,12 +196,12 @@ def test_the_formula() -> None:
 def test_dtypes(build: Callable[[], Any], dtype: torch.dtype) -> None:
     model, x, pairs = build()
     model, x = randomize(model).to(dtype), x.to(dtype)
-    wanted = model(x).double()
+    expected = model(x).double()
     folded = fold(model, x)
     assert set(folded.pairs) == pairs
     assert all(p.dtype == dtype for p in model.parameters())
     limit = 1e-12 if dtype == torch.float64 else 1e-2
-    assert (model(x).double() - wanted).norm() < limit * wanted.norm()
+    assert (model(x).double() - expected).norm() < limit * expected.norm()
 
 
 def test_frozen_parameters_stay_frozen() -> None:

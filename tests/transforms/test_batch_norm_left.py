@@ -176,19 +176,19 @@ def test_no_batch_norm_needs_no_run() -> None:
 def test_a_wrong_fold_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     right = batch_norm._fold
 
-    def wrong(journal: Journal, model: nn.Module, found: Any) -> None:
-        right(journal, model, found)
-        if found.layer is layer:
+    def wrong(journal: Journal, model: nn.Module, candidate: Any) -> None:
+        right(journal, model, candidate)
+        if candidate.layer is layer:
             journal.write_(layer.weight, layer.weight * 1.01)
 
     model, x, pairs = residual()
     before, layer = snapshot(randomize(model)), model.conv2
-    wanted = model(x)
+    expected = model(x)
     monkeypatch.setattr(batch_norm, "_fold", wrong)
     folded = fold(model, x)
     assert set(folded.pairs) == pairs - {("conv2", "norm2")}
     assert "output 0 of the model moves by" in folded.skipped["norm2"]
-    torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
     folded.undo()
     assert_unchanged(model, before)
 
@@ -208,11 +208,11 @@ def test_one_strange_layer_does_not_stop_the_others() -> None:
         *(nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2)),
     )
     x = torch.randn(2, 3, 8, 8)
-    wanted = randomize(model)(x)
+    expected = randomize(model)(x)
     folded = fold(model, x)
     assert folded.pairs == (("0", "1"), ("6", "7"))
     assert "moves by" in folded.skipped["4"]
-    torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_overflow_is_taken_back() -> None:

@@ -130,10 +130,10 @@ NETS = [separable, linear, transposed, one_dimensional, three_dimensional, resid
 def test_the_function_stays_and_undo_restores_it(build: Callable[[], Any]) -> None:
     model, x, pairs = build()
     unbalance(model)
-    before, wanted = snapshot(model), model(x).detach()
+    before, expected = snapshot(model), model(x).detach()
     result = even(model, x, iterations=200, tolerance=1e-6)
     assert list(result.pairs) == pairs
-    error = (model(x) - wanted).norm() / wanted.norm()
+    error = (model(x) - expected).norm() / expected.norm()
     assert error < 1e-5
     for first, second in pairs:
         ranges1 = output_ranges(model.get_submodule(first))
@@ -145,7 +145,7 @@ def test_the_function_stays_and_undo_restores_it(build: Callable[[], Any]) -> No
         assert torch.equal(parameter, values) != touched
     result.undo()
     assert_unchanged(model, before)
-    assert torch.equal(model(x), wanted)
+    assert torch.equal(model(x), expected)
 
 
 def test_the_formula() -> None:
@@ -173,10 +173,10 @@ def test_half_types_lose_nothing(build: Callable[[], Any], dtype: torch.dtype) -
         model[6] = nn.Conv2d(6, 4, 3, groups=2)  # reflection padding has no half types
     model, x = unbalance(model).to(dtype), x.to(dtype)
     before = snapshot(model)
-    wanted = model(x).double()
+    expected = model(x).double()
     result = even(model, x, iterations=100)
     assert list(result.pairs) == pairs
-    assert (model(x).double() - wanted).norm() < 2e-3 * wanted.norm()
+    assert (model(x).double() - expected).norm() < 2e-3 * expected.norm()
     for name, (parameter, values) in before.items():
         ratio = (parameter.double() / values.double())[values.abs() > 1e-3]
         assert torch.equal(ratio, ratio.log2().round().exp2()), name
@@ -252,11 +252,11 @@ def test_it_pays_for_a_depthwise_net() -> None:
 
     x = torch.randn(8, 3, 8, 8)
     plain, better = make(), make()
-    wanted = plain(x).detach()
+    expected = plain(x).detach()
     assert len(even(better, x).pairs) == 2
     nearest(plain)
     nearest(better)
-    errors = [(model(x) - wanted).norm() / wanted.norm() for model in (plain, better)]
+    errors = [(model(x) - expected).norm() / expected.norm() for model in (plain, better)]
     assert errors[1] < 0.5 * errors[0]
 
 
@@ -266,7 +266,7 @@ def test_after_folded_batch_norms() -> None:
     ).eval()
     model[1].running_var.copy_(torch.tensor([0.01, 1, 10, 100]))
     x = torch.randn(2, 3, 8, 8)
-    wanted, original = model(x), model[0].weight.detach().clone()
+    expected, original = model(x), model[0].weight.detach().clone()
 
     def run() -> Tensor:
         return model(x)
@@ -277,8 +277,8 @@ def test_after_folded_batch_norms() -> None:
         folded = fold_batch_norm_(model, watched, run)
         result = equalize_(model, trace(model, run), run)
     assert result.pairs == (("0", "3"),)
-    torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
     result.undo()
     folded.undo()
     assert torch.equal(model[0].weight, original) and model[0].bias is None
-    assert torch.equal(model(x), wanted)
+    assert torch.equal(model(x), expected)

@@ -111,13 +111,13 @@ def test_a_wrong_scale_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
             journal.write_(model[2].bias, model[2].bias + 0.1)
 
     model, x, pairs = separable()
-    wanted = unbalance(model)(x)
+    expected = unbalance(model)(x)
     before = snapshot(model)
     monkeypatch.setattr(equalize, "_scale", wrong)
     result = even(model, x)
     assert list(result.pairs) == [pairs[0], pairs[2]]
     assert "output 0 of the model moves by" in result.skipped["2"]
-    torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
     result.undo()
     assert_unchanged(model, before)
 

@@ -14,7 +14,7 @@ from adaround_ext.export.onnx.contents import Contents
 from adaround_ext.export.onnx.graph import expand_
 from adaround_ext.export.onnx.names import chosen_names, name_axes_, name_values_, output_names_of
 from adaround_ext.export.onnx.program import output_of, save, traced
-from adaround_ext.export.onnx.runtimes import FILE, KIND, runners
+from adaround_ext.export.onnx.runner import FILE, KIND, runners
 from adaround_ext.export.onnx.targets import MATMUL_BLOCKS, TARGETS
 from adaround_ext.export.torch_export import automatic_shapes, bind, distinct, ordered, plain_leaves
 from adaround_ext.tracing.arguments import arguments

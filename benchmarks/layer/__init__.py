@@ -1,0 +1,1 @@
+"""A layer: seconds, error and memory of optimize_layer."""

@@ -1,0 +1,1 @@
+"""A whole model: what stays behind, resuming, ranks, memory."""

@@ -1,0 +1,1 @@
+"""Other packages, each run in an environment of its own."""

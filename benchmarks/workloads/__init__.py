@@ -1,0 +1,1 @@
+"""Workloads: the networks, layers and data that benchmarks and examples share."""
