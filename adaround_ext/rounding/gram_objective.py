@@ -61,7 +61,7 @@ class GramMatrices:
     def cat(matrices: Sequence[GramMatrices]) -> GramMatrices:
         """The groups of all, in their order."""
         gram, undamped, mean = (
-            torch.cat([getattr(own, name) for own in matrices])
+            torch.cat([getattr(group, name) for group in matrices])
             for name in ("gram", "undamped", "mean")
         )
         return GramMatrices(gram, undamped, mean, matrices[0].dtype)
@@ -191,8 +191,9 @@ class GramObjective(Quadratic):
     @staticmethod
     def join(objectives: Sequence[GramObjective]) -> GramObjective:
         """The objective of all their rows; they have Gram matrices of one shape, and settings."""
-        matrices = GramMatrices.cat([own.matrices for own in objectives])
-        return objectives[0]._like(matrices, ObjectiveTerms.cat([own.terms for own in objectives]))
+        matrices = GramMatrices.cat([objective.matrices for objective in objectives])
+        terms = ObjectiveTerms.cat([objective.terms for objective in objectives])
+        return objectives[0]._like(matrices, terms)
 
     @property
     def weight(self) -> Tensor:

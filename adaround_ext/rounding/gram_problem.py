@@ -16,7 +16,7 @@ from adaround_ext.config import AdaRoundConfig
 from adaround_ext.distributed import ALONE, Ranks
 from adaround_ext.grid import QuantGrid, make_grid, nearest_codes
 from adaround_ext.layers.matrix import MatrixLayer
-from adaround_ext.linalg.products import BLOCK, annealing_dtype
+from adaround_ext.linalg.products import TILE, annealing_dtype
 from adaround_ext.presets import settings
 from adaround_ext.rounding.gram_objective import GramObjective
 from adaround_ext.rounding.gram_solver import GramSolver, rough_products
@@ -104,7 +104,7 @@ class GramProblem(Problem):
         """How many rows have the same bits alone and among others (on a GPU none need to)."""
         cols = self.weight.shape[1]
         whole_vectors = self.weight.is_cuda or (config.group_size or cols) % _VECTOR == 0
-        return BLOCK if whole_vectors else math.lcm(BLOCK, _CHUNK // math.gcd(cols, _CHUNK))
+        return TILE if whole_vectors else math.lcm(TILE, _CHUNK // math.gcd(cols, _CHUNK))
 
     def _solve_rows(self, config: AdaRoundConfig) -> Outcome:
         outcome = self._solve_whole(config)
@@ -113,11 +113,12 @@ class GramProblem(Problem):
     def _solve_whole(self, config: AdaRoundConfig) -> Outcome:
         chosen = settings(config, self.kind, self.weight.shape[1])
         watch = Stopwatch({"statistics": self.collecting_seconds}, self.weight.device)
-        grids = [make_grid(part, config) for part in self.objective.target.split(self.sizes)]
-        own_scales = all(len(g.scale) == n for g, n in zip(grids, self.sizes, strict=True))
+        grids = [make_grid(weight, config) for weight in self.objective.target.split(self.sizes)]
+        scales = zip(grids, self.sizes, strict=True)
+        one_each = all(len(grid.scale) == rows for grid, rows in scales)
         base = QuantGrid.join(grids, self.sizes)
         watch.lap("grid")
-        rows_per_scale = None if own_scales else self.sizes
+        rows_per_scale = None if one_each else self.sizes
         solver = GramSolver(self.objective, base, rows_per_scale, config, chosen, self.name)
         outcome = solver.solve(watch)
         if chosen.diagnostics:
@@ -162,7 +163,7 @@ class GramProblem(Problem):
         """The same of rounding to nearest on the grid that the weights alone give."""
         if config.searches_scales:
             config = dataclasses.replace(config, scale="mse")
-        grids = [make_grid(part, config) for part in self.weight.split(self.sizes)]
+        grids = [make_grid(weight, config) for weight in self.weight.split(self.sizes)]
         grid = QuantGrid.join(grids, self.sizes)
         return self.row_losses(nearest_codes(self.weight, grid), grid)
 

@@ -16,7 +16,7 @@ from adaround_ext.rounding.anneal import anneal
 from adaround_ext.rounding.gram_objective import GramObjective
 from adaround_ext.rounding.problem import Outcome, Stopwatch, weight_counts
 from adaround_ext.rounding.scales import refit_scales, search_group_scales, search_scales
-from adaround_ext.rounding.search import descend, improvable, search_all
+from adaround_ext.rounding.search import descend, rows_not_minimal, search_all
 from adaround_ext.rounding.solution import Solution
 
 _SEEDS = 1 << 63  # of the tabu search
@@ -35,18 +35,18 @@ class GramSolver:
         self,
         objective: GramObjective,
         base: QuantGrid,
-        owners: list[int] | None,
+        rows_per_scale: list[int] | None,
         config: AdaRoundConfig,
         chosen: Settings,
         name: str = "layer",
     ) -> None:
-        """base: the grid to start from, a row of scales a row or one for all; ``owners`` of the
-        scales, see :func:`adaround_ext.rounding.solution.per_owner`. name: of the layers."""
+        """base: the grid to start from, a row of scales a row or one for all. rows_per_scale: see
+        :func:`adaround_ext.rounding.solution.per_scale`. name: of the layers."""
         self.objective, self.name = objective, name
         rows = len(objective.weight)
         scale, zero_point = base.scale.expand(rows, -1), base.zero_point.expand(rows, -1)
         self.base = QuantGrid(scale, zero_point, base.qmin, base.qmax)
-        self.owners, self.config, self.chosen = owners, config, chosen
+        self.rows_per_scale, self.config, self.chosen = rows_per_scale, config, chosen
         self.losses: dict[str, Tensor] = {}
         self.undecided: Tensor | None = None
 
@@ -78,7 +78,7 @@ class GramSolver:
         winner = torch.zeros(len(best.codes), dtype=torch.int64, device=best.codes.device)
         for index, solution in enumerate(solutions[1:], 1):
             winner[solution.losses < best.losses] = index
-            best = best.better(solution, self.owners)
+            best = best.better(solution, self.rows_per_scale)
         return best, winner
 
     def _outcome(
@@ -96,7 +96,7 @@ class GramSolver:
             energies=objective.row_energies,
             losses=self.losses,
             counts=weight_counts(objective.weight, final.codes, final.grid, self.undecided),
-            row_flags={"fallback": fallback, "improvable": improvable(final, objective)},
+            row_flags={"fallback": fallback, "improvable": rows_not_minimal(final, objective)},
             starts={name: winner == index for index, name in enumerate(self.chosen.starts)},
             seconds=watch.seconds,
         )
@@ -104,24 +104,28 @@ class GramSolver:
     def _searched_scales(self) -> Solution:
         candidates = self.chosen.scale_candidates
         with self._rough_products():
-            found = search_scales(
-                self.objective, self.base, self.objective.gptq_factor, self.owners, candidates,
+            best = search_scales(
+                self.objective,
+                self.base,
+                self.objective.gptq_factor,
+                self.rows_per_scale,
+                candidates,
                 self.config,
-            )  # fmt: skip
+            )
             if self.base.scale.shape[1] > 1:
-                found = search_group_scales(found, self.objective, candidates, self.config)
+                best = search_group_scales(best, self.objective, candidates, self.config)
         if self.base.scale.is_cuda:  # where the residual was rounded, and descents were cut short
-            found = Solution.of(found.codes, found.grid, self.objective)
-            found = descend(found, self.objective) if self.config.refine else found
-        return found
+            best = Solution.of(best.codes, best.grid, self.objective)
+            best = descend(best, self.objective) if self.config.refine else best
+        return best
 
     def _rough_products(self) -> AbstractContextManager[None]:
         return rough_products(self.config, self.base.scale.device)
 
-    def _start(self, name: Start, grid: QuantGrid, found: Solution | None) -> Solution:
+    def _start(self, name: Start, grid: QuantGrid, by_gptq: Solution | None) -> Solution:
         """At a minimum already, where ``config.refine``."""
-        if name == "gptq" and found is not None:
-            return found  # the search for scales was by GPTQ
+        if name == "gptq" and by_gptq is not None:
+            return by_gptq  # the search for scales was by GPTQ
         if name == "gptq":
             codes = self.objective.gptq_factor.codes(self.objective.target, grid)
         elif name == "nearest":
@@ -154,9 +158,9 @@ class GramSolver:
         in the next, and must not depend on the rows that they are solved with.
         """
         for turn in range(1, self.chosen.rounds + 1):
-            refitted = refit_scales(best, self.objective, self.owners, self.config)
+            refitted = refit_scales(best, self.objective, self.rows_per_scale, self.config)
             (searched,) = self._searched([refitted], turn)
-            best = best.better(searched, self.owners)
+            best = best.better(searched, self.rows_per_scale)
         return best
 
     def _stored(self, solution: Solution) -> Solution:
@@ -167,12 +171,12 @@ class GramSolver:
     def _never_worse_than_nearest(self, best: Solution) -> tuple[Solution, Tensor]:
         """The better of ``best`` and rounding to nearest, and the rows in which that was nearest.
 
-        On its own grid row by row; on the starting grid where rows own their scales, else by owner.
+        On its own grid row by row; on the starting grid too, but rows that share a scale together.
         """
         best = self._stored(best)
-        final = best.better(self._nearest(best.grid), self.owners)
+        final = best.better(self._nearest(best.grid), self.rows_per_scale)
         nearest = self._nearest(self.base)
-        final = final.better(nearest, self.owners)
+        final = final.better(nearest, self.rows_per_scale)
         self.losses["nearest"] = nearest.losses
         fallback = (final.codes != best.codes).any(1)
         for name in ("scale", "zero_point"):

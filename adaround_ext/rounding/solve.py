@@ -30,7 +30,7 @@ def solve(
     weight_q = outcome.grid.stored(outcome.codes, first.dtype)
     results = []
     begin = 0
-    for problem, layer in [(own, layer) for own in problems for layer in own.layers]:
+    for problem, layer in [(p, layer) for p in problems for layer in p.layers]:
         rows = slice(begin, begin + layer.rows)
         begin = rows.stop
         scale_rows = slice(rows.start, rows.start + 1) if _one_scale(config) else rows

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from adaround_ext import AdaRoundConfig, LayerResult, optimize_layer, quantize_
 from adaround_ext.layers.matrix import matrix_layer
-from adaround_ext.linalg.tiles import PerDevice
+from adaround_ext.linalg.tiles import TileSize
 from adaround_ext.model import solve_units as shared_work
-from adaround_ext.rounding import gram_problem
-from adaround_ext.rounding import stacked as together
+from adaround_ext.rounding import gram_problem, stacked
 from adaround_ext.rounding.gram_problem import GramProblem, gram_problems
 from adaround_ext.rounding.solution import Quadratic
 from adaround_ext.rounding.solve import solve
@@ -37,7 +36,7 @@ def solved_with(
     monkeypatch: pytest.MonkeyPatch, weights: int, layer: nn.Module, x: Tensor, **settings: Any
 ) -> LayerResult:
     """The result where as many weights are worked on at once."""
-    monkeypatch.setattr(together, "_WEIGHTS", PerDevice(weights, weights))
+    monkeypatch.setattr(stacked, "WEIGHTS_AT_ONCE", TileSize(weights, weights))
     return optimize_layer(layer, x, **{**FEW, **settings})
 
 
@@ -68,7 +67,7 @@ def test_the_results_are_those_of_one_after_the_other(
 def test_put_together_and_taken_apart(device: torch.device, groups: int) -> None:
     gram = torch.eye(5).expand(groups, 5, 5).contiguous().to(device)
     quadratic = Quadratic(gram, torch.randn(6, 5).to(device))
-    three = together.Together(quadratic, None, 3)
+    three = stacked.StackedProblem(quadratic, None, 3)
     values = [torch.randn(6, 2).to(device) for _ in range(3)]
     joined = three._join(values)
     for one, other in zip(values, three._split(joined), strict=True):
@@ -79,12 +78,12 @@ def test_put_together_and_taken_apart(device: torch.device, groups: int) -> None
 
 
 def test_as_many_as_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(together, "_WEIGHTS", PerDevice(cpu=100, cuda=1))
+    monkeypatch.setattr(stacked, "WEIGHTS_AT_ONCE", TileSize(cpu=100, cuda=1))
     quadratic = Quadratic(torch.eye(5)[None], torch.randn(6, 5))
-    sizes = [len(part) for part, _ in together.pieces(range(8), quadratic)]
+    sizes = [len(part) for part, _ in stacked.stacks(range(8), quadratic)]
     assert sizes == [3, 3, 2]
-    monkeypatch.setattr(together, "_WEIGHTS", PerDevice(cpu=1, cuda=1))
-    assert [len(part) for part, _ in together.pieces(range(2), quadratic)] == [1, 1]
+    monkeypatch.setattr(stacked, "WEIGHTS_AT_ONCE", TileSize(cpu=1, cuda=1))
+    assert [len(part) for part, _ in stacked.stacks(range(2), quadratic)] == [1, 1]
 
 
 def posed(name: str, device: torch.device, config: AdaRoundConfig, targets: bool) -> GramProblem:
