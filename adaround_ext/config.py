@@ -1,4 +1,4 @@
-"""The settings of :func:`adaround_ext.optimize_layer`."""
+"""Settings of :func:`adaround_ext.optimize_layer`, and their rules."""
 
 from __future__ import annotations
 
@@ -24,13 +24,6 @@ Granularity = Literal["per_tensor", "per_channel", "per_group"]
 
 Start = Literal["nearest", "gptq", "adaround"]
 
-_CHOICES = {
-    "preset": ("fast", "balanced", "best"),
-    "granularity": ("per_tensor", "per_channel", "per_group"),
-    "objective": ("auto", "gram", "sampled"),
-    "bias": ("refit", "create", "keep"),
-    "products": ("auto", "float32", "tf32", "bfloat16"),
-}
 _STARTS = ("nearest", "gptq", "adaround")
 _SCALES = ("gram", "mse", "min_max")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -39,9 +32,97 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": torch.nn.functional.gelu,
     "silu": torch.nn.functional.silu,
 }
-# The tabu search counts its steps in float32.
-_MOST = {"steps": None, "search_steps": 1 << 23, "rounds": None}
+_MAX_SEARCH_STEPS = 1 << 23  # the tabu search counts them in float32
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+Check = Callable[[str, Any], None]
+
+
+def _choice(*choices: str) -> Check:
+    def check(name: str, value: Any) -> None:
+        if value not in choices:
+            fail(name, f"one of {', '.join(choices)}", value)
+
+    return check
+
+
+def _int(least: int, most: int | None = None) -> Check:
+    return lambda name, value: check_int(name, value, least, most)
+
+
+def _number(least: float, most: float = float("inf"), exclusive: bool = False) -> Check:
+    return lambda name, value: check_number(name, value, least, most, exclusive)
+
+
+def _or_none(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _check_scale(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor) and value not in _SCALES:
+        fail(name, f"{', '.join(_SCALES)} or a tensor", value)
+    if isinstance(value, Tensor) and (value.is_meta or value.is_complex()):
+        fail(name, "a tensor of real numbers", value)
+
+
+def _check_scale_dtype(name: str, value: Any) -> None:
+    if value not in SCALE_DTYPES:
+        fail(name, "float32, float16 or bfloat16", value)
+
+
+def _check_activation(name: str, value: Any) -> None:
+    if not (value is None or callable(value)) and value not in list(ACTIVATIONS):
+        fail(name, f"None, {', '.join(ACTIVATIONS)} or a callable", value)
+
+
+def _check_starts(name: str, value: Any) -> None:
+    if (
+        not isinstance(value, (tuple, list))
+        or not value
+        or any(start not in _STARTS for start in value)
+    ):
+        fail(name, f"a tuple of {', '.join(_STARTS)}", value)
+    if len(set(value)) < len(value):
+        fail(name, "a tuple without repeats", value)
+
+
+def _check_beta(name: str, value: Any) -> None:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        fail(name, "a pair (from, to)", value)
+    for exponent in value:
+        check_number(name, exponent, 1.0)
+
+
+# Of each setting by itself.
+_CHECKS: dict[str, Check] = {
+    "preset": _choice("fast", "balanced", "best"),
+    "granularity": _choice("per_tensor", "per_channel", "per_group"),
+    "objective": _choice("auto", "gram", "sampled"),
+    "bias": _choice("refit", "create", "keep"),
+    "products": _choice("auto", "float32", "tf32", "bfloat16"),
+    "bits": _int(2, 8),
+    "batch_size": _int(1),
+    "seed": _int(0, 2**63 - 1),
+    "positions": _or_none(_int(1)),
+    "group_size": _or_none(_int(1)),
+    "scale_candidates": _or_none(_int(1)),
+    "steps": _or_none(_int(0)),
+    "search_steps": _or_none(_int(0, _MAX_SEARCH_STEPS)),
+    "rounds": _or_none(_int(0)),
+    "symmetric": check_flag,
+    "narrow_range": check_flag,
+    "refine": check_flag,
+    "progress": check_flag,
+    "scale_free": check_flag,
+    "scale": _check_scale,
+    "scale_dtype": _check_scale_dtype,
+    "activation": _check_activation,
+    "starts": _or_none(_check_starts),
+    "damping": _or_none(_number(0.0)),
+    "learning_rate": _or_none(_number(0.0, exclusive=True)),
+    "reg_weight": _or_none(_number(0.0)),
+    "warmup": _number(0.0, 1.0),
+    "beta": _check_beta,
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,45 +131,60 @@ class AdaRoundConfig:
 
     Of the settings marked *, None takes the preset's value (docs/tuning.md has the measurements).
     Settings of a part that does not run for a layer have no effect; the report says which ran.
-    preset: "fast", "balanced" or "best": how much time a lower error is worth.
 
-    The grid. bits: 2 to 8. symmetric: codes in [-2^(b-1), 2^(b-1) - 1] with zero point 0, else
-    [0, 2^b - 1]. narrow_range: symmetric codes from -2^(b-1) + 1, as TensorRT wants 8 bits.
-    granularity: a scale per_tensor, per_channel (row) or per_group of ``group_size`` columns; None
-    is per_group where there is a group_size, else per_channel. scale: "gram" (the scale, and zero
-    point, of least output error; where the objective is sampled, "mse"), "mse" (of least squared
-    weight error), "min_max" or a tensor: [1, 1] for per_tensor, else [rows or 1, n_groups] or,
-    without groups, [rows]. scale_candidates*: how many scales "gram" tries for each row, all but a
-    few near the best so far. scale_dtype: the dtype that scales are stored in; they are rounded to
-    it before they are used, and the report notes where that costs digits.
-    bias: "refit" puts the mean error of the outputs into biases that exist, "create" also makes one
-    where the layer has none, "keep" leaves biases alone, as the sampled objective always does (the
-    report notes where "refit" was asked for).
+    Attributes:
+        preset: "fast", "balanced" or "best": how much time a lower error is worth.
+        bits: The grid's, 2 to 8.
+        symmetric: Codes in [-2^(b-1), 2^(b-1) - 1] with zero point 0, else [0, 2^b - 1].
+        narrow_range: Symmetric codes from -2^(b-1) + 1, as TensorRT wants 8 bits.
+        granularity: A scale "per_tensor", "per_channel" (row) or "per_group" of ``group_size``
+            columns; None is per_group where there is a group_size, else per_channel.
+        group_size: Columns that share a scale, for per_group alone.
+        scale: "gram" (the scale, and zero point, of least output error; where the objective is
+            sampled, "mse"), "mse" (of least squared weight error), "min_max" or a tensor: [1, 1]
+            for per_tensor, else [rows or 1, n_groups] or, without groups, [rows].
+        scale_candidates: * How many scales "gram" tries for each row, all but a few near the best
+            so far.
+        scale_dtype: The dtype that scales are stored in; they are rounded to it before they are
+            used, and the report notes where that costs digits.
+        bias: "refit" puts the mean error of the outputs into biases that exist, "create" also makes
+            one where the layer has none, "keep" leaves biases alone, as the sampled objective
+            always does (the report notes where "refit" was asked for).
+        objective: The loss: "gram" (exact for a loss without activation function), "sampled"
+            (minibatches through the layer and ``activation``), or "auto": "sampled" with an
+            activation function, else "gram".
+        activation: None, "relu", "relu6", "gelu", "silu" or a callable that works elementwise.
+        positions: For convolutions, the number of output positions per sample that the Gram
+            objective looks at; None is all.
+        damping: Share of the median of G's diagonal that is added to the diagonal, against
+            overfitting; None is 5 / sqrt(positions seen), at most 0.3.
+        starts: * Which solutions the search of the Gram objective starts from, of "nearest", "gptq"
+            and "adaround"; the best is taken row by row.
+        refine: Coordinate descent over the whole grid, until no single change of a code helps;
+            without it there is no tabu search either. For the Gram objective.
+        search_steps: * Of the tabu search, a row. For the Gram objective.
+        rounds: * How often scales are then refitted and the search repeated. For the Gram
+            objective.
+        steps: * Of the annealing of AdaRound.
+        batch_size: Samples a step of the sampled objective; of a linear layer a sample is 32
+            tokens, whatever the shape of its inputs.
+        learning_rate: Of the annealing; None takes the objective's measured default.
+        reg_weight: Lambda, of the annealing's regularizer; None takes the objective's measured
+            default.
+        beta: (from, to) of the regularizer's exponent along half a cosine.
+        warmup: The share of steps before the regularizer is on.
+        scale_free: Divide the loss by the layer's own scale, so that one reg_weight serves all
+            layers; False is the paper's loss.
+        products: The arithmetic of the annealing's matrix products: "float32", "bfloat16", "tf32"
+            (on CUDA, elsewhere float32), or "auto", which is bfloat16 where the processor has it.
+            On CUDA the search for scales takes TF32, unless this is "float32".
+        seed: Of everything that is drawn.
+        progress: Show a bar.
 
-    The loss. objective: "gram" (exact for a loss without activation function), "sampled"
-    (minibatches through the layer and ``activation``), or "auto": "sampled" with an activation
-    function, else "gram". activation: None, "relu",
-    "relu6", "gelu", "silu" or a callable that works elementwise. positions: for convolutions, the
-    number of output positions per sample that the Gram objective looks at; None is all. damping:
-    share of the median of G's diagonal that is added to the diagonal, against overfitting; None is
-    5 / sqrt(positions seen), at most 0.3.
-
-    The search. starts*: which solutions it starts from, of "nearest", "gptq" and "adaround"; the
-    best is taken row by row. refine: coordinate descent over the whole grid, until no single change
-    of a code helps; without it there is no tabu search either. search_steps*: of the tabu search, a
-    row. rounds*: how often scales
-    are then refitted and the search repeated. All of these are for the Gram objective.
-
-    The annealing of AdaRound. steps*, learning_rate, reg_weight (lambda): None takes the
-    objective's measured default. beta: (from, to) of the regularizer's exponent along half a
-    cosine. warmup: the share of steps before the regularizer is on. scale_free: divide the loss by
-    the layer's own scale, so that one reg_weight serves all layers; False is the paper's loss.
-    products: the arithmetic of its matrix products: "float32", "bfloat16", "tf32" (on CUDA,
-    elsewhere float32), or "auto", which is bfloat16 where the processor has it. On CUDA the search
-    for scales takes TF32, unless this is "float32". batch_size: samples a step of the sampled
-    objective; of a linear layer a sample is 32 tokens, whatever the shape of its inputs.
-
-    seed: of everything that is drawn. progress: show a bar.
+    Raises:
+        ValueError: A setting is outside its range, or does not go with another; the error names it,
+            the rule and what came.
+        TypeError: A setting that is a number is none.
     """
 
     preset: Literal["fast", "balanced", "best"] = "balanced"
@@ -124,63 +220,37 @@ class AdaRoundConfig:
         if self.granularity is None:
             implied = "per_channel" if self.group_size is None else "per_group"
             object.__setattr__(self, "granularity", implied)
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                fail(name, f"one of {', '.join(choices)}", getattr(self, name))
-        check_int("bits", self.bits, 2, 8)
-        check_int("batch_size", self.batch_size, 1)
-        check_int("seed", self.seed, 0, 2**63 - 1)
-        for name in ("positions", "group_size", "scale_candidates"):
-            if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), 1)
-        for name in ("steps", "search_steps", "rounds"):
-            if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), 0, _MOST[name])
-        for name in ("symmetric", "narrow_range", "refine", "progress", "scale_free"):
-            check_flag(name, getattr(self, name))
-        if self.narrow_range and not self.symmetric:
-            fail("narrow_range", "False unless symmetric", self.narrow_range)
-        if (self.granularity == "per_group") != (self.group_size is not None):
-            fail("group_size", "set exactly when granularity is per_group", self.group_size)
-        if not isinstance(self.scale, Tensor) and self.scale not in _SCALES:
-            fail("scale", f"{', '.join(_SCALES)} or a tensor", self.scale)
-        if isinstance(self.scale, Tensor) and (self.scale.is_meta or self.scale.is_complex()):
-            fail("scale", "a tensor of real numbers", self.scale)
-        if self.scale_dtype not in SCALE_DTYPES:
-            fail("scale_dtype", "float32, float16 or bfloat16", self.scale_dtype)
-        if not (self.activation is None or callable(self.activation)) and (
-            self.activation not in list(ACTIVATIONS)
-        ):
-            fail("activation", f"None, {', '.join(ACTIVATIONS)} or a callable", self.activation)
-        if self.activation is not None and self.objective == "gram":
-            fail("objective", "auto or sampled with an activation function", self.objective)
-        if self.bias == "create" and (self.activation is not None or self.objective == "sampled"):
-            fail("bias", "refit or keep unless the objective is gram", self.bias)
-        self._check_starts()
-        if self.damping is not None:
-            check_number("damping", self.damping, 0.0)
-        if self.learning_rate is not None:
-            check_number("learning_rate", self.learning_rate, 0.0, exclusive=True)
-        if self.reg_weight is not None:
-            check_number("reg_weight", self.reg_weight, 0.0)
-        check_number("warmup", self.warmup, 0.0, 1.0)
-        if not isinstance(self.beta, (tuple, list)) or len(self.beta) != 2:
-            fail("beta", "a pair (from, to)", self.beta)
-        for value in self.beta:
-            check_number("beta", value, 1.0)
+        for name, check in _CHECKS.items():
+            check(name, getattr(self, name))
+        self._check_combinations()
         object.__setattr__(self, "beta", tuple(float(value) for value in self.beta))
+        if self.starts is not None:
+            object.__setattr__(self, "starts", tuple(self.starts))
 
-    def _check_starts(self) -> None:
-        if self.starts is None:
-            return
-        if not isinstance(self.starts, (tuple, list)) or not self.starts:
-            fail("starts", f"a tuple of {', '.join(_STARTS)}", self.starts)
-        for start in self.starts:
-            if start not in _STARTS:
-                fail("starts", f"a tuple of {', '.join(_STARTS)}", self.starts)
-        if len(set(self.starts)) < len(self.starts):
-            fail("starts", "a tuple without repeats", self.starts)
-        object.__setattr__(self, "starts", tuple(self.starts))
+    def _check_combinations(self) -> None:
+        activated = self.activation is not None
+        per_group = self.granularity == "per_group"
+        rules = (
+            ("narrow_range", self.symmetric or not self.narrow_range, "False unless symmetric"),
+            (
+                "group_size",
+                per_group == (self.group_size is not None),
+                "set exactly when granularity is per_group",
+            ),
+            (
+                "objective",
+                not (activated and self.objective == "gram"),
+                "auto or sampled with an activation function",
+            ),
+            (
+                "bias",
+                self.bias != "create" or not (activated or self.objective == "sampled"),
+                "refit or keep unless the objective is gram",
+            ),
+        )
+        for name, holds, rule in rules:
+            if not holds:
+                fail(name, rule, getattr(self, name))
 
     @property
     def searches_scales(self) -> bool:

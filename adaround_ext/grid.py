@@ -1,4 +1,4 @@
-"""The quantization grid: integer range, granularity and the search for scales."""
+"""Quantization grids: integer range, granularity and the search for scales."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adaround_ext import ops
 from adaround_ext.config import AdaRoundConfig
-from adaround_ext.linalg.tiles import PerDevice
+from adaround_ext.linalg.tiles import TileSize
 
-# The search runs over blocks of about so many weights: it looks at each one for every share.
-_BLOCK = PerDevice(cpu=1 << 16, cuda=1 << 24)
+# The search runs over tiles of about so many weights: it looks at each one for every share.
+WEIGHTS_PER_TILE = TileSize(cpu=1 << 16, cuda=1 << 24)
 # Shares of the min-max scale.
 _COARSE = torch.linspace(0.2, 1.0, 41, dtype=torch.float32, device="cpu").tolist()
 _FINE = [offset * 0.0025 for offset in range(-7, 8) if offset]
@@ -29,6 +30,14 @@ class QuantGrid:
     zero_point: Tensor
     qmin: int
     qmax: int
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """The weights of codes [rows, cols], float32."""
+        return ops.dequantize(codes, self.scale, self.zero_point)
+
+    def stored(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same as a layer of ``dtype`` stores them."""
+        return self.dequantize(codes).to(dtype)
 
     @staticmethod
     def join(grids: list[QuantGrid], rows: list[int]) -> QuantGrid:
@@ -81,10 +90,10 @@ def make_grid(weight: Tensor, config: AdaRoundConfig) -> QuantGrid:
         zero_point = _zero_point(low, scale, qmin, qmax, config.symmetric)
     else:
         shape = torch.Size((1, 1) if len(runs) == 1 else (rows, len(runs) // max(rows, 1)))
-        parts = runs.split(max(1, _BLOCK.on(weight.device) // max(runs.shape[1], 1)))
-        found = [_search(part, qmin, qmax, config) for part in parts]
-        scale = torch.cat([part[0] for part in found])
-        zero_point = torch.cat([part[1] for part in found])
+        tiles = runs.split(max(1, WEIGHTS_PER_TILE.on(weight.device) // max(runs.shape[1], 1)))
+        grids = [_search(tile, qmin, qmax, config) for tile in tiles]
+        scale = torch.cat([scale for scale, _ in grids])
+        zero_point = torch.cat([zero_point for _, zero_point in grids])
     return QuantGrid(scale.view(shape), zero_point.to(torch.int32).view(shape), qmin, qmax)
 
 
@@ -186,18 +195,18 @@ def scale_notes(scale: Tensor, dtype: torch.dtype) -> tuple[str, ...]:
     """What the dtype costs that scales are stored in."""
     limits, name = torch.finfo(dtype), str(dtype).removeprefix("torch.")
     small, large = int((scale < limits.smallest_normal).sum()), int((scale == limits.max).sum())
-    found = []
+    notes = []
     if small:
-        found.append(
+        notes.append(
             f"{small} of {scale.numel()} scales are below {name}'s smallest normal number, where "
             "it has fewer digits"
         )
     if large:
-        found.append(
+        notes.append(
             f"{large} of {scale.numel()} scales are {name}'s largest number: larger weights than "
             "their grids hold are clipped"
         )
-    return tuple(found)
+    return tuple(notes)
 
 
 def _search(runs: Tensor, qmin: int, qmax: int, config: AdaRoundConfig) -> tuple[Tensor, Tensor]:
@@ -218,15 +227,15 @@ def _search(runs: Tensor, qmin: int, qmax: int, config: AdaRoundConfig) -> tuple
     def best_of(shares: Tensor) -> Tensor:
         """The first of least error, [runs, 1]; 1 where no error is finite."""
         errors = []
-        for scale, zero_point in zip(*(own.split(1, 1) for own in at(shares)), strict=True):
+        for scale, zero_point in zip(*(t.split(1, 1) for t in at(shares)), strict=True):
             error = (runs / scale).round_()
             if config.symmetric:
                 error.clamp_(qmin, qmax)
             else:
                 error.add_(zero_point).clamp_(qmin, qmax).sub_(zero_point)
             errors.append(error.mul_(scale).sub_(runs).square_().sum(1, keepdim=True))
-        found = torch.cat(errors, 1).nan_to_num_(torch.inf, torch.inf)
-        best, index = found.min(1, keepdim=True)
+        of_shares = torch.cat(errors, 1).nan_to_num_(torch.inf, torch.inf)
+        best, index = of_shares.min(1, keepdim=True)
         return torch.where(best < torch.inf, shares.gather(1, index), 1.0)
 
     if config.scale == "min_max":

@@ -1,14 +1,16 @@
-"""Trees of tensors: their leaves, memory, versions, hashes and dtypes."""
+"""Trees of tensors: their leaves, memory, versions, hashes and dtypes; records with rows."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any, TypeGuard
+import dataclasses
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+Terms = TypeVar("Terms", bound="RowTerms")
 _HASHED_BYTES = 1 << 24  # at a time: a large tensor on another device is not copied whole
 
 
@@ -68,4 +70,43 @@ def _converted(batch: Any, dtypes: Collection[torch.dtype], dtype: torch.dtype) 
     return pytree.tree_map(
         lambda leaf: leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.dtype in dtypes else leaf,
         batch,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RowTerms:
+    """Base of records whose fields have a value or a row for each row of a weight.
+
+    Fields are tensors [rows, ...], or None where a record has none of that name.
+    """
+
+    def __getitem__(self: Terms, rows: slice | Tensor) -> Terms:
+        """The terms of some rows."""
+        terms = {name: getattr(self, name) for name in self._names()}
+        return type(self)(**{name: None if t is None else t[rows] for name, t in terms.items()})
+
+    @classmethod
+    def cat(cls: type[Terms], records: Sequence[Terms]) -> Terms:
+        """The rows of all records, in their order; what only some have is 0 for the others."""
+        columns = {name: [getattr(record, name) for record in records] for name in cls._names()}
+        rows = [
+            next(len(term) for term in terms if term is not None)
+            for terms in zip(*columns.values(), strict=True)
+        ]
+        return cls(**{name: _cat(terms, rows) for name, terms in columns.items()})
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        return [field.name for field in dataclasses.fields(cls)]
+
+
+def _cat(values: Sequence[Tensor | None], rows: Sequence[int]) -> Tensor | None:
+    like = next((value for value in values if value is not None), None)
+    if like is None:
+        return None
+    return torch.cat(
+        [
+            like.new_zeros(n, *like.shape[1:]) if value is None else value
+            for value, n in zip(values, rows, strict=True)
+        ]
     )

@@ -20,7 +20,7 @@ from adaround_ext.grid import (
     scale_notes,
     stored_scale,
 )
-from adaround_ext.linalg.tiles import PerDevice
+from adaround_ext.linalg.tiles import TileSize
 from adaround_ext.reference import dequantize, expand_grid
 
 pytestmark = [pytest.mark.on_a_device, pytest.mark.usefixtures("one_thread")]
@@ -390,7 +390,7 @@ def test_block_size_does_not_matter(
 ) -> None:
     weight = torch.randn(21, 30, device=device)
     wanted = build(weight, symmetric=symmetric)
-    monkeypatch.setattr(grid, "_BLOCK", PerDevice(block, block))
+    monkeypatch.setattr(grid, "WEIGHTS_PER_TILE", TileSize(block, block))
     got = build(weight, symmetric=symmetric)
     assert torch.equal(got.scale, wanted.scale)
     assert torch.equal(got.zero_point, wanted.zero_point)

@@ -29,22 +29,22 @@ def batches(
     samples = 0
     for item in _items(inputs):
         x = layers[0].samples(check("inputs", _single(item), device, name))
-        wanted: tuple[Tensor, ...] | None = None
+        outputs: tuple[Tensor, ...] | None = None
         if target_items is not None:
             try:
-                wanted = _tuple(next(target_items))
+                outputs = _tuple(next(target_items))
             except StopIteration:
                 raise ValueError("targets must have as many batches as inputs, got fewer") from None
-            if len(wanted) != len(layers):
+            if len(outputs) != len(layers):
                 raise ValueError(
                     f"targets must hold a tensor for each of the {len(layers)} layers, "
-                    f"got {len(wanted)}"
+                    f"got {len(outputs)}"
                 )
-            wanted = tuple(
+            outputs = tuple(
                 layer.output_samples(check("targets", y, device, name))
-                for layer, y in zip(layers, wanted, strict=True)
+                for layer, y in zip(layers, outputs, strict=True)
             )
-            for layer, y in zip(layers, wanted, strict=True):
+            for layer, y in zip(layers, outputs, strict=True):
                 if len(y) != len(x):
                     raise ValueError(
                         f"targets must have as many samples as inputs, {len(x)}, got {len(y)}"
@@ -55,7 +55,7 @@ def batches(
                         f"targets must have the output's size {size}, got {list(y.shape[2:])}"
                     )
         samples += len(x)
-        yield x, wanted
+        yield x, outputs
     if target_items is not None and next(target_items, None) is not None:
         raise ValueError("targets must have as many batches as inputs, got more")
     if samples == 0:
@@ -88,7 +88,7 @@ def gather(
     x = torch.cat([x for x, _ in held]).float()
     if held[0][1] is None:
         return x, None, samples
-    columns = zip(*(wanted or () for _, wanted in held), strict=True)
+    columns = zip(*(outputs or () for _, outputs in held), strict=True)
     return x, tuple(torch.cat(column).float() for column in columns), samples
 
 

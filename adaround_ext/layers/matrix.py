@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from adaround_ext.linalg.tiles import PerDevice
+from adaround_ext.linalg.tiles import TileSize
 
 # 32 MiB of float32: little next to a model, enough for a matrix product at full speed; 512 MiB on a
 # GPU, where adding up the products of small chunks would take longer than the products.
 # Sums over patches are made chunk by chunk, so another value changes their last bits.
-MAX_CHUNK_ELEMENTS = PerDevice(cpu=2**23, cuda=2**27)
+MAX_CHUNK_ELEMENTS = TileSize(cpu=2**23, cuda=2**27)
 
 
 class MatrixLayer:

@@ -2,7 +2,7 @@
 
 A library's factorisation has other bits for other numbers of threads, and on one thread it takes
 long for a large layer. On the CPU it is made of matrix products here, whose bits do not depend on
-threads (products.py): only blocks on the diagonal are the library's.
+threads (products.py): only tiles on the diagonal are the library's.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from adaround_ext.linalg.products import BLOCK, fixed_bmm
+from adaround_ext.linalg.products import TILE, fixed_bmm
 from adaround_ext.process.one_thread import on_one_thread
 
 _JITTER = 1e-6  # of the mean diagonal: where a matrix is singular in float64
-# Columns of a block on the diagonal, and of one behind it: multiples of BLOCK, so that each product
-# is of whole blocks. More of them took as long, or longer.
-_DIAGONAL, _BEHIND = 128, 512
+# Columns of a tile on the diagonal, and of one below it: multiples of the products' tiles, so that
+# each is of whole ones. More of them took as long, or longer.
+_DIAGONAL_COLS, _BELOW_COLS = 128, 512
 
 
 @dataclass(frozen=True)
@@ -56,21 +56,21 @@ class Cholesky:
             return torch.cholesky_solve(right.mT.contiguous(), self.lower).mT
         rows, n = right.shape[1], right.shape[2]
         lower = _whole(self.lower) if _missing(n) else self.lower
-        out = right.new_zeros(len(right), rows + -rows % BLOCK, lower.shape[1])
+        out = right.new_zeros(len(right), rows + -rows % TILE, lower.shape[1])
         out[:, :rows, :n] = right
-        diagonals = [lower[:, own, own] for own in _blocks(lower)]
-        inverses = on_one_thread(lambda: [_inverse(own) for own in diagonals], lower.device)
+        diagonals = [lower[:, tile, tile] for tile in _tiles(lower)]
+        inverses = on_one_thread(lambda: [_inverse(tile) for tile in diagonals], lower.device)
         # y L^T = right from the first column on, then x L = y from the last one back.
-        for own, inverse in zip(_blocks(lower), inverses, strict=True):
-            part = out[:, :, own]
-            if own.start > 0:
-                part = part - fixed_bmm(out[:, :, : own.start], lower[:, own, : own.start].mT)
-            out[:, :, own] = fixed_bmm(part, inverse.mT)
-        for own, inverse in reversed(list(zip(_blocks(lower), inverses, strict=True))):
-            part = out[:, :, own]
-            if own.stop < out.shape[2]:
-                part = part - fixed_bmm(out[:, :, own.stop :], lower[:, own.stop :, own])
-            out[:, :, own] = fixed_bmm(part, inverse)
+        for tile, inverse in zip(_tiles(lower), inverses, strict=True):
+            cols = out[:, :, tile]
+            if tile.start > 0:
+                cols = cols - fixed_bmm(out[:, :, : tile.start], lower[:, tile, : tile.start].mT)
+            out[:, :, tile] = fixed_bmm(cols, inverse.mT)
+        for tile, inverse in reversed(list(zip(_tiles(lower), inverses, strict=True))):
+            cols = out[:, :, tile]
+            if tile.stop < out.shape[2]:
+                cols = cols - fixed_bmm(out[:, :, tile.stop :], lower[:, tile.stop :, tile])
+            out[:, :, tile] = fixed_bmm(cols, inverse)
         return out[:, :rows, :n]
 
 
@@ -82,30 +82,31 @@ def _factored(matrices: Tensor) -> tuple[Tensor, Tensor]:
     n = matrices.shape[1]
     a = _whole(matrices)
     failed = torch.zeros(len(a), dtype=torch.bool, device=a.device)
-    for own in _blocks(a):
-        block = partial(_factored_block, a[:, own, own])
-        diagonal, inverse, info = on_one_thread(block, a.device)
+    for tile in _tiles(a):
+        factored = partial(_factored_tile, a[:, tile, tile])
+        diagonal, inverse, info = on_one_thread(factored, a.device)
         failed |= info > 0
-        a[:, own, own] = diagonal
-        behind = slice(own.stop, None)
-        if own.stop < a.shape[1]:
-            below = fixed_bmm(a[:, behind, own], inverse.mT)
-            a[:, behind, own] = below
-            for begin in range(0, below.shape[1], _BEHIND):  # on the diagonal, and below it
-                part = below[:, begin : begin + _BEHIND]
-                target = a[:, own.stop + begin :, own.stop + begin : own.stop + begin + _BEHIND]
-                target.baddbmm_(below[:, begin:], part.mT, alpha=-1)
+        a[:, tile, tile] = diagonal
+        behind = slice(tile.stop, None)
+        if tile.stop < a.shape[1]:
+            below = fixed_bmm(a[:, behind, tile], inverse.mT)
+            a[:, behind, tile] = below
+            for begin in range(0, below.shape[1], _BELOW_COLS):  # on the diagonal and below it
+                rows = below[:, begin : begin + _BELOW_COLS]
+                first = tile.stop + begin
+                target = a[:, first:, first : first + _BELOW_COLS]
+                target.baddbmm_(below[:, begin:], rows.mT, alpha=-1)
     return a.tril_()[:, :n, :n], failed
 
 
-def _factored_block(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _factored_tile(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(L, its inverse, above 0 where there is none), as the library has it on one thread."""
     diagonal, info = torch.linalg.cholesky_ex(matrices)
     return diagonal, _inverse(diagonal), info
 
 
 def _whole(matrices: Tensor) -> Tensor:
-    """A copy filled up to whole blocks, with ones on the diagonal."""
+    """A copy filled up to whole tiles, with ones on the diagonal."""
     n = matrices.shape[1]
     whole = n + _missing(n)
     filled = matrices.new_zeros(len(matrices), whole, whole)
@@ -115,13 +116,13 @@ def _whole(matrices: Tensor) -> Tensor:
 
 
 def _missing(n: int) -> int:
-    """Columns to the next whole block; a lone one is not cut."""
-    return -n % BLOCK if n > _DIAGONAL else 0
+    """Columns to the next whole tile; a lone one is not cut."""
+    return -n % TILE if n > _DIAGONAL_COLS else 0
 
 
-def _blocks(matrices: Tensor) -> Iterator[slice]:
+def _tiles(matrices: Tensor) -> Iterator[slice]:
     n = matrices.shape[1]
-    return (slice(begin, min(begin + _DIAGONAL, n)) for begin in range(0, n, _DIAGONAL))
+    return (slice(begin, min(begin + _DIAGONAL_COLS, n)) for begin in range(0, n, _DIAGONAL_COLS))
 
 
 def _inverse(lower: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The same step over and over; on CUDA as a graph, which the host starts once for many steps."""
+"""CUDA graphs of a step that is done over and over: the host starts one for many steps."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Callable
 
 import torch
 
-_CHUNK = 25  # small steps in a graph
-_BEFORE = 3  # plain steps first, in which buffers are made and libraries set themselves up
-_LEAST = 4  # so many graphs, or a capture is not worth it
+_STEPS_PER_GRAPH = 25  # small ones
+_PLAIN_STEPS = 3  # at first, in which buffers are made and libraries set themselves up
+_MIN_GRAPHS = 4  # so many graphs, or a capture is not worth it
 
 
-def repeat(
+def repeat_captured(
     step: Callable[[], None],
     count: int,
     device: torch.device,
     generator: torch.Generator | None = None,
     done: Callable[[int], object] = lambda _: None,
-    chunk: int = _CHUNK,
+    chunk: int = _STEPS_PER_GRAPH,
 ) -> None:
     """Does ``step`` ``count`` times.
 
@@ -28,7 +28,7 @@ def repeat(
     chunk: about how many steps are one graph; those left over at the end are plain.
     """
     left = count
-    if device.type == "cuda" and count >= _BEFORE + _LEAST * chunk:
+    if device.type == "cuda" and count >= _PLAIN_STEPS + _MIN_GRAPHS * chunk:
         with torch.cuda.device(device):
             left -= _replayed(step, count, generator, done, chunk)
     for _ in range(left):
@@ -44,22 +44,22 @@ def _replayed(
     chunk: int,
 ) -> int:
     """How many of the steps were done."""
-    chunk = _fitting(count - _BEFORE, chunk)
+    chunk = _fitting(count - _PLAIN_STEPS, chunk)
     step()  # what it keeps belongs to the caller's stream
-    caller, own = torch.cuda.current_stream(), torch.cuda.Stream()
-    own.wait_stream(caller)
-    with torch.cuda.stream(own):
-        for _ in range(_BEFORE - 1):
+    caller, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(caller)
+    with torch.cuda.stream(stream):
+        for _ in range(_PLAIN_STEPS - 1):
             step()
-        done(_BEFORE)
-        steps = _BEFORE
-        if graph := _captured(step, generator, chunk):
-            for _ in range((count - _BEFORE) // chunk):
+        done(_PLAIN_STEPS)
+        steps = _PLAIN_STEPS
+        if graph := _graph_of(step, generator, chunk):
+            for _ in range((count - _PLAIN_STEPS) // chunk):
                 graph.replay()
                 done(chunk)
                 steps += chunk
-    caller.wait_stream(own)
-    own.synchronize()  # before the graph's memory is given back
+    caller.wait_stream(stream)
+    stream.synchronize()  # before the graph's memory is given back
     return steps
 
 
@@ -68,7 +68,7 @@ def _fitting(count: int, chunk: int) -> int:
     return min(range(chunk, chunk + chunk // 2 + 1), key=lambda size: count % size)
 
 
-def _captured(
+def _graph_of(
     step: Callable[[], None], generator: torch.Generator | None, chunk: int
 ) -> torch.cuda.CUDAGraph | None:
     """A graph of a chunk of steps, none of which is done yet; None where that cannot be."""

@@ -1,4 +1,4 @@
-"""While a layer is solved float32 means float32, whatever the caller allows elsewhere.
+"""Precision of products: while a layer is solved float32 means float32, whatever is set outside.
 
 What is set for that is the process's, so one thread at a time has it: see turns.py.
 """
@@ -32,9 +32,9 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def tf32_products(device: torch.device, wanted: bool = True) -> Iterator[None]:
-    """Within :func:`full_precision`: products on CUDA may take TF32, if that is ``wanted``."""
-    if device.type != "cuda" or not wanted:
+def tf32_products(device: torch.device, allowed: bool = True) -> Iterator[None]:
+    """Within :func:`full_precision`: products on CUDA may take TF32, where ``allowed``."""
+    if device.type != "cuda" or not allowed:
         yield
         return
     with one_caller():

@@ -11,21 +11,21 @@ from torch.nn import functional as F
 from adaround_ext.linalg.precision import tf32_products
 from adaround_ext.process.one_thread import on_one_thread
 
-# The libraries' kernels work on blocks of this many rows and columns; where a block is not full,
-# the order of a sum was seen to depend on the threads.
-BLOCK = 16
+# The libraries' kernels work on tiles of this many rows and columns; where one is not full, the
+# order of a sum was seen to depend on the threads.
+TILE = 16
 # Longer sums are shared out over the threads: of float32 from 832 on, of float64 from 256 on where
 # there are 16 of them.
-_SUM = {torch.float32: 512, torch.float64: 128}
+_MAX_TERMS = {torch.float32: 512, torch.float64: 128}
 # From so many multiplications, and terms a sum, a GPU has float32's digits sooner by three products
 # of TF32.
-_LARGE, _LARGE_SUM = 1 << 33, 512
+_MIN_LARGE, _MIN_LARGE_TERMS = 1 << 33, 512
 _TF32_UNIT = 1 << 13  # of a float32's bits as a number: what TF32 does not have is less
 _TF32_END = 2.0**128 - 2.0**116  # from here on rounding to nearest would give infinity
 
 
 def fixed_bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a [groups, m, k] times b [groups, k, n]; a lone product filled up with zeros to whole blocks.
+    """a [groups, m, k] times b [groups, k, n]; a lone product filled up with zeros to whole tiles.
 
     Several groups have one thread in float64, where sums are shared out if there are more threads
     than groups; in float32 that was not seen for up to 32 threads. On CUDA no number of threads
@@ -39,12 +39,12 @@ def fixed_bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     if len(a) > 1:
         return on_one_thread(partial(torch.bmm, a, b), a.device)
     m, k, n = a.shape[1], a.shape[2], b.shape[2]
-    if m % BLOCK:
-        a, out = F.pad(a, (0, 0, 0, -m % BLOCK)), None
-    if n % BLOCK:
-        b, out = F.pad(b, (0, -n % BLOCK)), None
+    if m % TILE:
+        a, out = F.pad(a, (0, 0, 0, -m % TILE)), None
+    if n % TILE:
+        b, out = F.pad(b, (0, -n % TILE)), None
     # Half precision is summed elsewhere, whole: partial sums would be rounded.
-    step = _SUM.get(a.dtype, max(k, 1))
+    step = _MAX_TERMS.get(a.dtype, max(k, 1))
     first = a[:, :, :step], b[:, :step]
     out = torch.bmm(*first) if out is None else torch.bmm(*first, out=out)
     for begin in range(step, k, step):
@@ -54,9 +54,9 @@ def fixed_bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 def _is_large(a: Tensor, b: Tensor) -> bool:
     """Whether it is a float32 product on CUDA that takes longer than three of TF32."""
-    if not a.is_cuda or a.dtype != torch.float32 or a.shape[2] < _LARGE_SUM:
+    if not a.is_cuda or a.dtype != torch.float32 or a.shape[2] < _MIN_LARGE_TERMS:
         return False
-    large = a.numel() * b.shape[2] >= _LARGE
+    large = a.numel() * b.shape[2] >= _MIN_LARGE
     # Where TF32 was asked for, one product is what is wanted.
     return large and torch.get_float32_matmul_precision() == "highest"
 

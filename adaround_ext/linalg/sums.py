@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_PIECE = 64  # terms in float32: with so few the sum has about the digits of its terms
+_FLOAT32_TERMS = 64  # of a sum in float32: with so few it has about the digits of its terms
 
 
 def double_sum(values: Tensor, dim: int) -> Tensor:
@@ -14,10 +14,10 @@ def double_sum(values: Tensor, dim: int) -> Tensor:
     On CUDA torch would write all values in float64 first, so there pieces are summed in float32.
     """
     length = values.shape[dim]
-    whole = length // _PIECE * _PIECE if values.is_cuda else 0
+    whole = length // _FLOAT32_TERMS * _FLOAT32_TERMS if values.is_cuda else 0
     if whole == 0:
         return values.sum(dim, dtype=torch.float64)
-    pieces = values.narrow(dim, 0, whole).unflatten(dim, (-1, _PIECE)).sum(dim + 1)
+    pieces = values.narrow(dim, 0, whole).unflatten(dim, (-1, _FLOAT32_TERMS)).sum(dim + 1)
     total: Tensor = pieces.sum(dim, dtype=torch.float64)
     if whole < length:
         total += values.narrow(dim, whole, length - whole).sum(dim, dtype=torch.float64)

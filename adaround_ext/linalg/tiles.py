@@ -1,4 +1,4 @@
-"""How much is worked on at a time."""
+"""Tile sizes: how many elements are worked on at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 
-class PerDevice(NamedTuple):
+class TileSize(NamedTuple):
     """Elements at a time: what a processor's caches hold, and what is worth a GPU's launches."""
 
     cpu: int

@@ -14,8 +14,9 @@ from adaround_ext.linalg.precision import full_precision
 from adaround_ext.model.sample_store import GrowingTensor
 from adaround_ext.model.units import Unit
 from adaround_ext.replay.calibration import unpadded
-from adaround_ext.rounding.pose import gram_problems, sampled_problems
+from adaround_ext.rounding.gram_problem import gram_problems
 from adaround_ext.rounding.problem import Problem
+from adaround_ext.rounding.sampled_problem import sampled_problems
 from adaround_ext.statistics.moments import GramStatistics
 from adaround_ext.statistics.pairing import paired_rows
 
@@ -105,7 +106,7 @@ class Collector:
         y = self._checked("full-precision inputs", unpadded(values[0], mask), batch)
         y = layers[0].samples(y)
         if self.unit.rows_chosen and self.unit.sampled:
-            return None  # a minibatch has no say in what row_guard.py decides
+            return None  # a minibatch has no say in what GramProblem decides
         if self.unit.rows_chosen:
             paired = paired_rows(x, y)
             missing = len(x) - int(paired.sum())

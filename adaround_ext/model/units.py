@@ -11,7 +11,7 @@ from torch import nn
 
 from adaround_ext.layers.matrix import MatrixLayer
 from adaround_ext.planning.plan import Target
-from adaround_ext.rounding.solve import shareable
+from adaround_ext.rounding.gram_problem import shareable
 from adaround_ext.statistics.segment import TOKENS
 
 

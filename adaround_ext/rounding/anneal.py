@@ -1,4 +1,4 @@
-"""The optimisation of V: the loop and only the loop."""
+"""Annealing of V: the loop and only the loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from adaround_ext import ops
 from adaround_ext.config import AdaRoundConfig
 from adaround_ext.grid import QuantGrid, expand
-from adaround_ext.linalg.cuda_graph import repeat
+from adaround_ext.linalg.cuda_graph import repeat_captured
 from adaround_ext.linalg.precision import tf32_products
 from adaround_ext.presets import Settings
 
@@ -77,7 +77,7 @@ def anneal(
 
     precision = tf32_products(weight.device, config.products == "tf32")
     with precision, tqdm(total=chosen.steps, desc=name, disable=not config.progress) as bar:
-        repeat(one_step, chosen.steps, weight.device, objective.generator, bar.update)
+        repeat_captured(one_step, chosen.steps, weight.device, objective.generator, bar.update)
     qrange = grid.scale, grid.zero_point, grid.qmin, grid.qmax
     soft, _ = ops.soft_quantize(weight, state.v, *qrange, 2.0)
     h = _rectified_sigmoid(state.v)
@@ -108,8 +108,11 @@ class Objective(Protocol):
     """What the loop needs."""
 
     as_error: bool  # gradient takes w_q - target instead of w_q
-    dtype: torch.dtype  # of the gradient and what it takes
     generator: torch.Generator | None  # which gradient draws from
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the gradient and what it takes."""
 
     def gradient(self, weight_q: Tensor) -> Tensor:
         """d loss / d weight_q [rows, cols] for the soft weights or errors [rows, cols]."""

@@ -56,5 +56,5 @@ class OrderedCholesky:
     def solve(self, right: Tensor) -> Tensor:
         """``right`` H^-1 for float64 [groups, rows, cols]."""
         order = self.order[:, None].expand_as(right)
-        found = self.factor.solve(right.gather(2, order))
-        return torch.empty_like(found).scatter_(2, order, found)
+        solved = self.factor.solve(right.gather(2, order))
+        return torch.empty_like(solved).scatter_(2, order, solved)

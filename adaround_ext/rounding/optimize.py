@@ -1,4 +1,4 @@
-"""AdaRound for one layer, or for layers that share their inputs."""
+"""AdaRound for one layer in one call, or for layers that share their inputs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from adaround_ext.ops.library import check_device
 from adaround_ext.presets import choose_objective
 from adaround_ext.process.omp_waits import short_waits_when_busy
 from adaround_ext.result import LayerResult
-from adaround_ext.rounding.pose import gram_problems, sampled_problems
+from adaround_ext.rounding.gram_problem import gram_problems
 from adaround_ext.rounding.problem import Problem
+from adaround_ext.rounding.sampled_problem import sampled_problems
 from adaround_ext.rounding.solve import solve
 from adaround_ext.statistics.moments import GramStatistics
 
@@ -81,10 +82,10 @@ def optimize_layer(
     objective, reason = choose_objective(config)
     problems = _gram_problems if objective == "gram" else _sampled_problems
     with short_waits_when_busy(), full_precision(layers[0].weight.device):
-        found: dict[MatrixLayer, LayerResult] = {}
+        by_layer: dict[MatrixLayer, LayerResult] = {}
         for problem in problems(layers, inputs, targets, config, reason):
-            found.update(zip(problem.layers, solve([problem], config), strict=True))
-    results = [found[layer] for layer in layers]
+            by_layer.update(zip(problem.layers, solve([problem], config), strict=True))
+    results = [by_layer[layer] for layer in layers]
     for result in results:
         _logger.info("%s", result.report)
     return results[0] if single else results
@@ -137,6 +138,6 @@ def _sampled_problems(
     reason: str,
 ) -> Iterator[Problem]:
     started = time.perf_counter()
-    x, wanted, samples = data.gather(layers, _name(layers), inputs, targets)
+    x, outputs, samples = data.gather(layers, _name(layers), inputs, targets)
     seconds = time.perf_counter() - started
-    return sampled_problems(layers, x, wanted, samples, config, reason, seconds)
+    return sampled_problems(layers, x, outputs, samples, config, reason, seconds)

@@ -1,4 +1,4 @@
-"""The sampled objective: minibatches through the layer and its activation function."""
+"""Sampled objective: minibatches through the layer and its activation function."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from adaround_ext.grid import QuantGrid
 from adaround_ext.layers.matrix import MatrixLayer
 from adaround_ext.linalg.sums import double_sum
+from adaround_ext.rounding.solution import comparable
 
 _EVALUATION_BATCH = 64
 
@@ -36,6 +38,7 @@ class SampledObjective:
         normalize: bool,
         seed: int,
     ) -> None:
+        self.weight = weight
         self._layer = layer
         self._bias = layer.bias
         self._inputs = inputs
@@ -73,6 +76,11 @@ class SampledObjective:
     def row_losses(self, weight_q: Tensor) -> Tensor:
         """The loss of each row on all samples, float64 [rows]."""
         return self._mean_square(weight_q, relative_to_zero=False)
+
+    def stored_losses(self, codes: Tensor, grid: QuantGrid) -> Tensor:
+        """The same of weights as the layer's dtype stores them."""
+        stored = grid.stored(codes, self._layer.weight.dtype)
+        return comparable(self.row_losses(stored.float()))
 
     def _outputs(self, x: Tensor, matrix: Tensor) -> Tensor:
         weight = self._layer.weight_from_matrix(matrix)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adaround_ext import ops
 from adaround_ext.rounding.solution import Quadratic, Solution
-from adaround_ext.rounding.stacked import pieces
+from adaround_ext.rounding.stacked import stacks
 
 # Descent ends by itself, when a sweep changes nothing; this bounds what rounding errors of
 # the float32 residual could do.
@@ -27,8 +27,8 @@ def search(solution: Solution, quadratic: Quadratic, steps: int, seed: int) -> S
     codes, residual, grid = solution.codes.clone(), solution.residual.clone(), solution.grid
     ops.tabu_search_(codes, residual, quadratic.gram, grid.scale, grid.qmin, grid.qmax, steps, seed)
     # The residual afresh: thousands of changes in float32 have left their roundings in it.
-    found = Solution.of(codes, grid, quadratic)
-    return solution.better(descend(found, quadratic), None)
+    best = Solution.of(codes, grid, quadratic)
+    return solution.better(descend(best, quadratic), None)
 
 
 def search_all(
@@ -37,16 +37,16 @@ def search_all(
     """:func:`search` from each of them, on its grid."""
     if steps == 0:
         return solutions
-    found = []
-    for part, together in pieces(solutions, quadratic):
-        one = search(together.solution(part), together.quadratic, steps, seed)
-        for before, after in zip(part, together.apart(one), strict=True):
-            found.append(dataclasses.replace(after, grid=before.grid))
-    return found
+    searched = []
+    for batch, stack in stacks(solutions, quadratic):
+        of_batch = search(stack.solution(batch), stack.quadratic, steps, seed)
+        for before, after in zip(batch, stack.apart(of_batch), strict=True):
+            searched.append(dataclasses.replace(after, grid=before.grid))
+    return searched
 
 
-def improvable(solution: Solution, quadratic: Quadratic) -> Tensor:
-    """Marks rows in which a change of one code would still lower the loss: none is a minimum."""
+def rows_not_minimal(solution: Solution, quadratic: Quadratic) -> Tensor:
+    """Flags rows in which a change of one code would still lower the loss: none is a minimum."""
     fresh = Solution.of(solution.codes, solution.grid, quadratic)
     codes, grid = fresh.codes.clone(), fresh.grid
     ops.refine_(codes, fresh.residual, quadratic.gram, grid.scale, grid.qmin, grid.qmax, 1)

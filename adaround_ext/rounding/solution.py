@@ -1,4 +1,4 @@
-"""A solution of one Gram problem, and how the better of two is taken row by row."""
+"""Solutions of one quadratic form, of which the better of two is taken row by row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from adaround_ext import ops
 from adaround_ext.grid import QuantGrid
 from adaround_ext.linalg.products import fixed_bmm
 from adaround_ext.linalg.sums import double_sum
@@ -36,24 +35,24 @@ class Solution:
 
         ``residual`` [rows, cols] where it is known already, which saves a matrix product.
         """
-        error = ops.dequantize(codes, grid.scale, grid.zero_point) - quadratic.target
+        error = grid.dequantize(codes) - quadratic.target
         if residual is None:
             residual = quadratic.residual(error)
         losses = quadratic.unit * double_sum(residual * error, 1)
         return Solution(codes, grid, residual, comparable(losses))
 
-    def better(self, other: Solution, owners: list[int] | None) -> Solution:
+    def better(self, other: Solution, rows_per_scale: list[int] | None) -> Solution:
         """In each row the one with the lower loss, this one where they are equal.
 
-        Rows that share a scale (``owners``, see :func:`per_owner`) go together, unless both are on
-        the same grid.
+        Rows that share a scale (``rows_per_scale``, see :func:`per_scale`) go together, unless both
+        are on the same grid.
         """
         same_grid = other.grid is self.grid
         gains = self.losses - other.losses
-        take = (gains if same_grid else per_owner(gains, owners)) > 0
+        take = (gains if same_grid else per_scale(gains, rows_per_scale)) > 0
 
-        def chosen(theirs: Tensor, own: Tensor) -> Tensor:
-            return torch.where(take[:, None], theirs, own)
+        def chosen(theirs: Tensor, ours: Tensor) -> Tensor:
+            return torch.where(take[:, None], theirs, ours)
 
         grid = self.grid
         if not same_grid:
@@ -68,15 +67,15 @@ class Solution:
         )
 
 
-def per_owner(values: Tensor, owners: list[int] | None) -> Tensor:
-    """values [rows, ...] summed over rows of one owner, for each row.
+def per_scale(values: Tensor, rows_per_scale: list[int] | None) -> Tensor:
+    """values [rows, ...] summed over the rows of one scale, for each row.
 
-    owners: how many consecutive rows share each scale; None where each row owns its own.
+    rows_per_scale: how many consecutive rows share each scale; None where each row has its own.
     """
-    if owners is None:
+    if rows_per_scale is None:
         return values
-    parts = values.split(owners)
-    return torch.cat([part.sum(0, keepdim=True).expand_as(part) for part in parts])
+    of_scales = values.split(rows_per_scale)
+    return torch.cat([rows.sum(0, keepdim=True).expand_as(rows) for rows in of_scales])
 
 
 def comparable(losses: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from adaround_ext.distributed import Ranks
 
-_PIECE = 1 << 23  # float64 values in flight at a time: 64 MiB
+_VALUES_IN_FLIGHT = 1 << 23  # float64, at a time: 64 MiB
 
 
 class ProductSum:
@@ -51,37 +51,38 @@ class MatrixSum:
     def total(self, device: torch.device, counts: list[int]) -> Tensor:
         """The sum at all ranks, of which each has ``counts[rank]``; zeros where none has any."""
         ranks = self._ranks
-        values = [own.value for own in self._sums if own.value is not None]
+        values = [one.value for one in self._sums if one.value is not None]
         self._sums.clear()
         if ranks.size == 1 and values:
             return values[0].double()
         total = torch.zeros(self._shape, dtype=torch.float64, device=device)
         flat = total.view(-1)
-        size = max(1, min(_PIECE // max(1, sum(counts)), len(flat)))
+        size = max(1, min(_VALUES_IN_FLIGHT // max(1, sum(counts)), len(flat)))
         step = -(-size // ranks.size) * ranks.size  # a part for each rank
         for begin in range(0, len(flat), step) if any(counts) else ():
             pieces = [value.view(-1)[begin : begin + step] for value in values]
-            found = (self._ordered if ranks.ordered else self._reduced)(pieces, counts, step)
-            flat[begin : begin + step] = found[: len(flat) - begin]
+            added = (self._ordered if ranks.ordered else self._reduced)(pieces, counts, step)
+            flat[begin : begin + step] = added[: len(flat) - begin]
         return total
 
     def _ordered(self, pieces: list[Tensor], counts: list[int], step: int) -> Tensor:
         """Each rank adds up a part of the piece and sends it to all."""
         size = step // self._ranks.size
-        block = self._block(pieces, len(pieces), step)
-        parts = block.view(len(pieces), self._ranks.size, size).transpose(0, 1)
-        first, *others = self._ranks.all_to_all(parts, counts, size)
+        padded = self._padded(pieces, len(pieces), step)
+        of_ranks = padded.view(len(pieces), self._ranks.size, size).transpose(0, 1)
+        first, *others = self._ranks.all_to_all(of_ranks, counts, size)
         for other in others:
             first += other
         return self._ranks.concatenate(first.contiguous())
 
     def _reduced(self, pieces: list[Tensor], counts: list[int], step: int) -> Tensor:
-        block = self._block(pieces, 1, step)[0]
-        self._ranks.add_up(block)
-        return block
+        padded = self._padded(pieces, 1, step)[0]
+        self._ranks.add_up(padded)
+        return padded
 
-    def _block(self, pieces: list[Tensor], rows: int, step: int) -> Tensor:
-        block = torch.zeros(rows, step, dtype=torch.float64, device=self._ranks.device)
-        for row, piece in zip(block, pieces, strict=False):
+    def _padded(self, pieces: list[Tensor], rows: int, step: int) -> Tensor:
+        """float64 [rows, step], a piece a row."""
+        padded = torch.zeros(rows, step, dtype=torch.float64, device=self._ranks.device)
+        for row, piece in zip(padded, pieces, strict=False):
             row[: len(piece)] = piece
-        return block
+        return padded

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,9 +15,24 @@ from adaround_ext.layers.matrix import MatrixLayer
 from adaround_ext.linalg.products import fixed_bmm
 from adaround_ext.statistics.accumulate import MatrixSum
 from adaround_ext.statistics.segment import SegmentSums, Vectors
+from adaround_ext.tensors import RowTerms
 
 _OUTLIER = 1e4
-_ROWS = 4096  # in float64 at a time
+ROWS_PER_TILE = 4096  # in float64 at a time
+
+
+@dataclass(frozen=True)
+class MissedTerms(RowTerms):
+    """Moments of e, what the layers miss of their targets, for each row.
+
+    mismatch [rows, cols] = E[e (x - mean)^T], mean [rows] = E[e], energy [rows] = E[e^2], float64;
+    conv_group: whose inputs the row sees, int64 [rows].
+    """
+
+    mismatch: Tensor
+    mean: Tensor
+    energy: Tensor
+    conv_group: Tensor
 
 
 class GramStatistics:
@@ -38,9 +54,7 @@ class GramStatistics:
 
     covariance: Tensor
     mean: Tensor
-    mismatch: Tensor
-    mismatch_mean: Tensor
-    mismatch_energy: Tensor
+    missed: MissedTerms
 
     def __init__(
         self,
@@ -58,12 +72,12 @@ class GramStatistics:
         self._from_inputs = from_inputs
         groups = torch.arange(first.groups, device=self._device)
         per_layer = [groups.repeat_interleave(item.rows // first.groups) for item in layers]
-        self._group = torch.cat(per_layer)  # of each row
+        self._conv_group = torch.cat(per_layer)  # of each row
         self._segment = 0
         self._open: SegmentSums | None = None
         self._closed: list[Vectors] = []
         self._covariance = MatrixSum(ranks, (first.groups, first.cols, first.cols))
-        rows = first.cols if from_inputs else len(self._group)
+        rows = first.cols if from_inputs else len(self._conv_group)
         self._mismatch = MatrixSum(ranks, (rows, first.cols))
         self._squares = MatrixSum(ranks, (first.cols, first.cols))
         self.count = 0
@@ -73,9 +87,25 @@ class GramStatistics:
         """E[x x^T], float64 [groups, cols, cols]."""
         return self.covariance + self.mean[:, :, None] * self.mean[:, None, :]
 
+    @property
+    def mismatch(self) -> Tensor:
+        """E[e (x - mean)^T], float64 [rows, cols]."""
+        return self.missed.mismatch
+
+    @property
+    def mismatch_mean(self) -> Tensor:
+        """E[e], float64 [rows]."""
+        return self.missed.mean
+
+    @property
+    def mismatch_energy(self) -> Tensor:
+        """E[e^2], float64 [rows]."""
+        return self.missed.energy
+
     def plain_mismatch(self) -> Tensor:
         """E[e x^T], float64 [rows, cols]."""
-        return self.mismatch + self.mismatch_mean[:, None] * self.mean[self._group]
+        missed = self.missed
+        return missed.mismatch + missed.mean[:, None] * self.mean[missed.conv_group]
 
     def collect(self, batches: Iterator[Batch]) -> None:
         """Adds every batch; the moments are ready afterwards."""
@@ -110,98 +140,101 @@ class GramStatistics:
     def finish(self) -> None:
         """Joins what all segments have; the moments are ready afterwards."""
         self._close()
-        own = self._closed, len(self._covariance), len(self._mismatch)
-        found = self._ranks.gather(own, "statistics")
-        segments, inputs, targets = zip(*found, strict=True)
+        of_rank = self._closed, len(self._covariance), len(self._mismatch)
+        of_ranks = self._ranks.gather(of_rank, "statistics")
+        segments, inputs, targets = zip(*of_ranks, strict=True)
         self.has_targets = any(targets)
-        self.covariance = self._covariance.total(self._device, list(inputs))
-        self.mismatch = self._mismatch.total(self._device, list(targets))
+        covariance = self._covariance.total(self._device, list(inputs))
+        mismatch = self._mismatch.total(self._device, list(targets))
         self._closed = []
         names = ", ".join(str(layer.layer) for layer in self._layers)
         if not any(inputs):
             raise ValueError(f"inputs of {names} must hold at least one sample, got none")
-        self._join([vectors for own in segments for vectors in own])
+        self._join([vectors for closed in segments for vectors in closed], covariance, mismatch)
         if self._from_inputs:
-            self._to_outputs(self._squares.total(self._device, list(targets)) / self.count)
+            squares = self._squares.total(self._device, list(targets)) / self.count
+            self.missed = self._of_outputs(self.missed, squares)
         if not all(t.isfinite().all() for t in (self.covariance, self.mismatch_energy)):
             raise ValueError(
                 f"{'inputs and targets' if self.has_targets else 'inputs'} of {names} must be so "
                 "small that float32 holds their squares, got larger values"
             )
 
-    def _join(self, segments: list[Vectors]) -> None:
-        """From sums about each segment's shift to moments about the mean."""
+    def _join(self, segments: list[Vectors], covariance: Tensor, mismatch: Tensor) -> None:
+        """From sums about each segment's shift to moments about the mean, in the same memory."""
 
         def stacked(name: str) -> Tensor:
-            return torch.stack([getattr(own, name).to(self._device) for own in segments])
+            return torch.stack([getattr(vectors, name).to(self._device) for vectors in segments])
 
         shifts, firsts, missed, energies = map(stacked, ("shift", "first", "missed", "energy"))
-        counts = [own.count for own in segments]
+        counts = [vectors.count for vectors in segments]
         self.count = sum(counts)
         n = torch.tensor(counts, dtype=torch.float64, device=self._device)[:, None, None]
         moved = shifts.double() - shifts[0].double()
         if len(counts) > 1:
-            self._move(moved, firsts + n * moved / 2, missed)
-        self.covariance /= self.count
-        self.mismatch /= self.count
-        self.mean = (firsts + n * moved).sum(0) / self.count
-        self.mismatch_mean = missed.sum(0) / self.count
-        self.mismatch_energy = energies.sum(0) / self.count
+            self._move(covariance, mismatch, moved, firsts + n * moved / 2, missed)
+        covariance /= self.count
+        mismatch /= self.count
+        mean = (firsts + n * moved).sum(0) / self.count
+        mismatch_mean = missed.sum(0) / self.count
         # Until here everything is of x - the first shift.
-        self.covariance -= self.mean[:, :, None] * self.mean[:, None, :]
-        mean = self.mean if self._from_inputs else self.mean[self._group]
-        self.mismatch -= self.mismatch_mean[:, None] * mean
-        self.mean += shifts[0].double()
+        covariance -= mean[:, :, None] * mean[:, None, :]
+        mismatch -= mismatch_mean[:, None] * (mean if self._from_inputs else mean[self._conv_group])
+        self.covariance = covariance
+        self.mean = mean + shifts[0].double()
+        energy = energies.sum(0) / self.count
+        self.missed = MissedTerms(mismatch, mismatch_mean, energy, self._conv_group)
 
-    def _to_outputs(self, squares: Tensor) -> None:
+    def _of_outputs(self, d: MissedTerms, squares: Tensor) -> MissedTerms:
         """From the moments of d to those of e = W d, some rows at a time."""
         weight = torch.cat([layer.weight_matrix() for layer in self._layers]).to(self._device)
-        mismatch, mean = self.mismatch, self.mismatch_mean
-        self.mismatch = mismatch.new_zeros(weight.shape)
-        self.mismatch_mean = mean.new_zeros(len(weight))
-        self.mismatch_energy = mean.new_zeros(len(weight))
-        for begin in range(0, len(weight), _ROWS) if self.has_targets else ():
-            own = slice(begin, begin + _ROWS)
-            rows = weight[own].double()
-            self.mismatch[own] = fixed_bmm(rows[None], mismatch[None])[0]
-            self.mismatch_mean[own] = fixed_bmm(rows[None], mean[None, :, None])[0, :, 0]
-            self.mismatch_energy[own] = (fixed_bmm(rows[None], squares[None])[0] * rows).sum(1)
+        mismatch = d.mismatch.new_zeros(weight.shape)
+        mean = d.mean.new_zeros(len(weight))
+        energy = d.mean.new_zeros(len(weight))
+        for begin in range(0, len(weight), ROWS_PER_TILE) if self.has_targets else ():
+            tile = slice(begin, begin + ROWS_PER_TILE)
+            rows = weight[tile].double()
+            mismatch[tile] = fixed_bmm(rows[None], d.mismatch[None])[0]
+            mean[tile] = fixed_bmm(rows[None], d.mean[None, :, None])[0, :, 0]
+            energy[tile] = (fixed_bmm(rows[None], squares[None])[0] * rows).sum(1)
+        return MissedTerms(mismatch, mean, energy, d.conv_group)
 
-    def _move(self, moved: Tensor, centres: Tensor, missed: Tensor) -> None:
+    def _move(
+        self, covariance: Tensor, mismatch: Tensor, moved: Tensor, centres: Tensor, missed: Tensor
+    ) -> None:
         """The matrices from each segment's shift to the first one's, d = ``moved`` further on.
 
         sum (x' + d) (x' + d)^T = sum x' x'^T + a + a^T, a = d (sum x' + n d / 2)^T;
         sum e (x' + d)^T = sum e x'^T + (sum e) d^T.
         """
         half = fixed_bmm(moved.permute(1, 2, 0), centres.transpose(0, 1))
-        self.covariance += half + half.mT
-        if self.has_targets and len(self.covariance) == 1:
-            self.mismatch += fixed_bmm(missed.t()[None], moved.transpose(0, 1))[0]
+        covariance += half + half.mT
+        if self.has_targets and len(covariance) == 1:
+            mismatch += fixed_bmm(missed.t()[None], moved.transpose(0, 1))[0]
         elif self.has_targets:  # a product a row, since each has its group
-            own = moved[:, self._group].transpose(0, 1)
-            self.mismatch += torch.bmm(missed.t()[:, None], own)[:, 0]
+            of_rows = moved[:, self._conv_group].transpose(0, 1)
+            mismatch += torch.bmm(missed.t()[:, None], of_rows)[:, 0]
 
     def notes(self) -> tuple[str, ...]:
         """What is unusual about these moments and matters to whoever reads the result."""
-        found = []
+        notes = []
         cols = self.mean.shape[1]
         if self.count <= cols:
-            found.append(f"{self.count} positions for {cols} columns: the Gram matrix is singular")
+            notes.append(f"{self.count} positions for {cols} columns: the Gram matrix is singular")
         second = self.covariance.diagonal(dim1=1, dim2=2) + self.mean.square()
         dead = int((second == 0).sum())
         if dead:
-            found.append(f"{dead} of {second.numel()} inputs are always 0: their weights are free")
+            notes.append(f"{dead} of {second.numel()} inputs are always 0: their weights are free")
         typical = second[second > 0].median() if dead < second.numel() else second.new_zeros(())
         loud = int((second > _OUTLIER * typical).sum())
         if typical > 0 and loud:
-            found.append(
+            notes.append(
                 f"{loud} inputs have more than {_OUTLIER:g} times the median's mean square"
             )
-        return tuple(found)
+        return tuple(notes)
 
     def rows(self, rows: Tensor) -> GramStatistics:
         """The same statistics for some of the stacked rows."""
-        part = copy.copy(self)
-        for name in ("mismatch", "mismatch_mean", "mismatch_energy", "_group"):
-            setattr(part, name, getattr(self, name)[rows])
-        return part
+        of_rows = copy.copy(self)
+        of_rows.missed = self.missed[rows]
+        return of_rows

@@ -1,4 +1,4 @@
-"""Sums over one segment of the data: what several processes, or one after the other, can join."""
+"""Sums over one segment of the data: several processes, or one after the other, can join them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from adaround_ext.layers.matrix import MatrixLayer
 from adaround_ext.linalg.precision import tf32_products
 from adaround_ext.linalg.products import fixed_bmm
 from adaround_ext.linalg.sums import double_sum
-from adaround_ext.linalg.tiles import PerDevice
+from adaround_ext.linalg.tiles import TileSize
 from adaround_ext.statistics.accumulate import ProductSum
 
 # Inputs are cut again into this many samples (tokens of a linear layer) before X X^T, so that the
 # sums do not depend on how the caller cut the data.
 _SAMPLES, TOKENS = 32, 8192
-# X X^T is symmetric: only blocks on and below the diagonal are computed, so many columns each.
-_BLOCK = PerDevice(cpu=192, cuda=1024)
+# X X^T is symmetric: only tiles on and below the diagonal are computed, so many columns each.
+_COLS_PER_TILE = TileSize(cpu=192, cuda=1024)
 _SHIFT_POSITIONS = 256  # enough for the rough mean that inputs are shifted by
 
 
@@ -77,7 +77,7 @@ class SegmentSums:
     def _consume(self, inputs: Tensor, targets: tuple[Tensor, ...] | None) -> None:
         # TF32 has all digits of a number of 16 bits; what it rounds off of their differences is far
         # below the damping: docs/design.md.
-        with tf32_products(inputs.device, wanted=inputs.element_size() == 2):
+        with tf32_products(inputs.device, allowed=inputs.element_size() == 2):
             self._add(inputs.float(), targets)
 
     def _add(self, x: Tensor, targets: tuple[Tensor, ...] | None) -> None:
@@ -88,8 +88,8 @@ class SegmentSums:
         if self._from_inputs:
             (y,) = targets
             both = (self._patches(self._layers[0], inputs, None) for inputs in (x, y.float()))
-            for (patches, _), (wanted, _) in zip(*both, strict=True):
-                self._add_differences(patches, wanted)
+            for (patches, _), (exact, _) in zip(*both, strict=True):
+                self._add_differences(patches, exact)
             return
         streams = [
             self._patches(layer, x, y.float())
@@ -120,12 +120,12 @@ class SegmentSums:
             vectors.energy[rows] += double_sum(e.square(), 2).view(-1)
         self.mismatch.add(torch.cat(products))
 
-    def _add_differences(self, patches: Tensor, wanted: Tensor) -> None:
+    def _add_differences(self, patches: Tensor, exact: Tensor) -> None:
         """One chunk of inputs, and of those whose outputs are wanted."""
         shifted = self._shifted(patches)
         assert self.vectors is not None
         self._add_inputs(shifted)
-        d = wanted - patches
+        d = exact - patches
         self.mismatch.add(fixed_bmm(d, shifted.mT)[0].contiguous())
         self.squares.add(_gram(d)[0])
         self.vectors.missed += _sums(d)[0]
@@ -172,12 +172,12 @@ def _sums(patches: Tensor) -> Tensor:
 def _gram(patches: Tensor) -> Tensor:
     """patches patches^T, float32 [groups, cols, cols]."""
     groups, cols, _ = patches.shape
-    block = _BLOCK.on(patches.device)
-    if groups > 1 or cols <= 2 * block:
+    tile = _COLS_PER_TILE.on(patches.device)
+    if groups > 1 or cols <= 2 * tile:
         return fixed_bmm(patches, patches.mT).contiguous()
     gram = patches.new_empty(1, cols, cols)
-    for begin in range(0, cols, block):
-        end = min(begin + block, cols)
+    for begin in range(0, cols, tile):
+        end = min(begin + tile, cols)
         product = fixed_bmm(patches[:, begin:end], patches[:, :end].mT)
         gram[:, begin:end, :end] = product
         gram[:, :begin, begin:end] = product[:, :, :begin].mT

@@ -151,7 +151,7 @@ def one_by_one() -> Iterator[None]:
         for _ in range(count):
             step()
 
-    with mock.patch("adaround_ext.rounding.anneal.repeat", plain):
+    with mock.patch("adaround_ext.rounding.anneal.repeat_captured", plain):
         yield
 
 

@@ -182,7 +182,7 @@ _FAKES: dict[str, Any] = {
     "torch.cuda.manual_seed": lambda seed: None,
     "torch.cuda.manual_seed_all": lambda seed: None,
     "adaround_ext.ops.library._CUDA_LOADED": True,
-    "adaround_ext.linalg.cuda_graph._LEAST": 1 << 40,  # steps are launched one by one
+    "adaround_ext.linalg.cuda_graph._MIN_GRAPHS": 1 << 40,  # steps are launched one by one
 }
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from adaround_ext import AdaRoundConfig, optimize_layer
-from adaround_ext.linalg import cuda_graph as repeat
+from adaround_ext.linalg.cuda_graph import repeat_captured
 from tests.conftest import DEVICES
 
 COUNTS = [0, 1, 99, 102, 103, 127, 128, 153, 300, 500]
@@ -69,7 +69,7 @@ class Recorder:
 def test_steps_are_counted(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = Recorder(monkeypatch)
     generator, told = torch.Generator(), [0]
-    repeat.repeat(cuda.step, count, torch.device("cuda"), generator, told.append)
+    repeat_captured(cuda.step, count, torch.device("cuda"), generator, told.append)
     assert cuda.done == sum(told) == count
     assert (cuda.replays > 0) == (count >= 103)
     assert cuda.generators == [generator] * (count >= 103)
@@ -78,14 +78,14 @@ def test_steps_are_counted(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_none_are_left_over_where_that_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = Recorder(monkeypatch)
-    repeat.repeat(cuda.step, 300, torch.device("cuda"))
+    repeat_captured(cuda.step, 300, torch.device("cuda"))
     assert (cuda.recorded, cuda.replays) == (27, 11)  # after 3 plain ones
 
 
 @pytest.mark.parametrize("count", [6, 7, 32])
 def test_one_large_step_a_graph(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = Recorder(monkeypatch)
-    repeat.repeat(cuda.step, count, torch.device("cuda"), chunk=1)
+    repeat_captured(cuda.step, count, torch.device("cuda"), chunk=1)
     assert (cuda.done, cuda.recorded) == (count, int(count >= 7))
     assert cuda.replays == (count - 3 if count >= 7 else 0)
 
@@ -96,7 +96,7 @@ def test_steps_that_cannot_be_captured(count: int, monkeypatch: pytest.MonkeyPat
     warned = pytest.warns(RuntimeWarning, match="one by one.*do not fit.*is capturing")
     told = [0]
     with warned if count >= 103 else nullcontext():
-        repeat.repeat(cuda.step, count, torch.device("cuda"), None, told.append)
+        repeat_captured(cuda.step, count, torch.device("cuda"), None, told.append)
     assert cuda.done == sum(told) == count
     assert not cuda.recording
 
@@ -117,7 +117,7 @@ def test_memory_that_runs_out_is_called_that(
     cuda = Recorder(monkeypatch, error)
 
     def solve() -> None:
-        repeat.repeat(cuda.step, 300, torch.device("cuda"))
+        repeat_captured(cuda.step, 300, torch.device("cuda"))
 
     with pytest.warns(RuntimeWarning, match=r"one by one, since memory ran out .*out of memory"):
         if handled:
@@ -137,13 +137,13 @@ def test_other_failures_are_not(handled: str, monkeypatch: pytest.MonkeyPatch) -
         try:
             raise RuntimeError(handled)
         except RuntimeError:
-            repeat.repeat(cuda.step, 300, torch.device("cuda"))
+            repeat_captured(cuda.step, 300, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_the_cpu_has_no_graphs(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = Recorder(monkeypatch)
-    repeat.repeat(cuda.step, count, torch.device("cpu"), None, lambda steps: None)
+    repeat_captured(cuda.step, count, torch.device("cpu"), None, lambda steps: None)
     assert (cuda.done, cuda.replays) == (count, 0)
 
 
@@ -172,7 +172,7 @@ def test_bits_of_graphs(
     x = torch.randn((50, 40) if isinstance(layer, nn.Linear) else (20, 4, 6, 6), device=device)
     replayed = optimize_layer(layer, x, config=config, **settings)
     for user in ("anneal", "scales"):
-        monkeypatch.setattr(f"adaround_ext.rounding.{user}.repeat", _in_a_row)
+        monkeypatch.setattr(f"adaround_ext.rounding.{user}.repeat_captured", _in_a_row)
     plain = optimize_layer(layer, x, config=config, **settings)
     assert torch.equal(replayed.codes, plain.codes)
     assert replayed.report.losses == plain.report.losses

@@ -108,7 +108,7 @@ def test_three_products(device: torch.device, given: bool) -> None:
 
 def test_large_products_only(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """And only where float32's digits are wanted."""
-    monkeypatch.setattr(products, "_LARGE", 1 << 21)
+    monkeypatch.setattr(products, "_MIN_LARGE", 1 << 21)
     a, b = _make(device)
     cuda = device.type == "cuda"
     with full_precision(device):

@@ -55,7 +55,7 @@ def test_a_large_layer_takes_as_many_as_a_small_one(
 ) -> None:
     if device.type == "cpu":
         pytest.skip("a processor works on as much as its caches hold")
-    monkeypatch.setattr(products, "_LARGE", 1 << 60)  # else a large product is three, for speed
+    monkeypatch.setattr(products, "_MIN_LARGE", 1 << 60)  # else a large product is three, for speed
     small = operators(device, 24, 256, 512, preset, groups, targets)
     large = operators(device, 300, 1024, 8192, preset, groups, targets)
     assert large == small

@@ -17,7 +17,7 @@ from adaround_ext.rounding.gptq import GptqFactor
 from adaround_ext.rounding.gram_objective import GramObjective
 from adaround_ext.rounding.scales import refit_scales, search_scales
 from adaround_ext.rounding.search import descend
-from adaround_ext.rounding.solution import Solution, per_owner
+from adaround_ext.rounding.solution import Solution, per_scale
 from adaround_ext.statistics.moments import GramStatistics
 
 pytestmark = [pytest.mark.on_a_device, pytest.mark.usefixtures("one_thread")]
@@ -48,7 +48,7 @@ class Case:
         base = make_grid(self.objective.target, self.config)
         rows = len(self.weight)
         shared = len(base.scale) != rows
-        self.owners = [rows] if shared else None
+        self.rows_per_scale = [rows] if shared else None
         self.grid = QuantGrid(
             base.scale.expand(rows, -1).clone(),
             base.zero_point.expand(rows, -1).clone(),
@@ -63,7 +63,7 @@ class Case:
     def search(self, candidates: int = 7) -> Solution:
         factor = GptqFactor.make(self.objective.gram)
         return search_scales(
-            self.objective, self.grid, factor, self.owners, candidates, self.config
+            self.objective, self.grid, factor, self.rows_per_scale, candidates, self.config
         )
 
     def solved(self) -> Solution:
@@ -74,7 +74,7 @@ class Case:
 
     def totals(self, solution: Solution) -> Tensor:
         """What must not rise: losses of rows, or of all that share a scale."""
-        return per_owner(solution.losses, self.owners)
+        return per_scale(solution.losses, self.rows_per_scale)
 
 
 def least_squares_loss(case: Case, codes: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def least_squares_loss(case: Case, codes: Tensor) -> Tensor:
         parts[:, group, own] = whole[:, group]
     left = (parts @ half).mT  # [rows, cols, n_groups]
     right = (case.objective.target.double()[:, None] @ half).mT
-    if case.owners is not None:
+    if case.rows_per_scale is not None:
         left, right = left.reshape(1, -1, n_groups), right.reshape(1, -1, 1)
     best = torch.linalg.lstsq(left.cpu(), right.cpu(), driver="gelsd").solution
     return (left.cpu() @ best - right.cpu()).square().sum((1, 2)).to(codes.device)
@@ -110,14 +110,14 @@ def test_refit_is_the_least_squares_solution(
 ) -> None:
     case = Case(device, groups, symmetric=symmetric, refine=False, **GRANULARITIES[name])
     before = case.nearest()
-    after = refit_scales(before, case.objective, case.owners, case.config)
+    after = refit_scales(before, case.objective, case.rows_per_scale, case.config)
     assert torch.equal(after.codes, before.codes)
     assert torch.equal(after.grid.zero_point, before.grid.zero_point)
     wanted = least_squares_loss(case, before.codes)
-    got = after.losses if case.owners is None else after.losses.sum(0, keepdim=True)
+    got = after.losses if case.rows_per_scale is None else after.losses.sum(0, keepdim=True)
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-6)
     assert float(after.losses.sum()) < float(before.losses.sum())
-    if case.owners is not None:
+    if case.rows_per_scale is not None:
         assert len(after.grid.scale.unique()) == 1
 
 
@@ -133,7 +133,7 @@ def test_refit_never_raises_the_loss(
     case = Case(device, symmetric=symmetric, **settings)
     solution = case.nearest()
     for _ in range(3):
-        refitted = refit_scales(solution, case.objective, case.owners, case.config)
+        refitted = refit_scales(solution, case.objective, case.rows_per_scale, case.config)
         assert bool((case.totals(refitted) <= case.totals(solution)).all())
         fresh = Solution.of(refitted.codes, refitted.grid, case.objective)
         torch.testing.assert_close(refitted.losses, fresh.losses, rtol=1e-4, atol=1e-7)
@@ -149,7 +149,7 @@ def test_refit_of_codes_that_are_all_zero(device: torch.device) -> None:
     codes[2, 4:8] = 0
     codes[3] = 0
     before = Solution.of(codes, case.grid, case.objective)
-    after = refit_scales(before, case.objective, case.owners, case.config)
+    after = refit_scales(before, case.objective, case.rows_per_scale, case.config)
     assert bool(after.grid.scale.isfinite().all())
     assert torch.equal(after.grid.scale[3], case.grid.scale[3])
     assert float(after.grid.scale[2, 1]) == float(case.grid.scale[2, 1])
@@ -180,7 +180,7 @@ def test_search_is_never_worse_than_the_starting_grid(
     assert grid.qmin <= int(grid.zero_point.min()) <= int(grid.zero_point.max()) <= grid.qmax
     assert not symmetric or not grid.zero_point.any()
     assert grid.qmin <= int(found.codes.min()) <= int(found.codes.max()) <= grid.qmax
-    if case.owners is not None:
+    if case.rows_per_scale is not None:
         assert len(grid.scale.unique()) == len(grid.zero_point.unique()) == 1
 
 

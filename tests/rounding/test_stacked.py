@@ -10,12 +10,10 @@ from torch import Tensor, nn
 
 from adaround_ext import AdaRoundConfig, LayerResult, optimize_layer, quantize_
 from adaround_ext.layers.matrix import matrix_layer
-from adaround_ext.linalg.tiles import PerDevice
+from adaround_ext.linalg.tiles import TileSize
 from adaround_ext.model import solve_units as shared_work
-from adaround_ext.rounding import solve as solve_module
-from adaround_ext.rounding import stacked as together
-from adaround_ext.rounding.pose import gram_problems
-from adaround_ext.rounding.problem import Problem
+from adaround_ext.rounding import gram_problem, stacked
+from adaround_ext.rounding.gram_problem import GramProblem, gram_problems
 from adaround_ext.rounding.solution import Quadratic
 from adaround_ext.rounding.solve import solve
 from adaround_ext.statistics.moments import GramStatistics
@@ -38,7 +36,7 @@ def solved_with(
     monkeypatch: pytest.MonkeyPatch, weights: int, layer: nn.Module, x: Tensor, **settings: Any
 ) -> LayerResult:
     """The result where as many weights are worked on at once."""
-    monkeypatch.setattr(together, "_WEIGHTS", PerDevice(weights, weights))
+    monkeypatch.setattr(stacked, "WEIGHTS_AT_ONCE", TileSize(weights, weights))
     return optimize_layer(layer, x, **{**FEW, **settings})
 
 
@@ -69,7 +67,7 @@ def test_the_results_are_those_of_one_after_the_other(
 def test_put_together_and_taken_apart(device: torch.device, groups: int) -> None:
     gram = torch.eye(5).expand(groups, 5, 5).contiguous().to(device)
     quadratic = Quadratic(gram, torch.randn(6, 5).to(device))
-    three = together.Together(quadratic, None, 3)
+    three = stacked.StackedProblem(quadratic, None, 3)
     values = [torch.randn(6, 2).to(device) for _ in range(3)]
     joined = three._join(values)
     for one, other in zip(values, three._split(joined), strict=True):
@@ -80,15 +78,15 @@ def test_put_together_and_taken_apart(device: torch.device, groups: int) -> None
 
 
 def test_as_many_as_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(together, "_WEIGHTS", PerDevice(cpu=100, cuda=1))
+    monkeypatch.setattr(stacked, "WEIGHTS_AT_ONCE", TileSize(cpu=100, cuda=1))
     quadratic = Quadratic(torch.eye(5)[None], torch.randn(6, 5))
-    sizes = [len(part) for part, _ in together.pieces(range(8), quadratic)]
+    sizes = [len(part) for part, _ in stacked.stacks(range(8), quadratic)]
     assert sizes == [3, 3, 2]
-    monkeypatch.setattr(together, "_WEIGHTS", PerDevice(cpu=1, cuda=1))
-    assert [len(part) for part, _ in together.pieces(range(2), quadratic)] == [1, 1]
+    monkeypatch.setattr(stacked, "WEIGHTS_AT_ONCE", TileSize(cpu=1, cuda=1))
+    assert [len(part) for part, _ in stacked.stacks(range(2), quadratic)] == [1, 1]
 
 
-def posed(name: str, device: torch.device, config: AdaRoundConfig, targets: bool) -> Problem:
+def posed(name: str, device: torch.device, config: AdaRoundConfig, targets: bool) -> GramProblem:
     layer, x = make_layer(name, device)
     view = matrix_layer(layer)
     statistics = GramStatistics([view], None, 0)
@@ -146,14 +144,14 @@ def test_rows_in_parts(
     settings: dict[str, Any] = {"steps": 20, "search_steps": 20, "bits": 3}
     whole = optimize_layer(layers, x, y, **settings)
     calls: list[int] = []
-    own = solve_module._solve_rows
+    solve_rows = GramProblem._solve_rows
 
-    def counted(problem: Problem, config: AdaRoundConfig) -> Any:
+    def counted(problem: GramProblem, config: AdaRoundConfig) -> Any:
         calls.append(len(problem.weight))
-        return own(problem, config)
+        return solve_rows(problem, config)
 
-    monkeypatch.setattr(solve_module, "_solve_rows", counted)
-    monkeypatch.setattr(solve_module, "_WEIGHTS", 48 * 35)  # 32 rows: whole blocks of products
+    monkeypatch.setattr(GramProblem, "_solve_rows", counted)
+    monkeypatch.setattr(gram_problem, "MAX_WEIGHTS", 48 * 35)  # 32 rows: whole tiles of products
     parts = optimize_layer(layers, x, y, **settings)
     assert calls == [32, 32, 16]
     for one, other in zip(whole, parts, strict=True):
