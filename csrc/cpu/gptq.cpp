@@ -85,15 +85,15 @@ Tensor gptq_cpu(
     const Tensor& zero_point, int64_t qmin, int64_t qmax) {
   const GptqArguments args(weight, feedback, order, scale, zero_point, qmin, qmax);
   check_order(args.order);
-  const bool is_signed = qmin < 0;
   const Tensor codes = allocate(args.weight, args.weight.sizes(), code_dtype(qmin));
   if (args.weight.numel() == 0) {
     return codes;
   }
-  const bool is_double = args.weight.scalar_type() == ScalarType::Double;
-  const auto run = is_signed ? (is_double ? run_gptq<double, int8_t> : run_gptq<float, int8_t>)
-                             : (is_double ? run_gptq<double, uint8_t> : run_gptq<float, uint8_t>);
-  run(args, qmin, qmax, codes);
+  dispatch_arithmetic(args.weight.scalar_type(), [&](auto number) {
+    dispatch_codes(codes.scalar_type(), [&](auto code) {
+      run_gptq<decltype(number), decltype(code)>(args, qmin, qmax, codes);
+    });
+  });
   return codes;
 }
 

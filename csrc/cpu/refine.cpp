@@ -47,14 +47,11 @@ void refine_cpu(
   if (codes.numel() == 0) {
     return;
   }
-  const bool is_signed = codes.scalar_type() == ScalarType::Char;
-  if (residual.scalar_type() == ScalarType::Double) {
-    (is_signed ? run_refine<double, int8_t> : run_refine<double, uint8_t>)(args, codes, residual,
-                                                                           qmin, qmax, max_sweeps);
-  } else {
-    (is_signed ? run_refine<float, int8_t> : run_refine<float, uint8_t>)(args, codes, residual,
-                                                                         qmin, qmax, max_sweeps);
-  }
+  dispatch_arithmetic(residual.scalar_type(), [&](auto number) {
+    dispatch_codes(codes.scalar_type(), [&](auto code) {
+      run_refine<decltype(number), decltype(code)>(args, codes, residual, qmin, qmax, max_sweeps);
+    });
+  });
 }
 
 }  // namespace

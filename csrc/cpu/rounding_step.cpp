@@ -52,15 +52,12 @@ void rounding_step_cpu(
   const int64_t last = args.schedule.size(0) - 1;
   const int64_t row = std::min(std::max<int64_t>(*counter, 0), last);
   const float* values = args.schedule.const_data_ptr<float>() + row * kScheduleColumns;
-  if (v.scalar_type() == ScalarType::Double) {
-    run_rounding_step<double>(
-        args, v, exp_avg, exp_avg_sq, weight_q, qmin, qmax, step_params<double>(values), as_error,
+  dispatch_arithmetic(v.scalar_type(), [&](auto number) {
+    using T = decltype(number);
+    run_rounding_step<T>(
+        args, v, exp_avg, exp_avg_sq, weight_q, qmin, qmax, step_params<T>(values), as_error,
         normalize);
-  } else {
-    run_rounding_step<float>(
-        args, v, exp_avg, exp_avg_sq, weight_q, qmin, qmax, step_params<float>(values), as_error,
-        normalize);
-  }
+  });
   if (*counter < INT64_MAX) {
     *counter += 1;
   }

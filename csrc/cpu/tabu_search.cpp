@@ -59,12 +59,12 @@ void tabu_search_cpu(
   if (codes.numel() == 0) {
     return;
   }
-  const bool is_double = residual.scalar_type() == ScalarType::Double;
-  const auto run =
-      codes.scalar_type() == ScalarType::Char
-          ? (is_double ? run_tabu_search<double, int8_t> : run_tabu_search<float, int8_t>)
-          : (is_double ? run_tabu_search<double, uint8_t> : run_tabu_search<float, uint8_t>);
-  run(args, codes, residual, qmin, qmax, steps, seed);
+  dispatch_arithmetic(residual.scalar_type(), [&](auto number) {
+    dispatch_codes(codes.scalar_type(), [&](auto code) {
+      run_tabu_search<decltype(number), decltype(code)>(
+          args, codes, residual, qmin, qmax, steps, seed);
+    });
+  });
 }
 
 }  // namespace
