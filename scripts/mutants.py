@@ -381,7 +381,7 @@ MUTANTS = [
     Mutant(
         "every instruction set is the one in use",
         "csrc/cpu/isa/dispatch.cpp",
-        "    in_use() = found;\n",
+        "    in_use() = choice;\n",
         "",
         "library",
     ),
