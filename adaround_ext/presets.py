@@ -1,4 +1,4 @@
-"""What the presets fill in where a setting is None: docs/tuning.md has the measurements."""
+"""Presets: what is filled in where a setting is None. docs/tuning.md has the measurements."""
 
 from __future__ import annotations
 
