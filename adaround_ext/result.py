@@ -1,4 +1,4 @@
-"""What :func:`adaround_ext.optimize_layer` returns."""
+"""Layer results: what :func:`adaround_ext.optimize_layer` returns, and keeps in files."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def write_(layer: nn.Module, weight: Tensor | None, bias: Tensor | None) -> None
     if weight is not None:
         parameter.copy_(weight)
     if bias is not None and getattr(layer, "bias", None) is None:
-        made = nn.Parameter(bias.to(parameter, copy=True), parameter.requires_grad)
-        layer.register_parameter("bias", made)
+        new = nn.Parameter(bias.to(parameter, copy=True), parameter.requires_grad)
+        layer.register_parameter("bias", new)
     elif bias is not None:
         layer.get_parameter("bias").copy_(bias)
 
@@ -44,9 +44,14 @@ def write_(layer: nn.Module, weight: Tensor | None, bias: Tensor | None) -> None
 class QuantizedWeight:
     """What a weight was quantized to; ``quantize_`` leaves it at a layer as ``quantized_weight``.
 
-    codes int8 (symmetric) or uint8 in matrix form [rows, cols], scale float32 and zero_point int32
-    [rows or 1, n_groups]; the layer's weight is scale (codes - zero_point) in its own shape and
-    dtype. bits: of a code. It does not follow the layer to another device.
+    It does not follow the layer to another device.
+
+    Attributes:
+        codes: int8 (symmetric) or uint8, in matrix form [rows, cols]. The layer's weight is
+            scale (codes - zero_point) in its own shape and dtype.
+        scale: float32 [rows or 1, n_groups].
+        zero_point: int32 [rows or 1, n_groups].
+        bits: Of a code.
     """
 
     codes: Tensor
@@ -63,7 +68,14 @@ class QuantizedWeight:
         return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def dequantize(self, layer: MatrixLayer) -> Tensor:
-        """The weight in the layer's own shape and dtype."""
+        """The weight in the layer's own shape and dtype.
+
+        Args:
+            layer: The layer, seen as a matrix product.
+
+        Returns:
+            scale (codes - zero_point), contiguous.
+        """
         matrix = ops.dequantize(self.codes, self.scale, self.zero_point)
         return layer.weight_from_matrix(matrix.to(layer.weight.dtype)).contiguous()
 
@@ -72,10 +84,13 @@ class QuantizedWeight:
 class LayerResult:
     """The quantized weight of one layer.
 
-    weight_q: dequantized, in the layer's own shape and dtype. codes: int8 (symmetric) or uint8, in
-    matrix form [rows, cols]; scale float32 and zero_point int32 [rows or 1, n_groups];
-    weight_q = scale (codes - zero_point). bias: a new bias, or None where it is unchanged. report:
-    what happened.
+    Attributes:
+        weight_q: scale (codes - zero_point), in the layer's own shape and dtype.
+        codes: int8 (symmetric) or uint8, in matrix form [rows, cols].
+        scale: float32 [rows or 1, n_groups].
+        zero_point: int32 [rows or 1, n_groups].
+        bias: A new bias, or None where it is unchanged.
+        report: What happened.
     """
 
     weight_q: Tensor
@@ -94,9 +109,15 @@ class LayerResult:
         return self.report._repr_html_()
 
     def apply_(self, layer: nn.Module) -> None:
-        """Writes weight_q (and a new bias) into ``layer``; ValueError where it does not fit.
+        """Writes weight_q (and a new bias) into a layer.
 
         A layer that was made without a bias gets one, where the result has one (bias="create").
+
+        Args:
+            layer: That was quantized, or another of its shape.
+
+        Raises:
+            ValueError: Weight or bias does not fit.
         """
         weight = dict(layer.named_parameters(recurse=False)).get("weight")
         if weight is None or weight.shape != self.weight_q.shape:
@@ -104,10 +125,10 @@ class LayerResult:
             raise ValueError(
                 f"layer must have a weight of shape {list(self.weight_q.shape)}, got {came}"
             )
-        own = getattr(layer, "bias", None)
-        if self.bias is not None and own is not None and own.shape != self.bias.shape:
+        bias = getattr(layer, "bias", None)
+        if self.bias is not None and bias is not None and bias.shape != self.bias.shape:
             rule = f"layer must have a bias of shape {list(self.bias.shape)} or none"
-            raise ValueError(f"{rule}, got {list(own.shape)}")
+            raise ValueError(f"{rule}, got {list(bias.shape)}")
         write_(layer, self.weight_q, self.bias)
 
     def to(self, device: torch.device) -> LayerResult:
@@ -116,7 +137,11 @@ class LayerResult:
         return LayerResult(bias=tensors.pop("bias", None), report=self.report, **tensors)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, whole or not at all."""
+        """Writes a safetensors file, whole or not at all.
+
+        Args:
+            path: Of the file; one that is there is replaced.
+        """
         tensors = {name: t.contiguous().cpu() for name, t in self._tensors().items()}
         report = json.dumps(self.report.to_dict())
         metadata = {"format": _FORMAT, "report": report, "digest": _digest(tensors, report)}
@@ -126,7 +151,19 @@ class LayerResult:
     @classmethod
     @torch.inference_mode(False)
     def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> LayerResult:
-        """Reads what :meth:`save` wrote; ValueError for any other file."""
+        """Reads what :meth:`save` wrote.
+
+        Args:
+            path: Of the file.
+            device: Where the tensors go.
+
+        Returns:
+            The result, equal to the one that was saved.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is another one, or not as it was written.
+        """
         rule = f"{path} must be a file written by LayerResult.save"
         try:
             with safe_open(path_from(path), framework="pt") as file:

@@ -1,4 +1,4 @@
-"""How a layer becomes a matrix product, and back.
+"""Layers as matrix products: the weight as a matrix, the inputs as patches, and back.
 
 A linear layer or a convolution, without its bias, is `weight @ patches`: the weight as
 [rows, cols] times the piece of the input that each output position sees. With groups it is that

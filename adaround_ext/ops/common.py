@@ -1,4 +1,4 @@
-"""What all wrappers of ops share: the namespace of the ops, and checks of fake kernels."""
+"""Common to all wrappers of ops: the namespace of the ops, and checks of fake kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loads the native libraries and says what they are."""
+"""Native libraries: they are loaded here, and say what they are."""
 
 from __future__ import annotations
 
@@ -94,9 +94,10 @@ _REFUSALS = None if _CUDA_LOADED else _refuse_cuda()  # they go when it does
 def build_info() -> dict[str, Any]:
     """What was compiled and what of it is in use.
 
-    Returns a dict: ``version``, ``compiler``, ``torch_built_with``, ``instruction_sets`` and
-    ``cuda_architectures`` compiled for (``cuda_toolkit`` is empty where CUDA was not built), and in
-    use here: ``torch``, ``instruction_set`` of the CPU kernels, ``cuda_loaded``.
+    Returns:
+        A dict: ``version``, ``compiler``, ``torch_built_with``, ``instruction_sets`` and
+        ``cuda_architectures`` compiled for (``cuda_toolkit`` is empty where CUDA was not built),
+        and in use here: ``torch``, ``instruction_set`` of the CPU kernels, ``cuda_loaded``.
     """
     _C = importlib.import_module("adaround_ext._C")
 
@@ -109,11 +110,18 @@ def build_info() -> dict[str, Any]:
 
 
 def use_instruction_set(name: str = "") -> str:
-    """Chooses the loops of the CPU kernels: "auto", "baseline", "avx2" or "avx512".
+    """Chooses the loops of the CPU kernels.
 
-    Returns the name now in use; without an argument only that. The environment variable
-    ``ADAROUND_EXT_ISA`` makes the first choice. Raises ValueError where this machine or build lacks
-    the one asked for.
+    The environment variable ``ADAROUND_EXT_ISA`` makes the first choice.
+
+    Args:
+        name: "auto", "baseline", "avx2" or "avx512"; empty leaves it as it is.
+
+    Returns:
+        The name now in use.
+
+    Raises:
+        ValueError: This machine or build lacks the one asked for.
     """
     try:
         used: str = torch.ops.adaround_ext._use_instruction_set(name)

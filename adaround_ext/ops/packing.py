@@ -31,10 +31,17 @@ def _check_matrix(name: str, tensor: Tensor) -> None:
 
 
 def pack_bits(codes: Tensor, bits: int, qmin: int) -> Tensor:
-    """``packed`` of ``codes`` [rows, cols].
+    """Codes as a dense stream of bits a row.
 
-    On the CPU a code outside [qmin, qmin + 2^bits - 1] is an error; on CUDA, which would have to
-    wait for the values, only the low ``bits`` bits of code - qmin are kept.
+    Args:
+        codes: [rows, cols]. On the CPU one outside [qmin, qmin + 2^bits - 1] is an error; on CUDA,
+            which would have to wait for the values, only the low ``bits`` bits of code - qmin are
+            kept.
+        bits: Of a code, 1 to 8.
+        qmin: The lowest code.
+
+    Returns:
+        ``packed``, uint8 [rows, ceil(cols bits / 8)].
     """
     return native_ops.pack_bits(codes, bits, qmin)  # type: ignore[no-any-return]
 
@@ -47,7 +54,17 @@ def _(codes: Tensor, bits: int, qmin: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, bits: int, cols: int, qmin: int) -> Tensor:
-    """``codes`` [rows, cols], the inverse of :func:`pack_bits`; the last byte's rest is ignored."""
+    """The inverse of :func:`pack_bits`.
+
+    Args:
+        packed: uint8 [rows, ceil(cols bits / 8)]; what is left of the last byte is ignored.
+        bits: Of a code, 1 to 8.
+        cols: How many codes a row has.
+        qmin: The lowest code.
+
+    Returns:
+        ``codes`` [rows, cols].
+    """
     return native_ops.unpack_bits(packed, bits, cols, qmin)  # type: ignore[no-any-return]
 
 
@@ -66,14 +83,24 @@ def packed_linear(
     bits: int,
     qmin: int,
 ) -> Tensor:
-    """y = x W_q^T + b for x [..., cols] and ``packed`` codes of W_q = s (codes - z) [rows, cols].
+    """y = x W_q^T + b for packed codes of W_q = s (codes - z) [rows, cols].
 
-    ``x`` is float32, bfloat16 or float16, as are y [..., rows] and ``bias`` [rows]; ``scale`` is
-    float32 and ``zero_point`` int32, [rows or 1, n_groups]. On the CPU weights in floating point
-    exist in registers and the first-level cache alone, sums are float32, and neither the number of
-    threads nor other positions of ``x`` change a row of y. On CUDA the weight is unpacked and given
-    to PyTorch's product: a kernel of our own would have to be measured first. Differentiable in
-    ``x`` and ``bias``.
+    On the CPU weights in floating point exist in registers and the first-level cache alone, sums
+    are float32, and neither the number of threads nor other positions of ``x`` change a row of y.
+    On CUDA the weight is unpacked and given to PyTorch's product: a kernel of our own would have to
+    be measured first. Differentiable in ``x`` and ``bias``.
+
+    Args:
+        x: [..., cols], float32, bfloat16 or float16.
+        packed: uint8 [rows, ceil(cols bits / 8)].
+        scale: float32 [rows or 1, n_groups].
+        zero_point: int32 [rows or 1, n_groups].
+        bias: [rows] in the dtype of ``x``, or None.
+        bits: Of a code, 1 to 8.
+        qmin: The lowest code.
+
+    Returns:
+        y [..., rows] in the dtype of ``x``.
     """
     return native_ops.packed_linear(x, packed, scale, zero_point, bias, bits, qmin)  # type: ignore[no-any-return]
 

@@ -25,9 +25,19 @@ def soft_quantize(
     """Soft-quantized weights and the rounding regularizer, differentiable in ``v``.
 
     w_q = s (clamp(floor(w / s) + z + h(V), n, p) - z), eq. (22);
-    reg = sum 1 - |2 h(V) - 1|^beta, eq. (24), beta >= 1.
-    Returns weight_q [rows, cols] in weight's dtype and reg [] in v's dtype. ``weight`` and
-    ``scale`` get no gradient.
+    reg = sum 1 - |2 h(V) - 1|^beta, eq. (24).
+
+    Args:
+        weight: [rows, cols]; gets no gradient.
+        v: The rounding variable V [rows, cols].
+        scale: [rows or 1, n_groups]; gets no gradient.
+        zero_point: int32 [rows or 1, n_groups].
+        qmin: The lowest code.
+        qmax: The highest code.
+        beta: Exponent of the regularizer, at least 1.
+
+    Returns:
+        weight_q [rows, cols] in weight's dtype and reg [] in v's dtype.
     """
     return native_ops.soft_quantize(weight, v, scale, zero_point, qmin, qmax, beta)  # type: ignore[no-any-return]
 
@@ -96,8 +106,20 @@ def soft_quantize_with_grad(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`soft_quantize` with its derivatives in the same pass.
 
-    Returns weight_q [rows, cols], d weight_q / d V = s h'(V) where the clamp is open, reg [] and
-    d reg / d V [rows, cols]; h'(V) = (zeta - gamma) sigmoid(V) (1 - sigmoid(V)) inside h's clip.
+    h'(V) = (zeta - gamma) sigmoid(V) (1 - sigmoid(V)) inside h's clip.
+
+    Args:
+        weight: [rows, cols].
+        v: The rounding variable V [rows, cols].
+        scale: [rows or 1, n_groups].
+        zero_point: int32 [rows or 1, n_groups].
+        qmin: The lowest code.
+        qmax: The highest code.
+        beta: Exponent of the regularizer, at least 1.
+
+    Returns:
+        weight_q [rows, cols], d weight_q / d V = s h'(V) where the clamp is open, reg [] and
+        d reg / d V [rows, cols].
     """
     return native_ops.soft_quantize_with_grad(weight, v, scale, zero_point, qmin, qmax, beta)  # type: ignore[no-any-return]
 
@@ -134,13 +156,27 @@ def rounding_step_(
 ) -> None:
     """One optimisation step in one pass over memory: chain rule, regularizer, Adam, soft weights.
 
-    From ``grad`` = d loss / d weight_q [rows, cols] it updates ``v``, ``exp_avg``, ``exp_avg_sq``
-    and writes the new soft weights into ``weight_q``, or their error w_q - w where ``as_error``.
-    ``grad`` and ``weight_q`` share a dtype: float32, bfloat16 or float16 (float64 beside float64).
-    ``schedule`` float32 [steps, 5] has a row a step: beta, reg_weight, learning rate and Adam's
-    1 - 0.9^t and sqrt(1 - 0.999^t). ``step`` int64 [1] is the row, kept in range, and is advanced
-    by one; both live on the device, so that the call can be captured in a CUDA graph. ``normalize``
-    divides the loss's gradient by s^2, which makes reg_weight independent of the scale.
+    ``schedule`` and ``step`` live on the device, so that the call can be captured in a CUDA graph.
+
+    Args:
+        v: The rounding variable V [rows, cols]; updated.
+        exp_avg: Adam's first moment [rows, cols]; updated.
+        exp_avg_sq: Adam's second moment [rows, cols]; updated.
+        weight_q: The new soft weights [rows, cols] are written here, or their error w_q - w where
+            ``as_error``.
+        grad: d loss / d weight_q [rows, cols], in the dtype of ``weight_q``: float32, bfloat16 or
+            float16 (float64 beside float64).
+        weight: [rows, cols].
+        scale: [rows or 1, n_groups].
+        zero_point: int32 [rows or 1, n_groups].
+        qmin: The lowest code.
+        qmax: The highest code.
+        schedule: float32 [steps, 5], a row a step: beta, reg_weight, learning rate and Adam's
+            1 - 0.9^t and sqrt(1 - 0.999^t).
+        step: int64 [1], the row, kept in range; advanced by one.
+        as_error: Whether ``weight_q`` is an error.
+        normalize: Divide the loss's gradient by s^2, which makes reg_weight independent of the
+            scale.
     """
     native_ops.rounding_step_(
         v, exp_avg, exp_avg_sq, weight_q, grad, weight, scale, zero_point, qmin, qmax, schedule,
@@ -177,9 +213,18 @@ def _(
 def hard_quantize(
     weight: Tensor, v: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
 ) -> Tensor:
-    """The hard decision: codes [rows, cols] = clamp(floor(w / s) + z + [V >= 0], n, p).
+    """The hard decision: codes = clamp(floor(w / s) + z + [V >= 0], n, p).
 
-    int8 for a signed grid (qmin < 0), else uint8.
+    Args:
+        weight: [rows, cols].
+        v: The rounding variable V [rows, cols].
+        scale: [rows or 1, n_groups].
+        zero_point: int32 [rows or 1, n_groups].
+        qmin: The lowest code.
+        qmax: The highest code.
+
+    Returns:
+        Codes [rows, cols], int8 for a signed grid (qmin < 0), else uint8.
     """
     return native_ops.hard_quantize(weight, v, scale, zero_point, qmin, qmax)  # type: ignore[no-any-return]
 
@@ -194,7 +239,17 @@ def _(weight: Tensor, v: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, q
 def dequantize(
     codes: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """weight_q = s (codes - z), [rows, cols] in ``dtype``; codes int8 or uint8."""
+    """Weights of codes: weight_q = s (codes - z).
+
+    Args:
+        codes: int8 or uint8 [rows, cols].
+        scale: [rows or 1, n_groups].
+        zero_point: int32 [rows or 1, n_groups].
+        dtype: Of the weights.
+
+    Returns:
+        weight_q [rows, cols] in ``dtype``.
+    """
     return native_ops.dequantize(codes, scale, zero_point, dtype)  # type: ignore[no-any-return]
 
 

@@ -22,11 +22,18 @@ def refine_(
 ) -> None:
     """Cyclic coordinate descent on tr(E G E^T) over the whole grid, rows independent, in place.
 
-    ``codes`` [rows, cols] and ``residual`` = E G [rows, cols] (minus the constant of the asymmetric
-    form) are updated together; ``gram`` [groups, cols, cols] serves rows / groups consecutive rows
-    each; residual, gram and scale are float32 (CPU also float64). Best change of code j:
-    round(-residual_j / (G_jj s_j)). A row ends when a sweep changes nothing, or after max_sweeps
-    (0 to 2^23).
+    Best change of code j: round(-residual_j / (G_jj s_j)). A row ends when a sweep changes nothing,
+    or after ``max_sweeps``.
+
+    Args:
+        codes: [rows, cols]; updated.
+        residual: E G [rows, cols] (minus the constant of the asymmetric form); updated with them.
+        gram: [groups, cols, cols]; each serves rows / groups consecutive rows. Like residual and
+            scale float32 (CPU also float64).
+        scale: [rows or 1, n_groups].
+        qmin: The lowest code.
+        qmax: The highest code.
+        max_sweeps: 0 to 2^23.
     """
     native_ops.refine_(codes, residual, gram, scale, qmin, qmax, max_sweeps)
 
@@ -57,11 +64,21 @@ def tabu_search_(
 ) -> None:
     """One-flip tabu search on tr(E G E^T) over the whole grid, rows independent, in place.
 
-    Arguments as for :func:`refine_`. Each of ``steps`` (0 to 2^23) makes the single change of a
-    code by one that costs least, s (G_jj s - 2 |residual_j|), even where that is uphill; the column
-    then rests for cols / 40 (at least 3) to twice as many steps, unless its change leads below the
-    best codes so far. The best codes met, and their residual, are written. Every row draws its
-    rests from ``seed`` (not negative). Source: Glover, "Tabu search", 1989.
+    Each step makes the single change of a code by one that costs least,
+    s (G_jj s - 2 |residual_j|), even where that is uphill; the column then rests for cols / 40 (at
+    least 3) to twice as many steps, unless its change leads below the best codes so far. The best
+    codes met, and their residual, are written. Source: Glover, "Tabu search", 1989.
+
+    Args:
+        codes: [rows, cols]; updated.
+        residual: E G [rows, cols] (minus the constant of the asymmetric form); updated with them.
+        gram: [groups, cols, cols]; each serves rows / groups consecutive rows. Like residual and
+            scale float32 (CPU also float64).
+        scale: [rows or 1, n_groups].
+        qmin: The lowest code.
+        qmax: The highest code.
+        steps: 0 to 2^23.
+        seed: Not negative; every row draws its rests from it.
     """
     native_ops.tabu_search_(codes, residual, gram, scale, qmin, qmax, steps, seed)
 
@@ -90,15 +107,27 @@ def gptq(
     qmin: int,
     qmax: int,
 ) -> Tensor:
-    """Codes [rows, cols] of GPTQ: columns are rounded in turn, later ones make up for earlier ones.
+    """Codes of GPTQ: columns are rounded in turn, later ones make up for earlier ones.
 
-    Column k of the processing ``order`` (int64 [groups, cols]) gets the code nearest to
-    w_k + sum_{i<k} (w_i - w_q,i) feedback[i, k]. ``feedback`` [groups, cols, cols] is read above
-    its diagonal; each serves rows / groups consecutive rows. With H = R R^T, R upper triangular in
+    Column k of the processing order gets the code nearest to
+    w_k + sum_{i<k} (w_i - w_q,i) feedback[i, k]. With H = R R^T, R upper triangular in
     processing order, feedback[i, k] = R[i, k] / R[k, k] is GPTQ (Frantar et al. 2023) by theorem 6
-    of QuIP (Chee et al. 2023). weight, feedback and scale are float32 (CPU also float64). An order
-    that is no permutation is refused on the CPU; on CUDA, which would have to wait for the values,
-    entries beyond the columns are skipped, and columns that it leaves out get the code qmin.
+    of QuIP (Chee et al. 2023).
+
+    Args:
+        weight: [rows, cols]; like feedback and scale float32 (CPU also float64).
+        feedback: [groups, cols, cols], read above its diagonal; each serves rows / groups
+            consecutive rows.
+        order: int64 [groups, cols], the columns in processing order. What is no permutation is
+            refused on the CPU; on CUDA, which would have to wait for the values, entries beyond the
+            columns are skipped, and columns that it leaves out get the code qmin.
+        scale: [rows or 1, n_groups].
+        zero_point: int32 [rows or 1, n_groups].
+        qmin: The lowest code.
+        qmax: The highest code.
+
+    Returns:
+        Codes [rows, cols], int8 for a signed grid (qmin < 0), else uint8.
     """
     return native_ops.gptq(weight, feedback, order, scale, zero_point, qmin, qmax)  # type: ignore[no-any-return]
 

@@ -1,4 +1,4 @@
-"""What a run took of memory, as the system counts it."""
+"""Memory of a run, as the system counts it."""
 
 from __future__ import annotations
 

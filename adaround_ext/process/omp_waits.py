@@ -1,4 +1,4 @@
-"""How OpenMP's threads wait for each other: in a loop, or asleep where the machine is busy.
+"""Waits of OpenMP's threads for each other: in a loop, or asleep where the machine is busy.
 
 At the end of a parallel region GNU's OpenMP has threads spin for milliseconds, which is fastest on
 a machine that does nothing else. Beside other work a thread spins while the one that it waits for
@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-_SECONDS = 0.2  # between two looks
+_LOOK_INTERVAL = 0.2  # seconds
 # Of the time that threads would run, what they wait for cores: above it, and again below it.
-_BUSY, _QUIET = 0.2, 0.05
-_REGION = 1 << 18  # elements, of which torch gives all threads some
+_BUSY_SHARE, _QUIET_SHARE = 0.2, 0.05
+_REGION_ELEMENTS = 1 << 18  # of which torch gives all threads some
 _TASKS = Path("/proc/self/task")
 
 
@@ -45,13 +45,13 @@ def _watch(ended: threading.Event) -> None:
     """Looks at how long this process waits for cores, and has a team or none."""
     team: _Team | None = None
     ran, waited = _times()
-    while not ended.wait(_SECONDS):
+    while not ended.wait(_LOOK_INTERVAL):
         before = ran, waited
         ran, waited = _times()
         share = (waited - before[1]) / max(ran - before[0] + waited - before[1], 1)
-        if team is None and share > _BUSY:
+        if team is None and share > _BUSY_SHARE:
             team = _Team()
-        elif team is not None and share < _QUIET:
+        elif team is not None and share < _QUIET_SHARE:
             team.end()
             team = None
     if team is not None:
@@ -67,7 +67,7 @@ class _Team:
         self._thread.start()
 
     def _sleep(self) -> None:
-        torch.zeros(_REGION).add_(1)  # makes the team
+        torch.zeros(_REGION_ELEMENTS).add_(1)  # makes the team
         self._ended.wait()
 
     def end(self) -> None:

@@ -1,4 +1,4 @@
-"""A thread of the package on which operators have one thread.
+"""One thread of the package on which operators have one thread.
 
 A library's factorisation has the same bits each time on one thread only.
 ``torch.set_num_threads`` is for the calling thread, and for threads that have not used torch yet.

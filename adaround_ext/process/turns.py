@@ -1,4 +1,4 @@
-"""One thread of a process after the other, where what is set is the whole process's.
+"""Turns of a process's threads: one after the other, where what is set is the whole process's.
 
 The precision of products, cuDNN's flags and the states of random numbers are not a thread's: two
 that set them at once would compute with each other's, and leave the process with one of them.

@@ -1,4 +1,4 @@
-"""The paper's loop in plain PyTorch, the benchmarks' baseline."""
+"""The paper's loop in plain PyTorch: the benchmarks' baseline."""
 
 from __future__ import annotations
 
@@ -20,7 +20,17 @@ from adaround_ext.reference.rounding import (
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """Settings of :func:`optimize`; the paper's where it states them (section 5), else AIMET's."""
+    """Settings of :func:`optimize`; the paper's where it states them (section 5), else AIMET's.
+
+    Attributes:
+        steps: Of Adam.
+        batch_size: Samples a step.
+        learning_rate: Of Adam.
+        reg_weight: Lambda of eq. (25).
+        beta: (from, to) of the regularizer's exponent.
+        warmup: The share of steps before the regularizer is on.
+        seed: Of the minibatches.
+    """
 
     steps: int = 10_000
     batch_size: int = 32
@@ -32,7 +42,17 @@ class ReferenceConfig:
 
 
 def cosine_beta(step: int, steps: int, beta: tuple[float, float], warmup: float) -> float:
-    """beta falls from beta[0] to beta[1] along half a cosine after the warm-up."""
+    """The regularizer's exponent, which falls along half a cosine after the warm-up.
+
+    Args:
+        step: From 0 to ``steps``.
+        steps: In all.
+        beta: (from, to).
+        warmup: The share of steps in which it stays where it begins.
+
+    Returns:
+        beta of this step.
+    """
     start = warmup * steps
     share = max(step - start, 0.0) / max(steps - start, 1.0)
     high, low = beta
@@ -42,8 +62,14 @@ def cosine_beta(step: int, steps: int, beta: tuple[float, float], warmup: float)
 class Optimizer:
     """The state of the paper's algorithm for one layer: everything that lives from step to step.
 
-    ``forward`` maps (inputs, weight matrix [rows, cols]) to outputs with the channels in
-    ``channel_dim``. ``fused`` takes PyTorch's fused Adam, faster than its loop.
+    Args:
+        weight: [rows, cols].
+        scale: [rows or 1, n_groups].
+        zero_point: int32 [rows or 1, n_groups].
+        qmin: The lowest code.
+        qmax: The highest code.
+        config: The settings.
+        fused: Take PyTorch's fused Adam, faster than its loop.
     """
 
     def __init__(
@@ -98,11 +124,25 @@ def optimize(
     *,
     channel_dim: int = -1,
 ) -> Tensor:
-    """AdaRound as the paper has it: Adam on minibatches of samples, eq. (25); returns the codes.
+    """AdaRound as the paper has it: Adam on minibatches of samples, eq. (25).
 
-    ``inputs`` [samples, ...] and ``targets``, the full-precision outputs for them (after the
-    activation function, if ``forward`` applies one); ``forward`` maps (inputs, weight [rows, cols])
-    to outputs. The loss is the squared error summed over channels, averaged over the rest.
+    The loss is the squared error summed over channels, averaged over the rest.
+
+    Args:
+        weight: [rows, cols].
+        scale: [rows or 1, n_groups].
+        zero_point: int32 [rows or 1, n_groups].
+        qmin: The lowest code.
+        qmax: The highest code.
+        inputs: [samples, ...].
+        targets: The full-precision outputs for them (after the activation function, if ``forward``
+            applies one).
+        forward: Maps (inputs, weight [rows, cols]) to outputs.
+        config: The settings, None for the defaults.
+        channel_dim: Of the outputs.
+
+    Returns:
+        Codes [rows, cols], int8 where qmin < 0, else uint8.
     """
     config = config or ReferenceConfig()
     generator = torch.Generator(device=inputs.device).manual_seed(config.seed)

@@ -16,7 +16,16 @@ FRACTION_MARGIN = 1e-4  # keeps weights on the grid off the edge of h's clip
 
 
 def expand_grid(values: Tensor, rows: int, cols: int) -> Tensor:
-    """scale or zero_point [rows or 1, n_groups] for every weight, [rows, cols]."""
+    """A scale or zero point for every weight.
+
+    Args:
+        values: [rows or 1, n_groups].
+        rows: Of the weight.
+        cols: Of the weight, a multiple of n_groups.
+
+    Returns:
+        [rows, cols].
+    """
     groups = values.shape[1]
     return values.repeat_interleave(cols // groups, dim=1).expand(rows, cols)
 
@@ -26,12 +35,26 @@ def rectified_sigmoid(v: Tensor) -> Tensor:
 
     Where h is 0 or 1 exactly, the ops have the derivative of the inside and torch's clamp that of
     the outside, from torch 2.14 on.
+
+    Args:
+        v: The rounding variable V, of any shape.
+
+    Returns:
+        h(V) in [0, 1], of the shape of ``v``.
     """
     return (torch.sigmoid(v) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 
 def round_reg(h: Tensor, beta: float) -> Tensor:
-    """f_reg(V) = sum 1 - |2h(V) - 1|^beta, eq. (24)."""
+    """The regularizer f_reg(V) = sum 1 - |2h(V) - 1|^beta, eq. (24).
+
+    Args:
+        h: h(V), see :func:`rectified_sigmoid`.
+        beta: The exponent, at least 1.
+
+    Returns:
+        A tensor without dimensions.
+    """
     return (1 - (2 * h - 1).abs().pow(beta)).sum()
 
 
@@ -41,6 +64,13 @@ def initial_v(weight: Tensor, scale: Tensor) -> Tensor:
     The fraction is kept in [1e-4, 1 - 1e-4]: at 0 it would lie on the edge of h's clip, where the
     last bit decides whether the weight ever moves. The sign of V is made to agree with
     ``torch.round`` (ties to even), so that the hard decision V >= 0 starts as rounding to nearest.
+
+    Args:
+        weight: [rows, cols].
+        scale: [rows or 1, n_groups].
+
+    Returns:
+        V [rows, cols].
     """
     steps = weight / expand_grid(scale, *weight.shape)
     below = steps.floor()
@@ -58,7 +88,20 @@ def soft_quantize(
     qmax: int,
     beta: float,
 ) -> tuple[Tensor, Tensor]:
-    """w_q = s (clamp(floor(w / s) + z + h(V), n, p) - z), eq. (22), and the regularizer."""
+    """w_q = s (clamp(floor(w / s) + z + h(V), n, p) - z), eq. (22), and the regularizer.
+
+    Args:
+        weight: [rows, cols].
+        v: The rounding variable V [rows, cols].
+        scale: [rows or 1, n_groups].
+        zero_point: int32 [rows or 1, n_groups].
+        qmin: The lowest code.
+        qmax: The highest code.
+        beta: Exponent of the regularizer.
+
+    Returns:
+        w_q [rows, cols] and f_reg(V) [].
+    """
     s, z = expand_grid(scale, *weight.shape), expand_grid(zero_point, *weight.shape)
     h = rectified_sigmoid(v)
     codes = torch.floor(weight / s) + z + h
@@ -68,14 +111,36 @@ def soft_quantize(
 def hard_quantize(
     weight: Tensor, v: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
 ) -> Tensor:
-    """The codes for h(V) in {0, 1}: up where V >= 0."""
+    """The codes for h(V) in {0, 1}: up where V >= 0.
+
+    Args:
+        weight: [rows, cols].
+        v: The rounding variable V [rows, cols].
+        scale: [rows or 1, n_groups].
+        zero_point: int32 [rows or 1, n_groups].
+        qmin: The lowest code.
+        qmax: The highest code.
+
+    Returns:
+        Codes [rows, cols], int8 where qmin < 0, else uint8.
+    """
     s, z = expand_grid(scale, *weight.shape), expand_grid(zero_point, *weight.shape)
     codes = (torch.floor(weight / s) + z + (v >= 0)).clamp(qmin, qmax)
     return codes.to(torch.int8 if qmin < 0 else torch.uint8)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
-    """w_q = s (codes - z)."""
+    """w_q = s (codes - z).
+
+    Args:
+        codes: [rows, cols].
+        scale: [rows or 1, n_groups].
+        zero_point: int32 [rows or 1, n_groups].
+        dtype: Of the weights.
+
+    Returns:
+        w_q [rows, cols] in ``dtype``.
+    """
     s, z = expand_grid(scale, *codes.shape), expand_grid(zero_point, *codes.shape)
     return (s * (codes.to(scale.dtype) - z)).to(dtype)
 
@@ -96,7 +161,25 @@ def rounding_step_(
     as_error: bool,
     normalize: bool,
 ) -> None:
-    """One step of Adam on V from d loss / d weight_q, and the soft weights (or errors) after it."""
+    """One step of Adam on V from d loss / d weight_q, and the soft weights (or errors) after it.
+
+    Args:
+        v: The rounding variable V [rows, cols]; updated.
+        exp_avg: Adam's first moment [rows, cols]; updated.
+        exp_avg_sq: Adam's second moment [rows, cols]; updated.
+        weight_q: The new soft weights [rows, cols] are written here.
+        grad: d loss / d weight_q [rows, cols].
+        weight: [rows, cols].
+        scale: [rows or 1, n_groups].
+        zero_point: int32 [rows or 1, n_groups].
+        qmin: The lowest code.
+        qmax: The highest code.
+        schedule: [steps, 5], a row a step: beta, reg_weight, learning rate and Adam's 1 - 0.9^t and
+            sqrt(1 - 0.999^t).
+        step: int64 [1], the row, kept in range; advanced by one.
+        as_error: Write the error w_q - w into ``weight_q``.
+        normalize: Divide the loss's gradient by s^2.
+    """
     row = min(max(int(step), 0), schedule.shape[0] - 1)
     beta, reg_weight, learning_rate, correction1, correction2_sqrt = schedule[row].tolist()
     s = expand_grid(scale, *weight.shape)

@@ -25,33 +25,46 @@ def gptq(
     qmax: int,
     act_order: bool = True,
 ) -> Tensor:
-    """GPTQ in the textbook form: Frantar et al., "GPTQ", ICLR 2023, algorithm 1; returns the codes.
+    """GPTQ in the textbook form: Frantar et al., "GPTQ", ICLR 2023, algorithm 1.
 
     H = ``gram`` + ``damping`` x mean(diag G) I; U upper triangular with U^T U = H^-1. Column k is
     rounded to nearest, and its error over U_kk, times U's row k, is taken off the columns after it.
     ``act_order`` takes the columns in descending order of H's diagonal, else from left to right.
-    Each column has the scale of its own group, fixed beforehand. ``gram`` [groups, cols, cols],
-    positive definite once damped.
+    Each column has the scale of its own group, fixed beforehand.
+
+    Args:
+        weight: [rows, cols].
+        gram: [groups, cols, cols], positive definite once damped; each serves rows / groups
+            consecutive rows.
+        damping: Share of the mean of G's diagonal that is added to it.
+        scale: [rows or 1, n_groups].
+        zero_point: int32 [rows or 1, n_groups].
+        qmin: The lowest code.
+        qmax: The highest code.
+        act_order: The order of the columns.
+
+    Returns:
+        Codes [rows, cols], int8 where qmin < 0, else uint8.
     """
     rows, cols = weight.shape
     s, z = expand_grid(scale, rows, cols), expand_grid(zero_point, rows, cols)
     codes = torch.empty_like(weight, dtype=torch.int8 if qmin < 0 else torch.uint8)
     rows_per_gram = rows // gram.shape[0]
     for group, g in enumerate(gram):
-        mine = slice(group * rows_per_gram, (group + 1) * rows_per_gram)
+        of_gram = slice(group * rows_per_gram, (group + 1) * rows_per_gram)
         h = g + damping * g.diagonal().mean() * torch.eye(cols, dtype=g.dtype, device=g.device)
         order = torch.arange(cols, device=g.device)
         if act_order:
             order = torch.argsort(h.diagonal(), descending=True, stable=True)
         inverse = torch.linalg.inv(h[order][:, order])
         u = torch.linalg.cholesky(inverse, upper=True)
-        w = weight[mine][:, order]  # a copy, which the errors change
+        w = weight[of_gram][:, order]  # a copy, which the errors change
         for k, column in enumerate(order.tolist()):
-            s_k, z_k = s[mine, column], z[mine, column]
+            s_k, z_k = s[of_gram, column], z[of_gram, column]
             codes_k = ((w[:, k] / s_k).round() + z_k).clamp(qmin, qmax)
             error = (w[:, k] - s_k * (codes_k - z_k)) / u[k, k]
             w[:, k:] -= error[:, None] * u[k, k:]
-            codes[mine, column] = codes_k.to(codes.dtype)
+            codes[of_gram, column] = codes_k.to(codes.dtype)
     return codes
 
 
@@ -67,10 +80,20 @@ def tabu_search_(
 ) -> None:
     """One-flip tabu search on e G e^T over the whole grid, row by row (Glover 1989).
 
-    ``residual`` is e G. Changing code j by one against its residual costs
-    s_j (G_jj s_j - 2 |residual_j|). The cheapest such change within the grid is made even where it
-    is uphill; its column then rests for a random number of steps, unless its change leads below the
-    best codes so far. Those are written. A row ends early where no column may change.
+    Changing code j by one against its residual costs s_j (G_jj s_j - 2 |residual_j|). The cheapest
+    such change within the grid is made even where it is uphill; its column then rests for a random
+    number of steps, unless its change leads below the best codes so far. Those are written. A row
+    ends early where no column may change.
+
+    Args:
+        codes: [rows, cols]; updated.
+        residual: e G [rows, cols]; updated with them.
+        gram: [groups, cols, cols]; each serves rows / groups consecutive rows.
+        scale: [rows or 1, n_groups].
+        qmin: The lowest code.
+        qmax: The highest code.
+        steps: At most so many changes a row.
+        seed: Of the random numbers of each row.
     """
     rows, cols = codes.shape
     s = expand_grid(scale, rows, cols)
@@ -113,9 +136,18 @@ def refine_(
 ) -> None:
     """Cyclic coordinate descent on e G e^T over the whole grid, row by row.
 
-    ``residual`` is e G. Changing code j by k changes the row's objective by
-    2 d residual_j + d^2 G_jj with d = k s_j, so the best k is round(-residual_j / (G_jj s_j)).
-    A change must lie 1e-4 of a step past the midpoint. Ends when a sweep changes nothing.
+    Changing code j by k changes the row's objective by 2 d residual_j + d^2 G_jj with d = k s_j, so
+    the best k is round(-residual_j / (G_jj s_j)). A change must lie 1e-4 of a step past the
+    midpoint. Ends when a sweep changes nothing.
+
+    Args:
+        codes: [rows, cols]; updated.
+        residual: e G [rows, cols]; updated with them.
+        gram: [groups, cols, cols]; each serves rows / groups consecutive rows.
+        scale: [rows or 1, n_groups].
+        qmin: The lowest code.
+        qmax: The highest code.
+        max_sweeps: At most so many sweeps a row.
     """
     rows, cols = codes.shape
     s = expand_grid(scale, rows, cols)

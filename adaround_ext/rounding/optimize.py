@@ -56,21 +56,28 @@ def optimize_layer(
 
     min over codes of E || f(y) - f(W_q x + b) ||^2, y = ``targets`` or W x + b, f the activation.
 
-    layer: Linear, Conv1d/2d/3d or ConvTranspose1d/2d/3d, or a sequence of them that share their
-    inputs (q, k, v), which are then solved together; the layers are not changed.
-    inputs: what the layer receives, a floating-point tensor [samples, ...] or an iterable of such
-    batches (a DataLoader, a generator). The Gram objective streams them: memory does not grow with
-    their number. The sampled objective keeps them on the device.
-    targets: None, or what the full-precision layer should give, before the activation function: a
-    tensor for a tensor, an iterable of tensors in step with an iterable; for several layers a tuple
-    of tensors in each place. With inputs from the already quantized part of a model and targets
-    from the full-precision model this is the paper's asymmetric reconstruction.
-    config and overrides: see :class:`AdaRoundConfig`.
+    Args:
+        layer: Linear, Conv1d/2d/3d or ConvTranspose1d/2d/3d, or a sequence of them that share their
+            inputs (q, k, v), which are then solved together; the layers are not changed.
+        inputs: What the layer receives, a floating-point tensor [samples, ...] or an iterable of
+            such batches (a DataLoader, a generator). The Gram objective streams them: memory does
+            not grow with their number. The sampled objective keeps them on the device.
+        targets: None, or what the full-precision layer should give, before the activation function:
+            a tensor for a tensor, an iterable of tensors in step with an iterable; for several
+            layers a tuple of tensors in each place. With inputs from the already quantized part of
+            a model and targets from the full-precision model this is the paper's asymmetric
+            reconstruction.
+        config: See :class:`AdaRoundConfig`; None for the defaults.
+        overrides: Settings that take the place of those in ``config``.
 
-    Returns a :class:`LayerResult`, or a list of them for a sequence. The result is in no row worse
-    than rounding to nearest on this data (where rows share a scale: on its grid in no row, on the
-    starting grid as a whole). Raises TypeError for an unsupported module or argument
-    and ValueError for one that does not fit: each names it, the rule and what came.
+    Returns:
+        A :class:`LayerResult`, or a list of them for a sequence. The result is in no row worse than
+        rounding to nearest on this data (where rows share a scale: on its grid in no row, on the
+        starting grid as a whole).
+
+    Raises:
+        TypeError: A module or argument is unsupported; the error names it, the rule and what came.
+        ValueError: An argument does not fit, as named in the same way.
     """
     config = make_config(config, overrides, optimize_layer)
     if not isinstance(layer, (nn.Module, Iterable)):

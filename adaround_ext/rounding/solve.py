@@ -1,4 +1,4 @@
-"""From problems to results: what is solved as one, and a result with its report for each layer."""
+"""Results of problems: what is solved as one, and a result with its report for each layer."""
 
 from __future__ import annotations
 

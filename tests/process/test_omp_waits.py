@@ -23,7 +23,7 @@ TEAM, WATCH = "adaround_ext team", "adaround_ext waits"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(omp_waits, "_SECONDS", 0.005)
+    monkeypatch.setattr(omp_waits, "_LOOK_INTERVAL", 0.005)
     monkeypatch.setattr(omp_waits, "_cores", lambda: 2)
     with threads(2):
         yield
