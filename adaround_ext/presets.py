@@ -1,4 +1,4 @@
-"""Presets: what is filled in where a setting is None. docs/tuning.md has the measurements."""
+"""Presets and the objective: what fills in where a setting is None or "auto"."""
 
 from __future__ import annotations
 
