@@ -34,9 +34,11 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # attributes are listed where the class is, not each on its own
 highlight_language = "text"  # of what names no language
 maximum_signature_line_length = 100  # longer ones have a line for each argument
-# Names in annotations that belong to other projects.
+# Names in annotations that have no page: other projects' and private ones.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|nn|dist|collections|os|pathlib|typing)\..*"),
+    ("py:.*", r"adaround_ext\.(layers|export\.quantized_layers)\..*|data\..*"),  # private here
+    ("py:.*", r"Granularity|Start|Errors"),
     ("py:.*", r"Tensor|Any|Literal|Mapping|Sequence|Iterable|Callable|Path|Figure|PreTrained\w+"),
 ]
 

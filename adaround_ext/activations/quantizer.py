@@ -26,7 +26,7 @@ class ActivationConfig:
         ranges: How a range comes from observed values: "mse" (of least squared error), "min_max"
             (from the least to the greatest), or "percentile".
         percentile: With ranges="percentile", so many percent of the values lie within the range,
-            50 to 100; of |x| where symmetric, else with as many beyond either end.
+            50 to 100; of ``|x|`` where symmetric, else with as many beyond either end.
 
     Raises:
         TypeError: bits is no integer, or percentile no number; named with the rule and what came.

@@ -63,7 +63,7 @@ class Sensitivity:
         the usual first-order model: ZeroQ (Cai et al., CVPR 2020) and HAWQ-V2 (Dong et al., NeurIPS
         2020) choose bits by such a sum, HAWQ-V3 (Yao et al., ICML 2021) by an integer programme
         over one. It does not see how errors of several layers interact. See
-        :func:`adaround_ext.mixed_precision.assign.assign_bits` for the method.
+        ``adaround_ext.mixed_precision.assign`` for the method.
 
         Args:
             average_bits: Bits a weight. None takes the budget that was given to

@@ -25,7 +25,7 @@ def soft_quantize(
     """Soft-quantized weights and the rounding regularizer, differentiable in ``v``.
 
     w_q = s (clamp(floor(w / s) + z + h(V), n, p) - z), eq. (22);
-    reg = sum 1 - |2 h(V) - 1|^beta, eq. (24).
+    reg = ``sum 1 - |2 h(V) - 1|^beta``, eq. (24).
 
     Args:
         weight: [rows, cols]; gets no gradient.

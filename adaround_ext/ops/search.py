@@ -65,9 +65,9 @@ def tabu_search_(
     """One-flip tabu search on tr(E G E^T) over the whole grid, rows independent, in place.
 
     Each step makes the single change of a code by one that costs least,
-    s (G_jj s - 2 |residual_j|), even where that is uphill; the column then rests for cols / 40 (at
-    least 3) to twice as many steps, unless its change leads below the best codes so far. The best
-    codes met, and their residual, are written. Source: Glover, "Tabu search", 1989.
+    ``s (G_jj s - 2 |residual_j|)``, even where that is uphill; the column then rests for cols / 40
+    (at least 3) to twice as many steps, unless its change leads below the best codes so far. The
+    best codes met, and their residual, are written. Source: Glover, "Tabu search", 1989.
 
     Args:
         codes: [rows, cols]; updated.

@@ -46,7 +46,7 @@ def rectified_sigmoid(v: Tensor) -> Tensor:
 
 
 def round_reg(h: Tensor, beta: float) -> Tensor:
-    """The regularizer f_reg(V) = sum 1 - |2h(V) - 1|^beta, eq. (24).
+    """The regularizer f_reg(V) = ``sum 1 - |2h(V) - 1|^beta``, eq. (24).
 
     Args:
         h: h(V), see :func:`rectified_sigmoid`.

@@ -80,10 +80,10 @@ def tabu_search_(
 ) -> None:
     """One-flip tabu search on e G e^T over the whole grid, row by row (Glover 1989).
 
-    Changing code j by one against its residual costs s_j (G_jj s_j - 2 |residual_j|). The cheapest
-    such change within the grid is made even where it is uphill; its column then rests for a random
-    number of steps, unless its change leads below the best codes so far. Those are written. A row
-    ends early where no column may change.
+    Changing code j by one against its residual costs ``s_j (G_jj s_j - 2 |residual_j|)``. The
+    cheapest such change within the grid is made even where it is uphill; its column then rests for
+    a random number of steps, unless its change leads below the best codes so far. Those are
+    written. A row ends early where no column may change.
 
     Args:
         codes: [rows, cols]; updated.

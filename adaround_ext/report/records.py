@@ -86,7 +86,7 @@ class LayerEntry:
 
     @property
     def granularity(self) -> str:
-        """What has a scale: "tensor", "channel", or so many "columns"."""
+        """That which has a scale, "tensor", "channel", or so many "columns"."""
         names = {"per_tensor": "tensor", "per_channel": "channel"}
         columns = f"{self.config['group_size']} columns"
         return names.get(self.config["granularity"], columns)
@@ -150,7 +150,7 @@ class ModelNumbers:
 
     @property
     def warning(self) -> str | None:
-        """What to know first: most parameters were not quantized, and why; None if they were."""
+        """That most parameters were not quantized, and why; None if they were."""
         return told_first(self.notes, self.quantized_parameters, self.parameters)
 
     @property

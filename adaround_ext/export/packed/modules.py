@@ -144,7 +144,7 @@ class QuantConv(PackedLayer):
 
 @torch.inference_mode(False)  # buffers of inference mode could not be loaded or moved later
 def pack_(model: nn.Module) -> None:
-    """Replaces every layer that quantize_ quantized by one that holds packed codes, in place.
+    """Replaces every layer that ``quantize_`` quantized by one that holds packed codes, in place.
 
     Linear becomes :class:`adaround_ext.export.QuantLinear`, convolutions
     :class:`adaround_ext.export.QuantConv`; hooks (of activation quantizers) and biases move along.
