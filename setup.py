@@ -201,10 +201,12 @@ def main() -> None:
     stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # the oldest torch to load it: 2.10
     nvcc = [*optimise, "-std=c++17", "-DUSE_CUDA", *stable]
 
+    sources = os.path.abspath("csrc")  # ninja runs elsewhere
     extensions = [
         Pybind11Extension(
             "adaround_ext._C",
             ["csrc/bindings.cpp"],
+            include_dirs=[sources],
             cxx_std=17,
             define_macros=[
                 ("ADAROUND_VERSION", f'"{version}"'),
@@ -216,7 +218,8 @@ def main() -> None:
         ),
         cpp_extension.CppExtension(
             "adaround_ext._C_cpu",
-            ["csrc/library.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))],
+            ["csrc/library.cpp", *sorted(glob.glob("csrc/cpu/**/*.cpp", recursive=True))],
+            include_dirs=[sources],
             extra_compile_args={"cxx": cxx + stable},
             extra_link_args=sanitize,
             py_limited_api=True,
@@ -231,7 +234,7 @@ def main() -> None:
             cpp_extension.CppExtension(
                 "adaround_ext._C_cuda",
                 sorted(glob.glob("csrc/cuda/*.cu")),
-                include_dirs=[f"{toolkit.home}/include"],
+                include_dirs=[sources, f"{toolkit.home}/include"],
                 library_dirs=[f"{toolkit.home}/lib64", f"{toolkit.home}/lib"],
                 libraries=["cudart_static", "rt", "dl", "pthread"],
                 # libtorch.so is what brings in libtorch_cuda where torch has CUDA.

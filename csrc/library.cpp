@@ -1,6 +1,5 @@
 // Table of contents: the schema of every op. Kernels register themselves in cpu/ and cuda/; fake
-// kernels and autograd formulas are in adaround_ext/ops.py and packing.py, where every op is
-// documented.
+// kernels and autograd formulas are in adaround_ext/ops, where every op is documented.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(adaround_ext, m) {

@@ -71,7 +71,7 @@ CUDA_MUTANTS = [
     ),
     Mutant(
         "the cheapest step is taken before all warps have one",
-        "csrc/cuda/cheapest.cuh",
+        "csrc/cuda/argmin.cuh",
         "  __syncthreads();\n",
         "",
         "tabu_search",

@@ -1,7 +1,7 @@
 """Bugs for scripts/mutation_check.py, of the kinds that such code has had before.
 
-Each replaces a text that its file holds exactly once. ``tests`` are the op tests that ought to
-notice, or THREADS for those of tests/native.
+Each replaces a text that its file holds exactly once. ``tests`` are NAMEs of tests/*/test_NAME.py
+that ought to notice, or THREADS for those of tests/native.
 """
 
 from __future__ import annotations
@@ -43,28 +43,28 @@ MUTANTS = [
     # Loops over vectors: the tail, the vector before it, the pieces.
     Mutant(
         "a tail of one element is left out",
-        "csrc/cpu/kernels_impl.h",
+        "csrc/cpu/loops/spans.h",
         "  if (i < end) {\n    f(i, end - i);",
         "  if (i + 1 < end) {\n    f(i, end - i);",
         "ops",
     ),
     Mutant(
         "a vector is taken where one element is missing",
-        "csrc/cpu/kernels_impl.h",
+        "csrc/cpu/loops/spans.h",
         "i + kSize<V> <= end;",
         "i + kSize<V> <= end + 1;",
         "rounding_step",
     ),
     Mutant(
         "every vector of a piece gets the first one's gradient",
-        "csrc/cpu/kernels_impl.h",
+        "csrc/cpu/loops/rounding_step.h",
         "load<V>(grad_v + (i - begin), left)",
         "load<V>(grad_v, left)",
         "rounding_step",
     ),
     Mutant(
         "the sum leaves out the last element",
-        "csrc/cpu/vec.h",
+        "csrc/cpu/isa/vec.h",
         "for (int64_t i = 0; i < size; ++i) {\n        lanes[i] +=",
         "for (int64_t i = 0; i + 1 < size; ++i) {\n        lanes[i] +=",
         "ops",
@@ -72,28 +72,28 @@ MUTANTS = [
     # The grid: clamps, ties, runs of one scale.
     Mutant(
         "codes are not clamped above",
-        "csrc/rounding_math.h",
+        "csrc/math/rounding.h",
         "return max_(grid.qmin, min_(grid.qmax, code));",
         "return max_(grid.qmin, code);",
         "ops",
     ),
     Mutant(
         "h is not clipped above",
-        "csrc/rounding_math.h",
+        "csrc/math/rounding.h",
         "max_(T(0.0), min_(T(1.0), stretched))",
         "max_(T(0.0), stretched)",
         "ops ops_kinks",
     ),
     Mutant(
         "the gradient is not stopped by the clamp",
-        "csrc/cpu/kernels_impl.h",
+        "csrc/cpu/loops/soft_quantize.h",
         "through_clamp(grid.scale * r.grad, code, grid)",
         "grid.scale * r.grad",
         "ops ops_kinks",
     ),
     Mutant(
         "V = 0 rounds down",
-        "csrc/rounding_math.h",
+        "csrc/math/rounding.h",
         "select_(v >= T(0.0), T(1.0), T(0.0))",
         "select_(v > T(0.0), T(1.0), T(0.0))",
         "ops ops_kinks",
@@ -172,14 +172,14 @@ MUTANTS = [
     ),
     Mutant(
         "Adam's second moment is not corrected for its bias",
-        "csrc/rounding_math.h",
+        "csrc/math/rounding.h",
         "sqrt_(exp_avg_sq) * params.inv_bias_sqrt",
         "sqrt_(exp_avg_sq)",
         "rounding_step",
     ),
     Mutant(
         "the weight is subtracted where the error was not asked for",
-        "csrc/cpu/kernels_impl.h",
+        "csrc/cpu/loops/rounding_step.h",
         "s.as_error ? T(1) : T(0)",
         "T(1)",
         "rounding_step",
@@ -201,35 +201,35 @@ MUTANTS = [
     ),
     Mutant(
         "a refined code may leave the grid above",
-        "csrc/rounding_math.h",
+        "csrc/math/search.h",
         "return max_(qmin, min_(qmax, best));",
         "return max_(qmin, best);",
         "refine",
     ),
     Mutant(
         "equally good codes alternate",
-        "csrc/rounding_math.h",
+        "csrc/math/search.h",
         "const T half_step = T(0.5) + T(1e-4);",
         "const T half_step = T(0.5) - T(1e-4);",
         "refine",
     ),
     Mutant(
         "what fills up a vector is taken for columns",
-        "csrc/cpu/kernels_impl.h",
+        "csrc/cpu/loops/tabu_search.h",
         "if (left < kSize<V>) {  // load()",
         "if (left + 1 < kSize<V>) {  // load()",
         "tabu_search",
     ),
     Mutant(
         "a column rests one step too long",
-        "csrc/cpu/kernels_impl.h",
+        "csrc/cpu/loops/tabu_search.h",
         "select_(now >= load<V>(s.free_from",
         "select_(now > load<V>(s.free_from",
         "tabu_search",
     ),
     Mutant(
         "the tabu search does not settle its last step",
-        "csrc/cpu/kernels_impl.h",
+        "csrc/cpu/loops/tabu_search.h",
         "step <= s.steps; ++step) {",
         "step < s.steps; ++step) {",
         "tabu_search",
@@ -244,7 +244,7 @@ MUTANTS = [
     # gptq.
     Mutant(
         "the column after the rounded one is not shifted",
-        "csrc/cpu/kernels_impl.h",
+        "csrc/cpu/loops/gptq.h",
         "for_each_vector<V>(k + 1, s.cols,",
         "for_each_vector<V>(k + 2, s.cols,",
         "gptq",
@@ -280,21 +280,21 @@ MUTANTS = [
     # Packed codes.
     Mutant(
         "eight bytes are moved where fewer are left",
-        "csrc/cpu/packing_impl.h",
+        "csrc/cpu/loops/pack_bits.h",
         "kWholeLane<kBits> ? 0 : (7 + kBits - 1) / kBits;",
         "0;",
         "packing",
     ),
     Mutant(
         "codes that do not fit are not noticed in full vectors",
-        "csrc/cpu/packing_impl.h",
+        "csrc/cpu/loops/pack_bits.h",
         "beyond = beyond | excess<kBits>(numbers);",
         "",
         "packing",
     ),
     Mutant(
         "bits after the last code are not zero",
-        "csrc/cpu/packing_impl.h",
+        "csrc/cpu/loops/pack_bits.h",
         "~uint64_t{0} >> (8 * (kBlock - count))",
         "~uint64_t{0}",
         "packing",
@@ -308,7 +308,7 @@ MUTANTS = [
     ),
     Mutant(
         "the width of packed is not checked",
-        "csrc/packing_arguments.h",
+        "csrc/arguments/packing.h",
         "packed.dim() == 2 && packed.size(1) == packed_bytes(cols, bits),",
         "packed.dim() == 2,",
         "packing packed_linear",
@@ -323,21 +323,21 @@ MUTANTS = [
     ),
     Mutant(
         "bytes beyond a row are read",
-        "csrc/cpu/linear_impl.h",
+        "csrc/cpu/loops/packed_linear.h",
         "if (begin + kRead <= row_bytes) {",
         "if (begin + kBytes <= row_bytes) {",
         "packed_linear",
     ),
     Mutant(
         "a group begins a column too late",
-        "csrc/cpu/linear_impl.h",
+        "csrc/cpu/loops/packed_linear.h",
         "column >= Vec(static_cast<float>(begin))",
         "column > Vec(static_cast<float>(begin))",
         "packed_linear",
     ),
     Mutant(
         "an odd position is left out",
-        "csrc/cpu/linear_impl.h",
+        "csrc/cpu/loops/packed_linear.h",
         "    add_all_products<1>(s, begin, weight, written, sum, p);\n",
         "",
         "packed_linear",
@@ -352,37 +352,37 @@ MUTANTS = [
     # Checks of arguments.
     Mutant(
         "arguments that are read may share memory with written ones",
-        "csrc/checks.h",
+        "csrc/arguments/checks.h",
         "    for (const NamedTensor& b : read) {\n      check_apart(*a, b);\n    }\n",
         "",
         "ops_errors",
     ),
     Mutant(
         "the last written argument may share memory with the others",
-        "csrc/checks.h",
+        "csrc/arguments/checks.h",
         "for (const NamedTensor* b = a + 1; b != mutated.end(); ++b) {",
         "for (const NamedTensor* b = a + 1; b + 1 < mutated.end(); ++b) {",
         "ops_errors",
     ),
     Mutant(
         "a signed grid may go to 255",
-        "csrc/checks.h",
+        "csrc/arguments/checks.h",
         "qmax <= (qmin < 0 ? 127 : 255)",
         "qmax <= 255",
         "ops_errors",
     ),
     Mutant(
         "strides are not looked at",
-        "csrc/arguments.h",
+        "csrc/arguments/rounding.h",
         '    v = contiguous({"v", &v_in});\n',
         "    v = v_in;\n",
         "ops",
     ),
     Mutant(
         "every instruction set is the one in use",
-        "csrc/cpu/instruction_set.cpp",
+        "csrc/cpu/isa/dispatch.cpp",
         "    in_use() = found;\n",
         "",
-        "native",
+        "library",
     ),
 ]

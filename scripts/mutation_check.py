@@ -61,7 +61,7 @@ def sanitize(
     """Exit status, negative after ``limit`` seconds, and output of the tests in the tree."""
     command = ["scripts/sanitize.sh", kind]
     if kind != THREADS:  # one after the other, each named before it starts
-        files = [f"{tree}/tests/test_{name}.py" for name in tests]
+        files = [str(path) for name in tests for path in tree.glob(f"tests/*/test_{name}.py")]
         command += ["-vv", "--exitfirst", "--numprocesses=0", *files]
     process = subprocess.Popen(
         command,
@@ -105,7 +105,7 @@ def try_mutant(mutant: Mutant, tree: Path) -> Outcome:
     if status == 0:
         return Outcome(mutant.name, mutant.file, None, None, seconds)
     # The last that started: the one that failed, or was running when the process ended.
-    names = re.findall(r"tests/test_\w+\.py::\w+(?:\[[^]]*\])?", output)
+    names = re.findall(r"tests/\w+/test_\w+\.py::\w+(?:\[[^]]*\])?", output)
     if mutant.kind == THREADS:
         names = ["tests/native/threads_test.cpp"]
     if not names:

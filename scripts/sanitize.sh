@@ -18,7 +18,7 @@ python=$(realpath --no-symlinks "${PYTHON:-.venv/bin/python}")
 cxx=${CXX:-c++}
 searches=(refine gptq tabu_search)
 kernels=(emulation ops{,_errors,_kinks,_torch} rounding_step packing "${searches[@]}")
-others=(gptq_factor packed_linear native determinism degenerate bad_input) # of the CPU
+others=(gptq_factor packed_linear library determinism degenerate bad_input) # of the CPU
 
 # build NAME SANITIZERS SYMBOL: a copy of the package whose CPU library needs the symbol.
 build() {
@@ -31,7 +31,8 @@ build() {
     { echo "$library was built without $2" >&2; exit 3; }
 }
 
-# tests_in FOLDER NAMES [arguments of pytest]: tests, from a folder, with AddressSanitizer's runtime.
+# tests_in FOLDER NAMES [arguments of pytest]: tests/*/test_NAME.py, from a folder, with
+# AddressSanitizer's runtime.
 tests_in() {
   # Of what goes to stderr nothing is seen when a test ends the process: pytest holds it back.
   local reports=$1/report
@@ -39,13 +40,14 @@ tests_in() {
   # The runtime has to be there first, and with it libstdc++, whose exceptions it watches.
   local preload
   preload="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libstdc++.so)"
-  local names tests=()
+  local names name tests=()
   read -ra names <<< "$2"
   cd "$1"
   shift 2
   if [[ "$*" != *.py* ]]; then
-    tests=("${names[@]/#/$root/tests/test_}")
-    tests=("${tests[@]/%/.py}")
+    for name in "${names[@]}"; do
+      tests+=("$root"/tests/*/test_"$name".py)
+    done
   fi
   env LD_PRELOAD="$preload" PYTHONMALLOC=malloc PYTHONPATH="$root" OMP_NUM_THREADS=1 \
     ASAN_OPTIONS="detect_leaks=0:log_path=$reports" \

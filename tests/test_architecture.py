@@ -42,14 +42,16 @@ def tree_of(module: str) -> ast.Module:
 @cache
 def imports_of(module: str) -> frozenset[str]:
     """The package's modules that a module imports anywhere, also inside of functions."""
-    names = set()
+    names = []
     for node in ast.walk(tree_of(module)):
         if isinstance(node, ast.ImportFrom) and node.module:
-            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+            names += [(f"{node.module}.{alias.name}", node.module) for alias in node.names]
         elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-    inside = {name.removeprefix("adaround_ext.") for name in names if name != "adaround_ext"}
-    return frozenset(inside & MODULES.keys() - {module})
+            names += [(alias.name, alias.name) for alias in node.names]
+    inside = [[name.removeprefix("adaround_ext.") for name in pair] for pair in names]
+    return frozenset(
+        next((name for name in pair if name in MODULES), module) for pair in inside
+    ) - {module}
 
 
 def room_of(module: str) -> str:

@@ -1,4 +1,4 @@
-"""The command line."""
+"""Command line: ``adaround-ext``, and what its commands read, write and show."""
 
 from adaround_ext.cli.main import main
 

@@ -1,11 +1,11 @@
-"""The arguments of the commands, by what they are about."""
+"""Arguments of the commands, by what they are about."""
 
 from __future__ import annotations
 
 import argparse
 
+import adaround_ext.cli.options as options
 from adaround_ext.activations.quantizer import RANGES
-from adaround_ext.cli import options as options
 from adaround_ext.distributed import REDUCTIONS
 from adaround_ext.export.formats import FORMATS
 from adaround_ext.export.goal.targets import EXPORT_TARGETS
@@ -63,15 +63,17 @@ def add_number(
 
 def add_target(parser: Parser) -> None:
     """--for, which chooses a grid."""
-    parser.add_argument(
-        "--for",
-        dest="export_for",
-        choices=tuple(EXPORT_TARGETS),
-        metavar="TARGET",
-        help=f"where the model is to end: {', '.join(EXPORT_TARGETS)}. Chooses what that takes "
+    _add_for(
+        parser,
+        f"where the model is to end: {', '.join(EXPORT_TARGETS)}. Chooses what that takes "
         "(grid, groups, dtype of scales, layers left alone) before anything is optimised, where "
         "other options leave it open, and refuses what cannot end there",
     )
+
+
+def _add_for(group: argparse._ActionsContainer, text: str) -> None:
+    choices = tuple(EXPORT_TARGETS)
+    group.add_argument("--for", dest="export_for", choices=choices, metavar="TARGET", help=text)
 
 
 def add_grid(parser: Parser, bits: bool = True) -> None:
@@ -219,8 +221,8 @@ def add_run(parser: Parser) -> None:
 
 def add_export(parser: Parser) -> None:
     """What export writes."""
-    chosen = parser.add_mutually_exclusive_group(required=True)
-    chosen.add_argument(
+    formats = parser.add_mutually_exclusive_group(required=True)
+    formats.add_argument(
         "--format",
         nargs="+",
         choices=[*FORMATS, "all"],
@@ -228,13 +230,7 @@ def add_export(parser: Parser) -> None:
         help=f"{', '.join(FORMATS)} or all",
     )
     names = ", ".join(EXPORT_TARGETS)
-    chosen.add_argument(
-        "--for",
-        dest="export_for",
-        choices=tuple(EXPORT_TARGETS),
-        metavar="TARGET",
-        help=f"instead: the format that this takes, of {names}",
-    )
+    _add_for(formats, f"instead: the format that this takes, of {names}")
     text = "runtime that ONNX files are for: %(choices)s (default: ort, or as --for says)"
     parser.add_argument("--target", choices=("ort", "openvino", "tensorrt", "qnn"), help=text)
     text = "directory to write, new or empty (default: RUN/FORMAT)"

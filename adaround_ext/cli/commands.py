@@ -1,4 +1,4 @@
-"""The commands: each takes parsed arguments and returns its JSON document and its text."""
+"""Commands: each takes parsed arguments and returns its JSON document and its text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -15,24 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import adaround_ext.cli.show as show
 from adaround_ext.checks import device_here
-from adaround_ext.cli import show as show
+from adaround_ext.cli.models import Source
+from adaround_ext.cli.options import check_parent
 from adaround_ext.cli.output import save, staged
 from adaround_ext.cli.sensitivity import layer_bits, without_left
 from adaround_ext.cli.show import Output
-from adaround_ext.cli.sources import Source, check_data, load_inputs
+from adaround_ext.cli.sources import check_data, load_inputs
 from adaround_ext.distributed import Ranks, launched
 from adaround_ext.export.goal.goal import Goal
 from adaround_ext.export.goal.targets import EXPORT_TARGETS
 from adaround_ext.layers.matrix import SUPPORTED
 from adaround_ext.model.quantize import quantize_
+from adaround_ext.model.workspace import WorkspaceOptions, opened
 from adaround_ext.ops.library import build_info
 from adaround_ext.planning.plan import make_plan
-from adaround_ext.replay.cache import MEMORY_BUDGET, ActivationCache
-from adaround_ext.replay.calibration import Calibration
 from adaround_ext.report.model import ModelReport
-from adaround_ext.tracing.evaluation import evaluation
-from adaround_ext.tracing.trace import ModuleCall, Trace, Value, trace
+from adaround_ext.tracing.trace import ModuleCall, Trace, Value
 
 
 def quantize(args: Namespace) -> Output:
@@ -87,17 +87,18 @@ def inspect(args: Namespace) -> Output:
     torch.manual_seed(args.seed)
     args.nsamples = args.batch_size = 1
     source, data = load_inputs(args)
-    model, order, notes = source.model, "definition", list[str]()
-    goal = Goal(args.export_for, model)
+    model, goal = source.model, Goal(args.export_for, source.model)
     config = goal.config(None, args.settings)
+    overrides, notes = goal.overrides(args.overrides), list[str]()
     if args.data is None:
-        seen = _as_defined(model)
+        order, trace = "definition", _as_defined(model)
+        reasons, complete = goal.refused(), goal.settings
+        plan = make_plan(model, trace, config, overrides, reasons=reasons, complete=complete)
     else:
-        seen, notes = _traced(source, data)
-        order = "execution"
-    changes = goal.overrides(args.overrides), None, False
-    refused = goal.refused()
-    plan = make_plan(model, seen, config, *changes, refused, complete=goal.settings)
+        order, first = "execution", data if isinstance(data, (Tensor, Mapping)) else islice(data, 1)
+        options = WorkspaceOptions(config, overrides, batch_norm="keep")
+        with source.without_cache(), opened(model, first, options, goal) as workspace:
+            plan, notes = workspace.analyse().plan, workspace.data.notes
     goal.check(plan.targets)
     return show.of_plan(model, plan, order, notes)
 
@@ -152,8 +153,7 @@ def _scales_of(source: Source, args: Namespace) -> dict[str, Any]:
 
 def _check_options(args: Namespace) -> None:
     """Everything that can be wrong before a model is loaded. Raises what names the option."""
-    if args.html is not None and not Path(args.html).absolute().parent.is_dir():
-        raise FileNotFoundError(f"--html must be in a directory that exists, got {args.html}")
+    check_parent("--html", args.html)
     if args.cache_dir is not None and not Path(args.cache_dir).is_dir():
         raise FileNotFoundError(f"--cache-dir must be a directory, got {args.cache_dir}")
     if args.checkpoint_dir is not None and Path(args.checkpoint_dir).is_file():
@@ -164,18 +164,6 @@ def _check_options(args: Namespace) -> None:
     if args.export_for is not None:
         EXPORT_TARGETS[args.export_for].check_packages()
     check_data(args.data)
-
-
-def _traced(source: Source, data: Iterable[Any]) -> tuple[Trace, list[str]]:
-    """A run on the first batch, and what was noted about it."""
-    model = source.model
-    if not isinstance(data, (Tensor, Mapping)):
-        data = islice(data, 1)
-    devices = {parameter.device for parameter in model.parameters()}
-    device = devices.pop() if len(devices) == 1 else None
-    with ActivationCache(MEMORY_BUDGET) as cache, evaluation(model), source.without_cache():
-        batches = Calibration(model, data, None, None, cache, device)
-        return trace(model, lambda: batches.run(0)), batches.notes
 
 
 def _as_defined(model: nn.Module) -> Trace:

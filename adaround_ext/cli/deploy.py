@@ -1,4 +1,4 @@
-"""The commands that deploy: ``adaround-ext export`` and ``verify``, of what ``quantize`` wrote."""
+"""Commands that deploy: ``adaround-ext export`` and ``verify``, of what ``quantize`` wrote."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import safetensors.torch
 import torch
 
 from adaround_ext.checks import some
+from adaround_ext.cli.models import Source, load_model
 from adaround_ext.cli.options import DTYPES
-from adaround_ext.cli.sources import Source, check_data, load_data, load_model
+from adaround_ext.cli.sources import check_data, load_data
 from adaround_ext.export.formats import FORMATS, TRACED, export_model
 from adaround_ext.export.goal.targets import EXPORT_TARGETS
 from adaround_ext.export.manifest import NAME, new_folder, read_manifest
-from adaround_ext.export.packed.save import KIND, load_quantized
+from adaround_ext.export.packed.load import load_quantized
+from adaround_ext.export.packed.stored import KIND
 from adaround_ext.export.parity import verify as compare
 
 _EXAMPLE = "A short text, as this model may get it."

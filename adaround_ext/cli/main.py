@@ -1,4 +1,4 @@
-"""The command line: ``adaround-ext COMMAND``, with the commands of :mod:`cli_parser`."""
+"""Entry point: ``adaround-ext COMMAND``, run, with its result on standard output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from adaround_ext.cli import options as options
+from adaround_ext.cli.options import activations, as_options, settings
 from adaround_ext.cli.parser import make_parser
 
 
@@ -24,11 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if hasattr(args, "changes"):
         try:
-            args.settings, args.overrides = options.settings(args)
+            args.settings, args.overrides = settings(args)
             if hasattr(args, "activation_bits"):
-                args.activations = options.activations(args)
+                args.activations = activations(args)
         except (TypeError, ValueError) as error:
-            args.parser.error(options.as_options(str(error)))
+            args.parser.error(as_options(str(error)))
     try:
         # Standard output is for the result alone, whatever models and loaders print.
         with redirect_stdout(sys.stderr), _process_as_before():
@@ -81,7 +81,7 @@ def _progress_bars() -> bool:
 
 def _line(error: Exception) -> str:
     """An error in one line; with its type where the message alone may say little."""
-    text = options.as_options(" ".join(str(error).split()))
+    text = as_options(" ".join(str(error).split()))
     if type(error) in (ValueError, TypeError, ImportError, FileNotFoundError) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

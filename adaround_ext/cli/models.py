@@ -1,4 +1,4 @@
-"""The models that the command line names: directories, names on the Hub, and factories."""
+"""Models that the command line names: directories, names on the Hub, and factories."""
 
 from __future__ import annotations
 
@@ -33,8 +33,12 @@ _TOKENIZER_FILES = (
 class NamedModel:
     """A model that is there, but not in memory.
 
-    name: as it was given. origin: what transformers loads, a directory or a name on the Hub, with
-    its ``config`` and the ``auto`` class; or make, a factory.
+    Attributes:
+        name: As it was given.
+        origin: What transformers loads, a directory or a name on the Hub; None for a factory.
+        config: Its configuration.
+        auto: The class of transformers to load it with.
+        make: The factory, where there is one.
     """
 
     name: str
@@ -96,7 +100,12 @@ class NamedModel:
 
 @dataclass(frozen=True)
 class Source:
-    """A model in memory, and what it was loaded from."""
+    """A model in memory.
+
+    Attributes:
+        model: It.
+        named: What it was loaded from.
+    """
 
     model: nn.Module
     named: NamedModel
@@ -184,8 +193,8 @@ def _auto_class(config: Any, name: str | None) -> Any:
         return getattr(transformers, name)
     for architecture in config.architectures or ():
         for candidate in known:
-            found = getattr(transformers, candidate)._model_mapping.get(type(config), None)
-            models = found if isinstance(found, (tuple, list)) else (found,)
+            mapped = getattr(transformers, candidate)._model_mapping.get(type(config), None)
+            models = mapped if isinstance(mapped, (tuple, list)) else (mapped,)
             if architecture in [getattr(model, "__name__", None) for model in models]:
                 return getattr(transformers, candidate)
     if config.architectures:
@@ -202,18 +211,18 @@ def imported(argument: str, name: str) -> Any:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        found: Any = importlib.import_module(module_name)
+        item: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # it is there, but something that it imports is not
         raise ImportError(f"{argument} must name a module that exists, got {module_name}") from None
-    for part in path.split("."):
-        if not hasattr(found, part):
+    for attribute in path.split("."):
+        if not hasattr(item, attribute):
             raise ImportError(f"{argument} must name what {module_name} has, got {path}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise TypeError(f"{argument} {name} must be callable, got {type(found).__name__}")
-    return found
+        item = getattr(item, attribute)
+    if not callable(item):
+        raise TypeError(f"{argument} {name} must be callable, got {type(item).__name__}")
+    return item
 
 
 def _transformers() -> Any:

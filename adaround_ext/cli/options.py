@@ -1,4 +1,4 @@
-"""Values of the command line that argparse does not know: settings of layers, sizes, names."""
+"""Values of options that argparse does not know: settings of layers, sizes, names."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +24,10 @@ _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 def size(text: str) -> int:
     """Bytes of "512M", "1.5 GiB" or "1000000"; units are powers of 1024."""
-    found = _SIZE.fullmatch(text.strip())
-    if found is None:
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
         raise argparse.ArgumentTypeError(f"must be a size such as 512M or 2G, got {text!r}")
-    return int(float(found[1]) * 1024 ** _UNITS[found[2].lower()])
+    return int(float(match[1]) * 1024 ** _UNITS[match[2].lower()])
 
 
 def positive(text: str) -> int:
@@ -54,12 +55,18 @@ def group_size(text: str) -> int:
 
 def widths(text: str) -> tuple[int, ...]:
     """Bits of "2,3,4"."""
-    return tuple(positive(part.strip()) for part in text.split(","))
+    return tuple(positive(width.strip()) for width in text.split(","))
 
 
 def path(text: str) -> str:
     """A file or folder, which may begin with ~."""
     return os.path.expanduser(text)
+
+
+def check_parent(option: str, name: str | None) -> None:
+    """FileNotFoundError for a file that is to be written where there is no directory."""
+    if name is not None and not Path(name).absolute().parent.is_dir():
+        raise FileNotFoundError(f"{option} must be in a directory that exists, got {name}")
 
 
 def skip(pattern: str) -> Change:
@@ -82,11 +89,11 @@ def override(text: str) -> Change:
     if settings == "skip":
         return skip(pattern)
     values: dict[str, Any] = {}
-    for part in settings.split(","):
-        key, colon, value = part.partition(":")
+    for setting in settings.split(","):
+        key, colon, value = setting.partition(":")
         key = key.strip().replace("-", "_")
         if not (key and colon and value.strip()):
-            raise argparse.ArgumentTypeError(f"must have KEY:VALUE after =, got {part!r}")
+            raise argparse.ArgumentTypeError(f"must have KEY:VALUE after =, got {setting!r}")
         values[key] = _value(key, value.strip())
     if "group_size" in values:
         values["group_size"] = None if values["group_size"] == -1 else values["group_size"]

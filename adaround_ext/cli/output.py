@@ -1,4 +1,4 @@
-"""What ``adaround-ext quantize`` writes: a directory, whole or not at all."""
+"""Output of ``adaround-ext quantize``: a directory, whole or not at all."""
 
 from __future__ import annotations
 
@@ -55,8 +55,9 @@ def _check(output: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
 
 @contextmanager
 def _without_quantizers(model: nn.Module) -> Iterator[None]:
-    """Quantizers of activations are no modules of the model, whose class has none; the codes'
-    file has them.
+    """Inside, a model has no quantizers of activations, as its class has none.
+
+    The file of the codes has them.
     """
     taken = [
         (module._modules, name, child)

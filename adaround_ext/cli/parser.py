@@ -1,25 +1,25 @@
-"""The parser of the command line: what each command takes, and its help."""
+"""Parser: what each command takes, and its help."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from adaround_ext.cli import arguments as add
-from adaround_ext.cli import commands as cli_commands
-from adaround_ext.cli import deploy as cli_export
-from adaround_ext.cli import options as options
-from adaround_ext.cli import sensitivity as cli_sensitivity
+import adaround_ext.cli.arguments as add
+from adaround_ext.cli.commands import compare, env, inspect, quantize
+from adaround_ext.cli.deploy import export, verify
+from adaround_ext.cli.options import path
+from adaround_ext.cli.sensitivity import sensitivity
 from adaround_ext.ops.library import build_info
 
 _COMMANDS = {
-    "quantize": cli_commands.quantize,
-    "export": cli_export.export,
-    "verify": cli_export.verify,
-    "sensitivity": cli_sensitivity.sensitivity,
-    "inspect": cli_commands.inspect,
-    "compare": cli_commands.compare,
-    "env": cli_commands.env,
+    "quantize": quantize,
+    "export": export,
+    "verify": verify,
+    "sensitivity": sensitivity,
+    "inspect": inspect,
+    "compare": compare,
+    "env": env,
 }
 _QUANTIZE = """Quantizes the weights of all Linear and convolution layers of a model with AdaRound.
 
@@ -78,9 +78,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--version", action="version", version=f"%(prog)s {build_info()['version']}"
     )
-    found = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    command = _command(found, "quantize", "quantize a model", _QUANTIZE, _QUANTIZE_EXAMPLES)
+    command = _command(subparsers, "quantize", "quantize a model", _QUANTIZE, _QUANTIZE_EXAMPLES)
     add.add_target(command)
     add.add_model(command, needs_data=True)
     add.add_grid(command)
@@ -89,40 +89,42 @@ def make_parser() -> argparse.ArgumentParser:
     add.add_method(command)
     add.add_output(command)
 
-    command = _command(found, "export", "write deployable formats", _EXPORT, _EXPORT_EXAMPLES)
+    command = _command(subparsers, "export", "write deployable formats", _EXPORT, _EXPORT_EXAMPLES)
     add.add_run(command)
     add.add_export(command)
 
-    command = _command(found, "verify", "prove exported models", _VERIFY, _VERIFY_EXAMPLES)
+    command = _command(subparsers, "verify", "prove exported models", _VERIFY, _VERIFY_EXAMPLES)
     add.add_run(command)
     add.add_verify(command)
 
     texts = "which layers hurt", _SENSITIVITY, _SENSITIVITY_EXAMPLES
-    command = _command(found, "sensitivity", *texts)
+    command = _command(subparsers, "sensitivity", *texts)
     add.add_sensitivity(command)
     add.add_model(command, needs_data=True)
     add.add_grid(command, bits=False)
     command.set_defaults(steps=None, export_for=None)
 
-    command = _command(found, "inspect", "what would be quantized", _INSPECT, _INSPECT_EXAMPLES)
+    command = _command(
+        subparsers, "inspect", "what would be quantized", _INSPECT, _INSPECT_EXAMPLES
+    )
     add.add_target(command)
     add.add_model(command, needs_data=False)
     add.add_grid(command)
     command.set_defaults(preset="balanced", steps=None, seed=0, quiet=False)
 
-    command = _command(found, "compare", "two reports", _COMPARE, _COMPARE_EXAMPLES)
+    command = _command(subparsers, "compare", "two reports", _COMPARE, _COMPARE_EXAMPLES)
     for name in ("a", "b"):
         text = "a report.json, or the directory that quantize wrote it to"
-        command.add_argument(name, type=options.path, metavar=name.upper(), help=text)
+        command.add_argument(name, type=path, metavar=name.upper(), help=text)
 
-    _command(found, "env", "versions and devices", _ENV, _ENV_EXAMPLES)
+    _command(subparsers, "env", "versions and devices", _ENV, _ENV_EXAMPLES)
     return parser
 
 
 def _command(
-    commands_: Any, name: str, short: str, description: str, examples: str
+    subparsers: Any, name: str, short: str, description: str, examples: str
 ) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands_.add_parser(
+    parser: argparse.ArgumentParser = subparsers.add_parser(
         name,
         help=short,
         description=description,

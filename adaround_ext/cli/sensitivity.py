@@ -1,4 +1,4 @@
-"""The command ``adaround-ext sensitivity``, and what quantize does with its file."""
+"""Command ``adaround-ext sensitivity``, and what quantize does with its file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adaround_ext.cli.options import check_parent
 from adaround_ext.cli.show import Output
 from adaround_ext.cli.sources import load_inputs
 from adaround_ext.export.goal.goal import Goal
@@ -21,8 +22,7 @@ Bits = dict[str, dict[str, Any] | str]
 
 def sensitivity(args: Namespace) -> Output:
     """Measures layers at several bits; what was measured is the document."""
-    if args.output is not None and not Path(args.output).absolute().parent.is_dir():
-        raise FileNotFoundError(f"--output must be in a directory that exists, got {args.output}")
+    check_parent("--output", args.output)
     if args.average_bits is not None:
         check_budget(args.average_bits, args.widths)
     torch.manual_seed(args.seed)

@@ -174,8 +174,10 @@ def _times(ratio: float | None) -> str:
 
 
 def _remarks(skipped: dict[str, str], notes: Iterable[str]) -> list[str]:
-    found = {
+    remarks = {
         "skipped": [f"{name or 'the model'}: {why}" for name, why in skipped.items()],
         "notes": list(notes),
     }
-    return ["\n".join([f"{title}:", *(f"  {x}" for x in xs)]) for title, xs in found.items() if xs]
+    return [
+        "\n".join([f"{title}:", *(f"  {x}" for x in xs)]) for title, xs in remarks.items() if xs
+    ]

@@ -1,4 +1,4 @@
-"""The data that the command line names, and in what order models and data are looked at."""
+"""Data that the command line names, and in what order models and data are looked at."""
 
 from __future__ import annotations
 
@@ -11,22 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext.checks import device_here
-from adaround_ext.cli.models import NAME, NamedModel, Source, imported, load_model, name_model
+from adaround_ext.cli.models import NAME, NamedModel, Source, imported, name_model
 from adaround_ext.cli.options import DTYPES
 from adaround_ext.export.goal.targets import EXPORT_TARGETS
 from adaround_ext.tensors import converted
-
-__all__ = [
-    "NamedModel",
-    "Source",
-    "check_data",
-    "load_data",
-    "load_inputs",
-    "load_model",
-    "name_data",
-    "name_model",
-    "text_windows",
-]
 
 Batches = Callable[[], Iterable[Any]]
 
@@ -85,8 +73,8 @@ def load_inputs(args: Namespace) -> tuple[Source, Iterable[Any]]:
     target = None if args.export_for is None else EXPORT_TARGETS[args.export_for]
     if dtype is None and target is not None and torch.bfloat16 not in target.dtypes:
         # As quantize_ would make it, but without a copy in bfloat16 first.
-        found = getattr(named.config, "dtype", None)
-        dtype = torch.float32 if found == torch.bfloat16 else None
+        of_files = getattr(named.config, "dtype", None)
+        dtype = torch.float32 if of_files == torch.bfloat16 else None
     source = named.load(dtype, device, args.quiet)
     return source, in_dtype_of(source, batches())
 

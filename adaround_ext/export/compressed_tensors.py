@@ -1,4 +1,4 @@
-"""Hugging Face directories that transformers, and so what builds on it, loads as they are.
+"""compressed-tensors export: Hugging Face directories that transformers and vLLM load as they are.
 
 Format: compressed-tensors, "pack-quantized", of weights alone. For each quantized Linear:
 ``weight_packed`` int32 [rows, ceil(cols bits / 32)], the numbers code - qmin of a row one after the
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaround_ext.activations.hooks import quantizers
 from adaround_ext.export.hugging_face import (
     check_alike,
     load_alike,
@@ -29,7 +28,13 @@ from adaround_ext.export.hugging_face import (
     skeleton,
 )
 from adaround_ext.export.manifest import new_export, read_manifest
-from adaround_ext.export.quantized_layers import LEAVE_OUT, QuantizedLayer, quantized_layers, refuse
+from adaround_ext.export.quantized_layers import (
+    LEAVE_OUT,
+    QuantizedLayer,
+    quantized_layers,
+    refuse,
+    refuse_quantizers,
+)
 from adaround_ext.export.runner import Runner, module_runner
 from adaround_ext.ops import pack_bits
 
@@ -60,26 +65,35 @@ def export_compressed_tensors(
     the source of its CompressedTensorsWNA16, vLLM takes 2 to 8 bits symmetric, 4 and 8 asymmetric
     (older releases: 4 and 8 bits).
 
-    Raises ImportError without transformers and compressed-tensors; TypeError for a model that is no
-    PreTrainedModel; ValueError for one that is not quantized, or changed since; that holds other
-    tensors than its class builds (biases by bias="create", folded batch norms) or quantized
-    activations; for quantized layers other than Linear, shared weights, dtypes other than float32,
-    float16 and bfloat16, scales that the model's dtype cannot hold, and asymmetric layers among
-    mixed settings; where transformers cannot load the class with packed weights, as with fused
-    experts; and for a directory that is not new.
+    Args:
+        model: A PreTrainedModel that :func:`adaround_ext.quantize_` has quantized. It is not
+            changed.
+        folder: The directory to write, new or empty.
+        tokenizer: Saved beside the model.
+        max_shard_size: Of a file, as ``save_pretrained`` takes it.
+
+    Raises:
+        ImportError: transformers or compressed-tensors is missing.
+        TypeError: ``model`` is no PreTrainedModel.
+        ValueError: The model is not quantized, or changed since; it holds other tensors than its
+            class builds (biases by bias="create", folded batch norms) or quantized activations; for
+            quantized layers other than Linear, shared weights, dtypes other than float32, float16
+            and bfloat16, scales that the model's dtype cannot hold, and asymmetric layers among
+            mixed settings; where transformers cannot load the class with packed weights, as with
+            fused experts; and for a directory that is not new.
     """
     _import()
     layers = _checked_layers(model)
     built = skeleton(model)
     check_alike(model, built)
     built.config.quantization_config = _quantization_config(built, layers)
-    with new_export(folder, KIND) as (part, details), no_progress_bars():
+    with new_export(folder, KIND) as (directory, details), no_progress_bars():
         built.save_pretrained(
-            part, state_dict=_state_dict(model, layers), max_shard_size=max_shard_size
+            directory, state_dict=_state_dict(model, layers), max_shard_size=max_shard_size
         )
         if tokenizer is not None:
-            tokenizer.save_pretrained(part)
-        _check_loaded(load_alike(part, type(model)), model, layers)
+            tokenizer.save_pretrained(directory)
+        _check_loaded(load_alike(directory, type(model)), model, layers)
         details.update(_details(layers))
 
 
@@ -87,7 +101,7 @@ def runners(folder: Path, model: nn.Module) -> list[Runner]:
     """transformers, decompressing as config.json says, and the other way where there is one."""
     details = read_manifest(folder, KIND).details
     _import()
-    found = [module_runner("transformers", load_alike(folder, type(model)))]
+    ways = [module_runner("transformers", load_alike(folder, type(model)))]
     if details["settings"] == 1 and details["symmetric"]:
         from transformers import CompressedTensorsConfig
 
@@ -95,8 +109,8 @@ def runners(folder: Path, model: nn.Module) -> list[Runner]:
         # Some classes, as T5's, cannot be built with packed weights in transformers.
         with suppress(ValueError):
             late = load_alike(folder, type(model), quantization_config=config)
-            found.append(module_runner("transformers, dequantize=False", late))
-    return found
+            ways.append(module_runner("transformers, dequantize=False", late))
+    return ways
 
 
 def _import() -> None:
@@ -116,9 +130,7 @@ def _checked_layers(model: nn.Module) -> list[QuantizedLayer]:
         came = type(model).__name__
         raise TypeError(f"model must be a PreTrainedModel of transformers, got {came}")
     layers = quantized_layers(model)
-    if found := list(quantizers(model)):
-        got = f"got {len(found)} quantizers, as {found[0]}"
-        raise ValueError(f"{_FORMAT} weights go without quantized activations, {got}")
+    refuse_quantizers(f"{_FORMAT} weights", model)
     refuse(f"compressed-tensors, {_FORMAT},", layers, lambda layer: obstacle(layer, model.dtype))
     if len(_groups(layers)) > 1 and not all(layer.symmetric for layer in layers):
         names = [layer.name for layer in layers if not layer.symmetric]
@@ -129,17 +141,19 @@ def _checked_layers(model: nn.Module) -> list[QuantizedLayer]:
 
 def obstacle(layer: QuantizedLayer, dtype: torch.dtype) -> str | None:
     """Why a model of this dtype cannot have a layer packed, None where it can."""
-    own = layer.matrix.weight.dtype
+    weight_dtype = layer.matrix.weight.dtype
     if not isinstance(layer.module, nn.Linear):
         return f"it must be a Linear, got {type(layer.module).__name__}{LEAVE_OUT}"
     if len(layer.names) > 1:
         shared = ", ".join(layer.names)
         return f"packed weights cannot be shared, got that of {shared}{LEAVE_OUT}"
-    if own not in _DTYPES or own != dtype:
+    if weight_dtype not in _DTYPES or weight_dtype != dtype:
         rule = "its dtype must be that of the model and float32, float16 or bfloat16"
-        return f"{rule}, got {own} in a model of {dtype}; convert the model before it is quantized"
-    if not torch.equal(layer.weight.scale.to(own).float(), layer.weight.scale):
-        return f"its scales must be exact in {own}, the loader's: quantize with scale_dtype={own}"
+        got = f"got {weight_dtype} in a model of {dtype}"
+        return f"{rule}, {got}; convert the model before it is quantized"
+    if not torch.equal(layer.weight.scale.to(dtype).float(), layer.weight.scale):
+        rule = f"its scales must be exact in {dtype}, the loader's"
+        return f"{rule}: quantize with scale_dtype={dtype}"
     return None
 
 
@@ -210,11 +224,11 @@ def _quantization_config(
 
 def _groups(layers: Sequence[QuantizedLayer]) -> dict[tuple[int, bool, int | None], list[str]]:
     """(bits, symmetric, group size or None) to the names of the layers that have them."""
-    found: dict[tuple[int, bool, int | None], list[str]] = defaultdict(list)
+    groups: dict[tuple[int, bool, int | None], list[str]] = defaultdict(list)
     for layer in layers:
         group_size = layer.group_size if layer.granularity == "per_group" else None
-        found[layer.bits, layer.symmetric, group_size].append(layer.name)
-    return dict(found)
+        groups[layer.bits, layer.symmetric, group_size].append(layer.name)
+    return dict(groups)
 
 
 def _check_loaded(loaded: nn.Module, model: nn.Module, layers: Sequence[QuantizedLayer]) -> None:
@@ -236,10 +250,9 @@ def _check_loaded(loaded: nn.Module, model: nn.Module, layers: Sequence[Quantize
 
 
 def _details(layers: Sequence[QuantizedLayer]) -> dict[str, Any]:
-    names = ("bits", "granularity", "symmetric", "group_size")
     return {
         "format": _FORMAT,
         "settings": len(_groups(layers)),
         "symmetric": all(layer.symmetric for layer in layers),
-        "layers": {layer.name: {name: getattr(layer, name) for name in names} for layer in layers},
+        "layers": {layer.name: layer.grid | {"group_size": layer.group_size} for layer in layers},
     }

@@ -1,13 +1,16 @@
-"""All export formats by name, and one call for any of them."""
+"""Export formats: all of them by name, one call for any of them, and the packages they need."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from types import ModuleType
 from typing import Any
 
 from torch import nn
+
+from adaround_ext.checks import fail
 
 _MODULES = {
     "safetensors": "packed",
@@ -24,7 +27,7 @@ TRACED = ("onnx", "aimet")  # these need an example of what the model takes
 def format_module(kind: str) -> ModuleType:
     """The module of a format; ValueError for another name."""
     if not isinstance(kind, str) or kind not in _MODULES:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {kind!r}")
+        fail("format", f"one of {', '.join(FORMATS)}", kind)
     return importlib.import_module(f"adaround_ext.export.{_MODULES[kind]}")
 
 
@@ -39,11 +42,24 @@ def export_model(
 ) -> None:
     """Writes a quantized model to a new directory, in a format that runtimes load.
 
-    format: one of :data:`FORMATS`; the functions of their modules have further options. batch: an
-    example of what the model takes, for "onnx" and "aimet", and for a program beside "torchao"'s
-    tensors. target: the runtime of "onnx" files. tokenizer: saved beside "compressed-tensors".
-    Raises ImportError where a package of the format is missing, TypeError and ValueError for what
-    it cannot hold, with the reason.
+    The functions of the formats, such as :func:`adaround_ext.export.onnx.export_onnx`, have further
+    options.
+
+    Args:
+        model: A model that :func:`adaround_ext.quantize_` has quantized. It is not changed.
+        folder: The directory to write, new or empty.
+        format: One of :data:`adaround_ext.export.FORMATS`.
+        batch: An example of what the model takes, for "onnx" and "aimet", and for a program beside
+            "torchao"'s tensors.
+        target: The runtime of "onnx" files: "ort", "openvino", "tensorrt" or "qnn".
+        tokenizer: Saved beside "compressed-tensors".
+
+    Raises:
+        ImportError: A package of the format is missing.
+        TypeError: ``model`` is no module, or of a class that the format does not take.
+        ValueError: For another format, for a model that is not quantized or that the format cannot
+            hold, with the reason, and for a directory that is not new or empty.
+        OSError: ``folder`` cannot be written.
     """
     module = format_module(format)
     if batch is None and format in TRACED:

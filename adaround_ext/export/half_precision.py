@@ -1,4 +1,4 @@
-"""What arithmetic in 16 bits leaves open between two runs of one model.
+"""Half precision: the error that arithmetic in 16 bits leaves open between two runs of one model.
 
 Sums in another order, or weights that are not rounded before they are multiplied, move results by a
 unit in the last place, and layers pass that on. How far is the model's matter: measured is how far
@@ -28,9 +28,13 @@ Compare = Callable[[Sequence[list[Tensor]], Sequence[list[Tensor]]], float]
 
 
 class HalfPrecision:
-    """Of a model, the batches that it was run on, and the outputs it gave.
+    """The 16-bit dtypes of a model, and the error that they allow between two runs of it.
 
-    compare: the relative error of outputs against others.
+    Args:
+        model: The simulated model.
+        batches: What it was run on, positional and keyword arguments.
+        outputs: All tensors that it gave, by batch.
+        compare: The relative error of outputs against others.
     """
 
     def __init__(
@@ -42,8 +46,8 @@ class HalfPrecision:
     ) -> None:
         self.model, self._batches, self._outputs = model, batches, outputs
         self._compare = compare
-        found = {t.dtype for t in (*model.parameters(), *tensors(list(outputs)))}
-        self.dtypes = [dtype for dtype in DTYPES if dtype in found]
+        dtypes = {t.dtype for t in (*model.parameters(), *tensors(list(outputs)))}
+        self.dtypes = [dtype for dtype in DTYPES if dtype in dtypes]
 
     @property
     def names(self) -> str:
@@ -65,8 +69,8 @@ class HalfPrecision:
         try:
             wide = copy.deepcopy(self.model)._apply(_widened)
             run = module_runner("float32", wide).run
-            found = [run(*pytree.tree_map(_widened, batch)) for batch in self._batches]
-            return self._compare(self._outputs, found)
+            outputs = [run(*pytree.tree_map(_widened, batch)) for batch in self._batches]
+            return self._compare(self._outputs, outputs)
         except Exception:  # it may say itself in which dtype it computes
             return float("inf")
 
@@ -77,10 +81,10 @@ def _widened(leaf: Any) -> Any:
 
 def changed(stored: Iterator[tuple[str, Tensor]], model: nn.Module) -> tuple[str, ...]:
     """The parameters of a model that are stored with other bits."""
-    own: Mapping[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    return tuple(key for key, t in stored if key in own and not _same(t, own[key]))
+    parameters: Mapping[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return tuple(key for key, t in stored if key in parameters and not _same(t, parameters[key]))
 
 
-def _same(stored: Tensor, own: Tensor) -> bool:
-    stored, own = stored.detach().cpu(), own.detach().cpu()
-    return stored.dtype == own.dtype and torch.equal(stored, own)
+def _same(a: Tensor, b: Tensor) -> bool:
+    a, b = a.detach().cpu(), b.detach().cpu()
+    return a.dtype == b.dtype and torch.equal(a, b)

@@ -1,4 +1,4 @@
-"""What a class of transformers builds from its configuration, and loads from a directory."""
+"""Hugging Face models: what a class builds from its configuration, and loads from a directory."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def check_alike(model: PreTrainedModel, built: PreTrainedModel) -> None:
         if ours.get(key) != theirs.get(key):
             rule = f"model must hold what {type(model).__name__} builds from its configuration"
             got = f"{key} {ours.get(key, 'missing')} instead of {theirs.get(key, 'none')}"
-            made = key.endswith(".bias") and key not in theirs
-            hint = ': quantize with bias="refit" or "keep"' if made else ""
+            new_bias = key.endswith(".bias") and key not in theirs
+            hint = ': quantize with bias="refit" or "keep"' if new_bias else ""
             raise ValueError(f"{rule}, got {got}{hint}")
 
 
@@ -53,8 +53,8 @@ def load_alike(folder: Path, kind: type[nn.Module], **settings: Any) -> PreTrain
             loaded, info = load(folder, **settings)
         except Exception as error:
             raise ValueError(f"{rule}{error}") from error
-    if wrong := {key: sorted(map(str, found)) for key, found in info.items() if found}:
-        raise ValueError(f"{rule}{wrong}")
+    if disagreements := {key: sorted(map(str, keys)) for key, keys in info.items() if keys}:
+        raise ValueError(f"{rule}{disagreements}")
     return loaded  # type: ignore[no-any-return]
 
 

@@ -1,4 +1,4 @@
-"""What an exported directory says of itself, so that a damaged or foreign one is refused."""
+"""Manifest: what an exported directory says of itself; a damaged or foreign one is refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ _LARGEST = 1 << 28  # bytes of a manifest: far above one of any model
 
 @dataclass(frozen=True)
 class Manifest:
-    """kind: the export format. details: what it says of the model, plain values for JSON."""
+    """What an export says of itself.
+
+    Attributes:
+        kind: The export format.
+        details: What it says of the model, plain values for JSON.
+    """
 
     kind: str
     details: dict[str, Any]
@@ -39,14 +44,14 @@ def new_export(folder: str | os.PathLike[str], kind: str) -> Iterator[tuple[Path
     cause, where it cannot be written.
     """
     folder = new_folder(folder)
-    with folder_beside(folder) as part:
+    with folder_beside(folder) as staging:
         try:
             details: dict[str, Any] = {}
-            yield part, details
-            write_manifest(part, kind, details)
-            take_place(part, folder)
+            yield staging, details
+            write_manifest(staging, kind, details)
+            take_place(staging, folder)
         except BaseException as error:
-            unwritten = _unwritten(error, part)
+            unwritten = _unwritten(error, staging)
             if unwritten is None:
                 raise
             text = f"folder must be one that can be written to, {folder}, got "
@@ -55,7 +60,7 @@ def new_export(folder: str | os.PathLike[str], kind: str) -> Iterator[tuple[Path
             raise OSError(unwritten.errno, f"{text}{os.strerror(unwritten.errno)}") from error
 
 
-def _unwritten(error: BaseException, part: Path) -> OSError | None:
+def _unwritten(error: BaseException, folder: Path) -> OSError | None:
     """What the system said to a file that could not be written; None for another error.
 
     Libraries that write files may not pass it on: then it is asked again, for every file.
@@ -63,7 +68,7 @@ def _unwritten(error: BaseException, part: Path) -> OSError | None:
     if isinstance(error, OSError) and error.errno is not None:
         return error
     if isinstance(error, (OSError, SafetensorError, RuntimeError)):
-        for path in (*part.rglob("*"), part / NAME):
+        for path in (*folder.rglob("*"), folder / NAME):
             try:
                 if not path.is_dir():
                     with path.open("ab") as file:
@@ -93,8 +98,8 @@ def write_manifest(
 ) -> None:
     """Writes the manifest: sizes and hashes of the files ``names``, or of all that are there."""
     if names is None:
-        found = (path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
-        names = sorted(str(path.relative_to(folder)) for path in found)
+        paths = (path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
+        names = sorted(str(path.relative_to(folder)) for path in paths)
     files = {name: _state(folder / name) for name in names}
     content = {"format": _FORMAT, "kind": kind, "details": dict(details), "files": files}
     content["digest"] = _digest(content)
@@ -104,8 +109,13 @@ def write_manifest(
 def read_manifest(folder: str | os.PathLike[str], kind: str | None = None) -> Manifest:
     """The manifest of an export, after checking that every file is as it was written.
 
-    Raises FileNotFoundError without a manifest, ValueError for one that is damaged, of another
-    ``kind``, or whose files are missing, changed or cut.
+    Args:
+        folder: A directory that an export wrote; it may begin with ~.
+        kind: The format that it must have, or None for any.
+
+    Raises:
+        FileNotFoundError: There is no manifest.
+        ValueError: It is damaged, or of another ``kind``, or files are missing, changed or cut.
     """
     folder = path_of(folder)
     path = folder / NAME

@@ -1,4 +1,4 @@
-"""Whether an exported model gives what the simulated one gives, in the runtime that loads it."""
+"""Parity: exported models run in their runtimes, beside the simulated model they came from."""
 
 from __future__ import annotations
 
@@ -12,109 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaround_ext.checks import check_module, some
+from adaround_ext.checks import check_module
 from adaround_ext.export.formats import format_module
 from adaround_ext.export.half_precision import HalfPrecision, changed
 from adaround_ext.export.manifest import path_of, read_manifest
+from adaround_ext.export.parity_report import OutputParity, ParityReport, RunnerParity
 from adaround_ext.export.runner import Runner, module_runner
 from adaround_ext.tensors import tensors
 from adaround_ext.tracing.arguments import Arguments
 from adaround_ext.tracing.evaluation import evaluation
 
 TOLERANCE = 1e-5  # of the relative error: float32 sums in another order
-
-
-@dataclasses.dataclass(frozen=True)
-class OutputParity:
-    """One output, over all batches, against the simulated model's.
-
-    max_error: of an element. relative_error: ||a - b||_2 / ||b||_2. agreement: share of the vectors
-    along the last dimension whose largest element is at the same place; None for integer outputs.
-    """
-
-    shape: tuple[int, ...]
-    max_error: float
-    relative_error: float
-    agreement: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class RunnerParity:
-    """One way of running an export. exact: it promises equality; note: else what differs.
-
-    allowed: the relative error up to which it is right: the tolerance where equality is promised,
-    else what arithmetic in 16 bits leaves open, else None: nothing is promised. changed: parameters
-    of a 16-bit model that it has with other bits, which are wrong whatever the outputs are.
-    """
-
-    kind: str
-    runner: str
-    exact: bool
-    note: str
-    outputs: tuple[OutputParity, ...]
-    allowed: float | None = None
-    changed: tuple[str, ...] = ()
-
-    @property
-    def relative_error(self) -> float:
-        """Of the worst output."""
-        return max((output.relative_error for output in self.outputs), default=0.0)
-
-    @property
-    def ok(self) -> bool:
-        """Whether it gives what it promises."""
-        within = self.allowed is None or self.relative_error <= self.allowed
-        return within and not self.changed
-
-    def __str__(self) -> str:
-        if not self.ok:
-            verdict = "WRONG"
-        elif self.allowed is None:
-            verdict = "differs"
-        else:
-            verdict = "equal" if self.exact else f"equal up to {self.allowed:.2g}"
-        lines = [f"  {self.kind}, {self.runner}: {verdict}"]
-        for index, output in enumerate(self.outputs):
-            agree = "" if output.agreement is None else f", argmax {output.agreement:.2%} equal"
-            lines.append(
-                f"    output {index} {list(output.shape)}: relative error "
-                f"{output.relative_error:.2g}, largest {output.max_error:.2g}{agree}"
-            )
-        if self.changed:
-            lines.append(f"    other weights than the model's: {some(self.changed)}")
-        if self.note:
-            lines.append(f"    {self.note}")
-        return "\n".join(lines)
-
-
-@dataclasses.dataclass(frozen=True)
-class ParityReport:
-    """All that was run; ``ok`` is whether every runner keeps what it promises."""
-
-    model: str
-    batches: int
-    tolerance: float
-    runs: tuple[RunnerParity, ...]
-    notes: tuple[str, ...] = ()  # on which parameter got what of a batch
-
-    @property
-    def ok(self) -> bool:
-        """Whether outputs are equal up to the tolerance, or to what 16 bits allow."""
-        return all(run.ok for run in self.runs)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return dataclasses.asdict(self) | {"ok": self.ok}
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.model}: exported and simulated model on {self.batches} batches, "
-            f"{'equal' if self.ok else 'NOT EQUAL'} where equality is promised "
-            f"(relative error at most {self.tolerance:g})",
-            *(f"  {note}" for note in self.notes),
-        ]
-        lines += map(str, self.runs)
-        return "\n".join(lines)
 
 
 def verify(
@@ -126,13 +34,28 @@ def verify(
 ) -> ParityReport:
     """Runs exported directories in their runtimes beside ``model``, the simulated one.
 
-    data: batches as ``quantize_`` takes them; one tensor or mapping is one batch. tolerance: of the
-    relative error, where equality is promised. In 16 bits that is where the model's own operators
-    run. Elsewhere its weights must be stored bit by bit, and outputs be no farther from the
-    model's than 16 bits make them: some times the distance between these and those of a copy of
-    the model in float32, which is run for that. Raises ValueError for a damaged directory, one of
-    an unknown format, and data that can show nothing: none, NaN, or such that an output of the
-    model has no finite number; ImportError where a runtime is not installed.
+    In 16 bits equality is promised where the model's own operators run. Elsewhere its weights must
+    be stored bit by bit, and outputs be no farther from the model's than 16 bits make them: some
+    times the distance between these and those of a copy of the model in float32, which is run for
+    that.
+
+    Args:
+        model: The quantized model that was exported.
+        folders: One directory that an export wrote, or several.
+        data: Batches as :func:`adaround_ext.quantize_` takes them; one tensor or mapping is one
+            batch.
+        tolerance: The relative error, ||a - b||_2 / ||b||_2, up to which outputs count as equal
+            where equality is promised.
+
+    Returns:
+        The errors of every output, for every way of running each export.
+
+    Raises:
+        TypeError: For what is no module, no paths, no batches or no number.
+        ValueError: A directory is damaged or of an unknown format; or the data can show nothing:
+            there is none, it is NaN, or an output of the model has no finite number.
+        FileNotFoundError: A directory has no manifest.
+        ImportError: A runtime is not installed.
     """
     check_module(model)
     paths = _paths(folders)
@@ -143,11 +66,11 @@ def verify(
     if not 0 <= tolerance < inf:
         raise ValueError(f"tolerance must be finite and at least 0, got {tolerance}")
     with evaluation(model):
-        wanted = [module_runner("simulated", model).run(*batch) for batch in batches]
-        _check_outputs(wanted)
-        half = HalfPrecision(model, batches, wanted, _relative_error)
+        expected = [module_runner("simulated", model).run(*batch) for batch in batches]
+        _check_outputs(expected)
+        half = HalfPrecision(model, batches, expected, _relative_error)
         runs = [
-            _judged(kind, runner, _compare(kind, runner, batches, wanted), half, tolerance)
+            _judged(kind, runner, _compare(kind, runner, batches, expected), half, tolerance)
             for path in paths
             for kind, runner in _runners(path, model)
         ]
@@ -174,20 +97,20 @@ def _batches(data: object, reader: Arguments) -> list[tuple[tuple[Any, ...], dic
     if not batches:
         raise ValueError("data must hold at least one batch, got none")
     for index, batch in enumerate(batches):
-        found = list(tensors(batch))
-        if found and not any(tensor.numel() for tensor in found):
+        inputs = list(tensors(batch))
+        if inputs and not any(tensor.numel() for tensor in inputs):
             raise ValueError(f"data must hold samples, got none in batch {index}")
-        bad = sum(int(tensor.isnan().sum()) for tensor in found)
+        bad = sum(int(tensor.isnan().sum()) for tensor in inputs)
         if bad:
             raise ValueError(f"data must not be NaN, got {bad} such values in batch {index}")
     return batches
 
 
-def _check_outputs(wanted: Sequence[Sequence[Tensor]]) -> None:
+def _check_outputs(expected: Sequence[Sequence[Tensor]]) -> None:
     """That there is something to compare: the same NaN in both models shows nothing."""
-    for index in range(len(wanted[0])):
-        found = [outputs[index] for outputs in wanted if index < len(outputs)]
-        if not any(bool(tensor.isfinite().any()) for tensor in found):
+    for index in range(len(expected[0])):
+        of_all_batches = [outputs[index] for outputs in expected if index < len(outputs)]
+        if not any(bool(tensor.isfinite().any()) for tensor in of_all_batches):
             raise ValueError(f"data must give finite numbers, got none in output {index}")
 
 
@@ -200,16 +123,16 @@ def _compare(
     kind: str,
     runner: Runner,
     batches: Sequence[tuple[tuple[Any, ...], dict[str, Any]]],
-    wanted: Sequence[list[Tensor]],
+    expected: Sequence[list[Tensor]],
 ) -> tuple[OutputParity, ...]:
     got = [runner.run(*batch) for batch in batches]
-    counts = {len(outputs) for outputs in (*got, *wanted)}
+    counts = {len(outputs) for outputs in (*got, *expected)}
     if len(counts) != 1:
         raise ValueError(
-            f"{kind}, {runner.name} must give the {len(wanted[0])} outputs of the simulated model, "
-            f"got {len(got[0])}"
+            f"{kind}, {runner.name} must give the {len(expected[0])} outputs of the simulated "
+            f"model, got {len(got[0])}"
         )
-    return _parities(got, wanted)
+    return _parities(got, expected)
 
 
 def _judged(
@@ -236,25 +159,25 @@ def _judged(
 
 
 def _parities(
-    got: Sequence[Sequence[Tensor]], wanted: Sequence[Sequence[Tensor]]
+    got: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]]
 ) -> tuple[OutputParity, ...]:
     """By output, over all batches."""
-    by_output = zip(zip(*got, strict=True), zip(*wanted, strict=True), strict=True)
+    by_output = zip(zip(*got, strict=True), zip(*expected, strict=True), strict=True)
     return tuple(_parity(a, b) for a, b in by_output)
 
 
-def _relative_error(got: Sequence[Sequence[Tensor]], wanted: Sequence[Sequence[Tensor]]) -> float:
+def _relative_error(got: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]]) -> float:
     """Of the worst output."""
-    return max((output.relative_error for output in _parities(got, wanted)), default=0.0)
+    return max((output.relative_error for output in _parities(got, expected)), default=0.0)
 
 
-def _parity(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> OutputParity:
-    shape = tuple(wanted[0].shape)
-    if any(a.shape != b.shape for a, b in zip(got, wanted, strict=True)):
+def _parity(got: Sequence[Tensor], expected: Sequence[Tensor]) -> OutputParity:
+    shape = tuple(expected[0].shape)
+    if any(a.shape != b.shape for a, b in zip(got, expected, strict=True)):
         return OutputParity(shape, inf, inf, 0.0)
     error = power = largest = 0.0
     same = vectors = 0
-    for a, b in zip(got, wanted, strict=True):
+    for a, b in zip(got, expected, strict=True):
         left, right = a.detach().cpu().double(), b.detach().cpu().double()
         # Equal infinities, as of masked logits, and NaN beside NaN are equal.
         equal = (left == right) | (left.isnan() & right.isnan())

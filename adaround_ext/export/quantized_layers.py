@@ -1,14 +1,16 @@
-"""What every export format starts from: the layers of a model whose weights are on a grid."""
+"""Quantized layers: those of a model whose weights are on a grid; every export starts there."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adaround_ext.activations.hooks import quantizers
 from adaround_ext.checks import check_module, some
 from adaround_ext.grid import quant_range
 from adaround_ext.layers.matrix import MatrixLayer, matrix_layer
@@ -19,8 +21,11 @@ from adaround_ext.result import QuantizedWeight
 class QuantizedLayer:
     """A layer whose weight is scale (codes - zero_point), bit by bit.
 
-    name: of its module in ``model.named_modules()``. names: of all modules that hold the weight.
-    matrix: the layer as a matrix product. weight: its codes, where the layer's weight is.
+    Attributes:
+        name: Of its module in ``model.named_modules()``.
+        names: Of all modules that hold the weight.
+        matrix: The layer as a matrix product.
+        weight: Its codes and their grid, on the device of the layer's weight.
     """
 
     name: str
@@ -45,7 +50,7 @@ class QuantizedLayer:
 
     @property
     def bits(self) -> int:
-        """Of a code."""
+        """Bits of a code."""
         return self.weight.bits
 
     @property
@@ -81,12 +86,34 @@ class QuantizedLayer:
         """int32 [rows, n_groups], likewise."""
         return self.weight.zero_point.expand(self.rows, -1)
 
+    @property
+    def scale_index(self) -> Tensor:
+        """int32 [rows, cols]: which of all scales, counted row by row, each weight has."""
+        scale = self.weight.scale
+        index = torch.arange(scale.numel(), dtype=torch.int32, device=scale.device)
+        return index.view(scale.shape).repeat_interleave(self.group_size, 1).expand(self.rows, -1)
+
+    @property
+    def grid(self) -> dict[str, Any]:
+        """Bits, granularity and symmetry, as manifests have them."""
+        return {"bits": self.bits, "granularity": self.granularity, "symmetric": self.symmetric}
+
 
 def quantized_layers(model: nn.Module) -> list[QuantizedLayer]:
     """All layers that :func:`adaround_ext.quantize_` quantized, in the order of their definition.
 
-    Modules that hold one weight are one layer. Raises TypeError for what is no module; ValueError
-    where none is quantized, and naming a layer whose weight is no longer what its codes say.
+    Modules that hold one weight are one layer.
+
+    Args:
+        model: A quantized model.
+
+    Returns:
+        At least one layer.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: No layer is quantized, or the weight of one, which is named, is no longer what
+            its codes say.
     """
     check_module(model)
     names: dict[nn.Parameter, list[str]] = defaultdict(list)
@@ -124,25 +151,39 @@ _LISTED = 8
 def refuse(
     what: str, layers: Sequence[QuantizedLayer], reason: Callable[[QuantizedLayer], str | None]
 ) -> None:
-    """ValueError naming the layers for which ``what`` (a format) has a reason to refuse them.
+    """Refuses layers that a format cannot hold, each with the reason.
 
-    Behind one that ends with LEAVE_OUT comes how to do that.
+    Args:
+        what: The format, as the message begins.
+        layers: The layers to ask about.
+        reason: Why the format cannot hold a layer, None where it can. One that ends with LEAVE_OUT
+            is followed by how to leave the layer out.
+
+    Raises:
+        ValueError: There are reasons; the message names the layers of each.
     """
-    found: dict[str, list[str]] = defaultdict(list)
+    reasons: dict[str, list[str]] = defaultdict(list)
     for layer in layers:
         why = reason(layer)
         if why is not None:
-            found[why].append(layer.name)
-    if found:
+            reasons[why].append(layer.name)
+    if reasons:
         kinds = {layer.name: type(layer.module) for layer in layers}
         listed = "; ".join(
-            f"{some(names)}: {why}{_how(names, kinds) if why.endswith(LEAVE_OUT) else ''}"
-            for why, names in found.items()
+            f"{some(names)}: {why}{_way_out(names, kinds) if why.endswith(LEAVE_OUT) else ''}"
+            for why, names in reasons.items()
         )
         raise ValueError(f"{what} cannot hold this model: {listed}")
 
 
-def _how(names: Sequence[str], kinds: Mapping[str, type[nn.Module]]) -> str:
+def refuse_quantizers(what: str, model: nn.Module) -> None:
+    """ValueError for a model with quantized activations, which ``what`` (a format) has not."""
+    if names := list(quantizers(model)):
+        got = f"got {len(names)} quantizers, as {names[0]}"
+        raise ValueError(f"{what} go without quantized activations, {got}")
+
+
+def _way_out(names: Sequence[str], kinds: Mapping[str, type[nn.Module]]) -> str:
     """The overrides of quantize_ that skip these layers, and the options of the command line.
 
     Many of them by their class, where they are all that are quantized of it.

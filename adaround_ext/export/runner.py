@@ -1,4 +1,4 @@
-"""An exported model as something that can be run, whatever runs it."""
+"""Runners: an exported model as something that can be run, whatever runs it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ FLIPS = (
 class Runner:
     """One way of running an exported model.
 
-    name: of the runtime and its settings, as "onnxruntime, default". exact: whether it promises
-    the simulated model's arithmetic, up to the order of float32 sums; else ``note`` says what
-    differs and what restores equality. run: from a model's positional and keyword arguments to
-    all tensors of its output, in order. same_operators: whether that is by the model's own
-    operators, so that equality holds in 16 bits too. stored: the parameters that it runs with, by
-    their names in the model, in floating point.
+    Attributes:
+        name: Of the runtime and its settings, as "onnxruntime, default".
+        exact: Whether it promises the simulated model's arithmetic, up to the order of float32
+            sums.
+        note: What differs where it is not exact, and what restores equality.
+        run: From a model's positional and keyword arguments to all tensors of its output, in order.
+        same_operators: Whether that is by the model's own operators, so that equality holds in 16
+            bits too.
+        stored: The parameters that it runs with, by their names in the model, in floating point.
     """
 
     name: str

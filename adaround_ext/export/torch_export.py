@@ -1,4 +1,9 @@
-"""What all exports by ``torch.export`` share: signatures, shapes and names."""
+"""Arguments of a model as ``torch.export`` takes them: their order, their names, their sizes.
+
+A model's positional and keyword arguments are bound to the parameters of its ``forward``; every
+leaf of what is bound has a name, and dimensions that may change are marked. The exports to ONNX,
+AIMET and torchao share this, and the runners that give an exported graph its inputs.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from adaround_ext.export.onnx.names import _leaves
+# The end of an error where code that torch.export writes does not run.
+NAMES_HINT = (
+    "; torch.export writes the names of modules into code: those with quotes, line breaks or "
+    "backslashes, and words of Python, must be renamed"
+)
 
 
 def ordered(
@@ -18,7 +27,16 @@ def ordered(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of ``forward``, those by keyword in the order of its parameters.
 
-    TypeError where they do not fit, or hold no tensor.
+    Args:
+        model: The model that is called with them.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments, in any order.
+
+    Returns:
+        Positional arguments, and keyword arguments in order.
+
+    Raises:
+        TypeError: They do not fit ``forward``, or hold no tensor.
     """
     try:
         bound = bind(model, args, kwargs)
@@ -47,29 +65,40 @@ def distinct(tree: Any) -> Any:
 
 
 def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All that is in a model's arguments, but None, by the name of its parameter.
+    """All leaves of a model's arguments but None, by name, in the order of its parameters.
 
-    In a sequence or mapping by that name, "_", and its index or key. In the order of the
-    parameters. TypeError where the arguments do not fit ``forward``.
+    A leaf has the name of its parameter; in a sequence or mapping that name, "_", and its index or
+    key.
+
+    Args:
+        model: The model that is called with them.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        From names to tensors and whatever else the arguments hold.
+
+    Raises:
+        TypeError: The arguments do not fit ``forward``.
     """
     bound = signature_of(model, kwargs).bind(*args, **kwargs).arguments
     return {
         "_".join([name, *steps]): leaf
         for name, value in bound.items()
-        for steps, leaf in _leaves(value)
+        for steps, leaf in leaves_of(value)
         if leaf is not None
     }
 
 
 def plain_leaves(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Those arguments that a graph has for good, as JSON has them."""
+    """Those leaves of :func:`bind` that a graph has for good: booleans, numbers and text."""
     return {name: x for name, x in leaves.items() if isinstance(x, (bool, int, float, str))}
 
 
 def signature_of(model: nn.Module, kwargs: Collection[str]) -> inspect.Signature:
-    """That of ``forward``, with parameters of these names in the place of ``**kwargs``.
+    """The signature of ``forward``, with the names ``kwargs`` in the place of ``**kwargs``.
 
-    Of those torch.export would refuse to let sizes change.
+    torch.export refuses to let sizes change of what goes into ``**kwargs``.
     """
     signature = inspect.signature(model.forward)
     plain = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -85,7 +114,17 @@ def automatic_shapes(
 ) -> dict[str, Any]:
     """torch.export's dynamic_shapes: dimension 0 of every input, and 1 of token ids and masks.
 
-    Those are integers or booleans with two dimensions. A size that the model itself fixes is fixed.
+    Token ids and masks are integers or booleans with two dimensions. A size that the model itself
+    fixes is fixed.
+
+    Args:
+        model: The model to export.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        By parameter of ``forward``, trees as the arguments are, with ``Dim.AUTO`` a dimension that
+        may change.
     """
     auto = torch.export.Dim.AUTO
 
@@ -99,8 +138,39 @@ def automatic_shapes(
     return {name: pytree.tree_map(dims, value) for name, value in bound.items()}
 
 
-# What may help where the code that it writes does not run.
-NAMES_HINT = (
-    "; torch.export writes the names of modules into code: those with quotes, line breaks or "
-    "backslashes, and words of Python, must be renamed"
-)
+def leaves_of(tree: object) -> list[tuple[list[str], Any]]:
+    """All leaves of a pytree, each with the steps that lead to it."""
+    leaves = []
+    for path, node in pytree.tree_flatten_with_path(tree, is_leaf=_has_no_keys)[0]:
+        steps = [_step(entry) for entry in path]
+        if _has_no_keys(node):
+            leaves += [([*steps, *more], leaf) for more, leaf in _leaves_without_keys(node)]
+        else:
+            leaves.append((steps, node))
+    return leaves
+
+
+def _has_no_keys(node: object) -> bool:
+    """Whether its class was registered without them, as ModelOutput in transformers 4."""
+    known = pytree.SUPPORTED_NODES.get(type(node))
+    return known is not None and known.flatten_with_keys_fn is None
+
+
+def _leaves_without_keys(node: Any) -> list[tuple[list[str], Any]]:
+    """The keys of a mapping whose values the children are, else their numbers."""
+    children, _ = pytree.SUPPORTED_NODES[type(node)].flatten_fn(node)
+    children = list(children)
+    keys: list[str] = [str(index) for index in range(len(children))]
+    if isinstance(node, Mapping) and len(node) == len(children):
+        matched = zip(node.values(), children, strict=True)
+        keys = list(map(str, node)) if all(a is b for a, b in matched) else keys
+    pairs = zip(keys, children, strict=True)
+    return [([key, *steps], leaf) for key, child in pairs for steps, leaf in leaves_of(child)]
+
+
+def _step(entry: Any) -> str:
+    """Of a pytree's path: a mapping's key, a sequence's index or an attribute's name."""
+    for kind in ("key", "idx", "name"):
+        if hasattr(entry, kind):
+            return str(getattr(entry, kind))
+    return str(entry)

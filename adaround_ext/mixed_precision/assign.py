@@ -1,4 +1,4 @@
-"""Bit widths for layers within a budget: a knapsack in which every layer makes one choice."""
+"""Assignment of bit widths within a budget: a knapsack in which every layer makes one choice."""
 
 from __future__ import annotations
 
@@ -65,28 +65,29 @@ def assign_bits(
     _check(errors, weights)
     if not errors:
         return {}
-    check_budget(average_bits, sorted({b for own in errors.values() for b in own}))
+    check_budget(average_bits, sorted({b for by_width in errors.values() for b in by_width}))
     names = list(errors)
     choices = [_useful(name, errors[name], weights[name]) for name in names]
     total = sum(weights[name] for name in names)
     capacity = floor(average_bits * total * (1 + _ROUNDING))
-    least = sum(own[0].cost for own in choices)
+    least = sum(of_layer[0].cost for of_layer in choices)
     if least > capacity:
         raise ValueError(
             f"average_bits must leave room for every layer's lowest usable bit width, "
             f"{least / total:.6g} on average, got {average_bits!r}"
         )
-    upgrades = [_hull(own, index) for index, own in enumerate(choices)]
-    found = _greedy(choices, upgrades, capacity - least)
-    exact = _programme(choices, upgrades, capacity, _sum(choices, found))
-    if exact is not None and _sum(choices, exact) <= _sum(choices, found):
-        found = exact
-    return {name: own[at].bits for name, own, at in zip(names, choices, found, strict=True)}
+    upgrades = [_hull(of_layer, index) for index, of_layer in enumerate(choices)]
+    picks = _greedy(choices, upgrades, capacity - least)
+    exact = _programme(choices, upgrades, capacity, _sum(choices, picks))
+    if exact is not None and _sum(choices, exact) <= _sum(choices, picks):
+        picks = exact
+    chosen = zip(names, choices, picks, strict=True)
+    return {name: of_layer[pick].bits for name, of_layer, pick in chosen}
 
 
 def _check(errors: Mapping[str, Mapping[int, float]], weights: Mapping[str, int]) -> None:
-    for name, own in errors.items():
-        if not own:
+    for name, by_width in errors.items():
+        if not by_width:
             raise ValueError(f"errors must hold a bit width for every layer, got none for {name!r}")
         count = weights.get(name)
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
@@ -95,14 +96,14 @@ def _check(errors: Mapping[str, Mapping[int, float]], weights: Mapping[str, int]
 
 def _useful(name: str, errors: Mapping[int, float], weights: int) -> list[_Choice]:
     """Choices by cost, each with a lower error than all before."""
-    kept: list[_Choice] = []
+    choices: list[_Choice] = []
     for bits in sorted(errors):
         error = float(errors[bits])
-        if isfinite(error) and (not kept or error < kept[-1].error):
-            kept.append(_Choice(bits, bits * weights, error))
-    if not kept:
+        if isfinite(error) and (not choices or error < choices[-1].error):
+            choices.append(_Choice(bits, bits * weights, error))
+    if not choices:
         raise ValueError(f"errors must be finite for some bit width of {name!r}, got none")
-    return kept
+    return choices
 
 
 def _hull(choices: list[_Choice], layer: int) -> list[_Upgrade]:
@@ -126,15 +127,16 @@ def _hull(choices: list[_Choice], layer: int) -> list[_Upgrade]:
 def _greedy(choices: list[list[_Choice]], upgrades: list[list[_Upgrade]], room: int) -> list[int]:
     """The steps of highest gain that fit, in their order in each layer."""
     at = [0] * len(choices)
-    for step in sorted((s for own in upgrades for s in own), key=lambda s: (-s.gain, s.layer)):
+    steps = (step for of_layer in upgrades for step in of_layer)
+    for step in sorted(steps, key=lambda step: (-step.gain, step.layer)):
         if at[step.layer] == step.begin and step.cost <= room:
             at[step.layer] = step.end
             room -= step.cost
     return at
 
 
-def _sum(choices: list[list[_Choice]], at: list[int]) -> float:
-    return fsum(own[index].error for own, index in zip(choices, at, strict=True))
+def _sum(choices: list[list[_Choice]], picks: list[int]) -> float:
+    return fsum(of_layer[pick].error for of_layer, pick in zip(choices, picks, strict=True))
 
 
 def _programme(
@@ -149,24 +151,24 @@ def _programme(
     errors: NDArray[np.float64] = np.zeros(1)
     history: list[tuple[NDArray[Any], NDArray[Any]]] = []
     for index, (room, bound) in zip(order, bounds, strict=True):
-        own = choices[index]
-        new_costs = np.add.outer(costs, np.array([c.cost for c in own], np.int64)).ravel()
-        new_errors = np.add.outer(errors, np.array([c.error for c in own])).ravel()
+        of_layer = choices[index]
+        new_costs = np.add.outer(costs, np.array([c.cost for c in of_layer], np.int64)).ravel()
+        new_errors = np.add.outer(errors, np.array([c.error for c in of_layer])).ravel()
         rest = np.interp(capacity - new_costs, room, bound, left=np.inf)
-        kept = np.flatnonzero(new_errors + rest <= limit)
-        kept = kept[np.lexsort((new_errors[kept], new_costs[kept]))]
-        if not len(kept):
+        states = np.flatnonzero(new_errors + rest <= limit)
+        states = states[np.lexsort((new_errors[states], new_costs[states]))]
+        if not len(states):
             return None
-        lowest = np.minimum.accumulate(new_errors[kept])
-        kept = kept[np.concatenate(([True], new_errors[kept][1:] < lowest[:-1]))]
-        kept = kept[_thinned(new_costs[kept])]
-        costs, errors = new_costs[kept], new_errors[kept]
-        history.append((kept // len(own), kept % len(own)))
+        lowest = np.minimum.accumulate(new_errors[states])
+        states = states[np.concatenate(([True], new_errors[states][1:] < lowest[:-1]))]
+        states = states[_thinned(new_costs[states])]
+        costs, errors = new_costs[states], new_errors[states]
+        history.append((states // len(of_layer), states % len(of_layer)))
     state = len(errors) - 1  # the lowest error
-    found = [0] * len(choices)
-    for index, (parents, picks) in zip(reversed(order), reversed(history), strict=True):
-        found[index], state = int(picks[state]), int(parents[state])
-    return found
+    picks = [0] * len(choices)
+    for index, (parents, last) in zip(reversed(order), reversed(history), strict=True):
+        picks[index], state = int(last[state]), int(parents[state])
+    return picks
 
 
 def _bounds(
@@ -178,13 +180,13 @@ def _bounds(
     """
     least, most = 0, 0.0
     steps: list[_Upgrade] = []
-    found: list[tuple[NDArray[Any], NDArray[Any]]] = []
-    for own, more in zip(reversed(choices), reversed(upgrades), strict=True):
+    bounds: list[tuple[NDArray[Any], NDArray[Any]]] = []
+    for of_layer, more in zip(reversed(choices), reversed(upgrades), strict=True):
         room = np.cumsum([float(least), *(step.cost for step in steps)])
-        found.append((room, most - np.cumsum([0.0, *(step.saved for step in steps)])))
-        least, most = least + own[0].cost, most + own[0].error
+        bounds.append((room, most - np.cumsum([0.0, *(step.saved for step in steps)])))
+        least, most = least + of_layer[0].cost, most + of_layer[0].error
         steps = sorted([*steps, *more], key=lambda step: -step.gain)
-    return found[::-1]
+    return bounds[::-1]
 
 
 def _thinned(costs: NDArray[np.int64]) -> NDArray[np.int64]:

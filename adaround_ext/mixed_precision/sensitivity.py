@@ -1,51 +1,57 @@
-"""Which layers hurt at which bits, measured."""
+"""Sensitivity: which layers hurt at which bits, measured."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext
 from functools import partial
-from itertools import zip_longest
-from math import ceil, inf, isfinite
+from math import ceil
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from adaround_ext.checks import check_devices, check_int, check_module
 from adaround_ext.config import AdaRoundConfig, make_config
 from adaround_ext.distributed import ALONE
+from adaround_ext.export.goal.goal import Goal
 from adaround_ext.linalg.precision import full_precision
 from adaround_ext.mixed_precision.assign import check_budget
+from adaround_ext.mixed_precision.network import network_errors
 from adaround_ext.mixed_precision.result import Errors, Sensitivity
-from adaround_ext.model.apply import swapped
 from adaround_ext.model.collector import Collector
-from adaround_ext.model.fitter import of_calls
-from adaround_ext.model.prepare import prepare_
-from adaround_ext.model.solve_units import problems_of, take_alike
-from adaround_ext.model.units import Unit, parallel_segments
-from adaround_ext.model.workspace import Choices, Traces, analyse
+from adaround_ext.model.solve_units import alike_batches, problems_of
+from adaround_ext.model.sweep import sweep
+from adaround_ext.model.units import parallel_passes
+from adaround_ext.model.workspace import Analysis, Workspace, WorkspaceOptions, opened
+from adaround_ext.planning.candidates import FilterFn
 from adaround_ext.planning.overrides import Overrides, check_overrides
-from adaround_ext.planning.plan import FilterFn, Target
-from adaround_ext.process.omp_waits import short_waits_when_busy
+from adaround_ext.planning.plan import Target
 from adaround_ext.process.turns import one_caller
 from adaround_ext.replay.cache import MEMORY_BUDGET, ActivationCache
-from adaround_ext.replay.calibration import Calibration, ForwardFn, single_device
-from adaround_ext.replay.census import Census, NewCalls, batches_to_trace
-from adaround_ext.replay.onload import Onloader
-from adaround_ext.replay.replay import Replay
-from adaround_ext.replay.run import Watch
+from adaround_ext.replay.calibration import ForwardFn
+from adaround_ext.replay.census import NewCalls, batches_to_trace
 from adaround_ext.report.coverage import few_quantized
-from adaround_ext.result import LayerResult, QuantizedWeight
+from adaround_ext.result import LayerResult
 from adaround_ext.rounding.solve import solve
-from adaround_ext.tensors import tensors
-from adaround_ext.tracing.evaluation import evaluation
 from adaround_ext.tracing.padding import PaddingMask
 from adaround_ext.transforms.batch_norm import BatchNorm
 
 _SAMPLES = 64  # that the network's error is measured on, about
+
+
+@dataclasses.dataclass(frozen=True)
+class _Local:
+    """Every layer alone: relative errors by layer and width, and notes of the walk."""
+
+    analysis: Analysis
+    errors: Errors
+    notes: list[str]
+
+    @property
+    def targets(self) -> list[Target]:
+        """Those that rows came to."""
+        return [target for target in self.analysis.plan.targets if self.errors[target.name]]
 
 
 @one_caller()  # seeds and precisions are the process's
@@ -73,19 +79,33 @@ def sensitivity(
     tensors that it (or ``forward_fn``) returns, without padding where they are [batch, tokens, ...]
     and without what is not finite in f(x).
 
-    bits: widths from 2 to 8. config and settings: as for :func:`quantize_`, but without a config
-    the preset is "fast"; the widths are ``bits`` whatever config says. average_bits: a budget for
-    :meth:`Sensitivity.suggest`. filter_fn, overrides, forward_fn, padding_mask, batch_norm: as for
-    :func:`quantize_`, but overrides must not set bits; folded batch norms are taken out of their
-    layers again. batches: the first so many calibration batches are measured on, None for about 64
-    samples.
-
     Cost: the statistics, a solution for each layer and width, and 1 + layers x widths whole
     forwards of every measured batch. Codes of all layers and widths, a byte a weight each, wait in
     memory up to 256 MiB and beyond it in temporary files.
 
-    Raises TypeError and ValueError that name the argument, the rule and what came: also where the
-    model returns no floating-point tensor, none but zeros, or other shapes when it is quantized.
+    Args:
+        model: as for :func:`quantize_`.
+        calibration: as for :func:`quantize_`.
+        bits: widths from 2 to 8.
+        config: as for :func:`quantize_`, but without one the preset is "fast"; the widths are
+            ``bits`` whatever it says.
+        average_bits: a budget for :meth:`Sensitivity.suggest`.
+        filter_fn: as for :func:`quantize_`.
+        overrides: as for :func:`quantize_`, but they must not set bits.
+        forward_fn: as for :func:`quantize_`.
+        padding_mask: as for :func:`quantize_`.
+        batch_norm: as for :func:`quantize_`; folded batch norms are taken out of their layers
+            again.
+        batches: the first so many calibration batches are measured on, None for about 64 samples.
+        progress: show bars.
+        **settings: as for :func:`quantize_`.
+
+    Returns:
+        The errors of each layer at each width, of its own outputs and of the model's.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the rule and what came: also where the model
+            returns no floating-point tensor, none but zeros, or other shapes when it is quantized.
     """
     check_module(model)
     check_devices(model)
@@ -101,69 +121,72 @@ def sensitivity(
     check_overrides(overrides, config, model)
     if batch_norm not in ("fold", "keep"):
         raise ValueError(f"batch_norm must be fold or keep, got {batch_norm!r}")
+    options = WorkspaceOptions(
+        config, overrides, filter_fn, forward_fn, batch_norm=batch_norm, padding_mask=padding_mask,
+        device_budget=0, quantizers_off=False,
+    )  # fmt: skip
     with (
-        short_waits_when_busy(),
-        ActivationCache(MEMORY_BUDGET) as cache,
-        evaluation(model, config.seed),
-        ExitStack() as undo,
+        opened(model, calibration, options, Goal(None, model)) as workspace,
+        ActivationCache(MEMORY_BUDGET) as solutions,
     ):
-        data = Calibration(
-            model, calibration, forward_fn, padding_mask, cache, single_device(model)
+        local = workspace.with_all_calls(
+            partial(_quantized, workspace, widths, solutions, progress)
         )
-        run = partial(data.run, 0, config.seed)
-        prepared = prepare_(model, run, undo, batch_norm, False)
-        traces = Traces(model, data, {0: prepared.trace})
-        choices = Choices(config, overrides, filter_fn, padding_mask)
+        if not local.targets:
+            name = local.analysis.plan.targets[0].name
+            raise ValueError(f"calibration must reach {name}, got no rows of any layer")
+        data = workspace.data
         if batches is None:
             batches = ceil(_SAMPLES * data.batches / max(data.samples, data.batches))
         batches = min(batches, data.batches)
-        local = None
-        while local is None:
-            known = analyse(model, traces, choices)
-            with ActivationCache(MEMORY_BUDGET) as recordings:
-                census = Census(model, known.trace, recordings.rounds)
-                replay = Replay(
-                    model, data, known.calls, recordings, Onloader(model, [], None), 0,
-                    config.seed, census,
-                )  # fmt: skip
-                try:
-                    local = _quantized(replay, data, known.units, widths, cache, progress)
-                except NewCalls as new:
-                    traces.add(new.batches)
-        plan = known.plan
-        padding = [
-            known.masks.name_of(known.flow.inputs.get(value.storage, frozenset()))
-            for value in prepared.trace.outputs
-            if not value.integral
-        ]
-        targets = [target for target in plan.targets if local[target.name]]
-        if not targets:
-            name = plan.targets[0].name
-            raise ValueError(f"calibration must reach {name}, got no rows of any layer")
-        network = _measured(data, padding, targets, widths, cache, batches, config.seed, progress)
-    layers = tuple(target.name for target in targets)
+        padding = _padding(workspace, local.analysis)
+        network = network_errors(
+            data, padding, local.targets, widths, solutions, batches, config.seed, progress
+        )
+    return _result(workspace, local, network, widths, average_bits, batches)
+
+
+def _result(
+    workspace: Workspace,
+    local: _Local,
+    network: Errors,
+    widths: tuple[int, ...],
+    average_bits: float | None,
+    batches: int,
+) -> Sensitivity:
+    model, plan = workspace.model, local.analysis.plan
+    layers = tuple(target.name for target in local.targets)
     reason = "no row of the calibration data came to it"
     empty = {target.name: reason for target in plan.targets if target.name not in layers}
-    weights = [target.matrix.layer.get_parameter("weight") for target in targets]
-    few = few_quantized(model, weights, plan.skipped | empty)
+    weights = [target.matrix.layer.get_parameter("weight") for target in local.targets]
     return Sensitivity(
         model=type(model).__name__,
         layers=layers,
-        weights={target.name: target.matrix.weight.numel() for target in targets},
+        weights={target.name: target.matrix.weight.numel() for target in local.targets},
         bits=widths,
-        local={name: local[name] for name in layers},
+        local={name: local.errors[name] for name in layers},
         network=network,
         average_bits=average_bits,
         batches=batches,
-        notes=tuple(
-            few
-            + data.notes
-            + prepared.notes
-            + plan.notes
-            + [f"{name}: {why}" for name, why in empty.items()]
-            + replay.notes()
+        notes=(
+            *few_quantized(model, weights, plan.skipped | empty),
+            *workspace.data.notes,
+            *workspace.prepared.notes,
+            *plan.notes,
+            *(f"{name}: {why}" for name, why in empty.items()),
+            *local.notes,
         ),
     )
+
+
+def _padding(workspace: Workspace, analysis: Analysis) -> list[str | None]:
+    """The names of the masks of the tensors that the model returns."""
+    inputs, masks = analysis.flow.inputs, analysis.masks
+    return [
+        masks.name_of(inputs.get(value.storage, frozenset()))
+        for value in workspace.prepared.trace.outputs
+        if not value.integral
+    ]
 
 
 def _widths(bits: object) -> tuple[int, ...]:
@@ -184,46 +207,36 @@ def _check_overrides(overrides: Overrides | None) -> None:
 
 
 def _quantized(
-    replay: Replay,
-    data: Calibration,
-    units: list[Unit],
+    workspace: Workspace,
     widths: tuple[int, ...],
-    cache: ActivationCache,
+    solutions: ActivationCache,
     progress: bool,
-) -> Errors:
-    """Local errors; weights and biases at all widths go to ``cache``."""
-    local: Errors = {target.name: {} for unit in units for target in unit.targets}
+    analysis: Analysis,
+) -> _Local:
+    """Local errors; codes, scales, zero points and biases at all widths go to ``solutions``."""
+    units = analysis.units
+    errors: Errors = {target.name: {} for unit in units for target in unit.targets}
     waiting = {m for unit in units for target in unit.targets for m in target.modules}
-    with tqdm(total=len(local), disable=not progress, desc="quantizing", unit="layer") as bar:
-        for segment in parallel_segments(units, MEMORY_BUDGET):
-            collectors = [Collector(unit, None) for unit in segment]
-            _collect(collectors, replay, data, waiting)
+    with (
+        workspace.replaying(analysis) as replay,
+        tqdm(total=len(errors), disable=not progress, desc="quantizing", unit="layer") as bar,
+    ):
+        for units_of_pass in parallel_passes(units, MEMORY_BUDGET):
+            collectors = [Collector(unit, None) for unit in units_of_pass]
+            sweep(replay, workspace.data, collectors, waiting)
             new = replay.census.new_calls()
             if new:
                 raise NewCalls(batches_to_trace(new))
-            for alike in take_alike(collectors, ALONE):
-                together = [collector for collector in alike if collector.finish()]
-                for target, width, result in _solutions(together, widths):
-                    parts = (result.codes, result.scale, result.zero_point, result.bias)
-                    cache.put((target.name, width), parts)
-                    local[target.name][width] = result.report.relative["final"]
+            for alike in alike_batches(collectors, ALONE):
+                reached = [collector for collector in alike if collector.finish()]
+                for target, width, result in _solutions(reached, widths):
+                    stored = (result.codes, result.scale, result.zero_point, result.bias)
+                    solutions.put((target.name, width), stored)
+                    errors[target.name][width] = result.report.relative["final"]
                 done = [target for collector in alike for target in collector.unit.targets]
                 waiting.difference_update(m for target in done for m in target.modules)
                 bar.update(len(done))
-    return local
-
-
-def _collect(
-    collectors: list[Collector], replay: Replay, data: Calibration, waiting: set[nn.Module]
-) -> None:
-    first = [collector.unit.targets[0] for collector in collectors]
-    watch = Watch(inputs=frozenset(module for target in first for module in target.modules))
-    calls = sorted((c for t in first for c in t.calls), key=lambda call: call.begin)
-    for batch in replay.sweep(waiting, calls, {"full": (watch, nullcontext)}):
-        for collector, target in zip(collectors, first, strict=True):
-            x = of_calls(target, watch.taken["full"])
-            mask = data.mask(batch, target.padding)
-            collector.add(batch, x, None, mask, data.segments[batch])
+        return _Local(analysis, errors, replay.notes())
 
 
 def _solutions(
@@ -232,7 +245,7 @@ def _solutions(
     """Every target of finished collectors at every width, each problem posed once."""
     if not batch:
         return
-    owners = {target.matrix: target for own in batch for target in own.unit.targets}
+    target_of = {target.matrix: target for each in batch for target in each.unit.targets}
     device = batch[0].unit.layers[0].weight.device
     for config, alike in problems_of(batch):
         layers = [layer for problem in alike for layer in problem.layers]
@@ -240,67 +253,4 @@ def _solutions(
             with full_precision(device):
                 results = solve(alike, dataclasses.replace(config, bits=width))
             for layer, result in zip(layers, results, strict=True):
-                yield owners[layer], width, result
-
-
-def _measured(
-    data: Calibration,
-    padding: list[str | None],
-    targets: list[Target],
-    widths: tuple[int, ...],
-    cache: ActivationCache,
-    batches: int,
-    seed: int,
-    progress: bool,
-) -> Errors:
-    """Relative errors of the model's outputs; ``padding`` names the mask of each."""
-    energy = 0.0
-    missed: Errors = {target.name: dict.fromkeys(widths, 0.0) for target in targets}
-    total = batches * len(targets) * len(widths)
-    with tqdm(total=total, disable=not progress, desc="measuring", unit="run") as bar:
-        for batch in range(batches):
-            masks = [data.mask(batch, name) for name in padding]
-            wanted = _outputs(data, batch, masks, seed)
-            energy += sum(_energy(y, torch.zeros_like(y)) for y in wanted)
-            for target in targets:
-                for width in widths:
-                    codes, scale, zero_point, bias = cache.get((target.name, width))
-                    quantized = QuantizedWeight(codes, scale, zero_point, width)
-                    weight = quantized.dequantize(target.matrix)
-                    with swapped([(target, weight, bias)]):
-                        outputs = _outputs(data, batch, masks, seed)
-                    if [y.shape for y in outputs] != [y.shape for y in wanted]:
-                        raise ValueError(
-                            "model must return tensors of the same shapes when it is quantized, "
-                            f"got others with {target.name} at {width} bits: give a forward_fn "
-                            "that returns what is to be compared"
-                        )
-                    pairs = zip(wanted, outputs, strict=True)
-                    missed[target.name][width] += sum(_energy(y, z) for y, z in pairs)
-                    bar.update()
-    if energy == 0:
-        raise ValueError("model must return other outputs than zeros on calibration, got only them")
-    return {
-        name: {width: e / energy if isfinite(e) else inf for width, e in own.items()}
-        for name, own in missed.items()
-    }
-
-
-def _outputs(data: Calibration, batch: int, masks: list[Tensor | None], seed: int) -> list[Tensor]:
-    """The floating-point tensors that the model returns, without padding, at least float32."""
-    returned = data.run(batch, seed + batch)  # the same draws in every run
-    found = [t for t in tensors(returned) if t.is_floating_point()]
-    if not found:
-        rule = "model must return floating-point tensors, or forward_fn must"
-        raise ValueError(f"{rule}, got {type(returned).__name__} without any")
-    found = [
-        t if mask is None or t.shape[:2] != mask.shape else t[mask.to(t.device)]
-        for t, mask in zip_longest(found, masks[: len(found)])
-    ]
-    return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in found]
-
-
-def _energy(wanted: Tensor, outputs: Tensor) -> float:
-    """||wanted - outputs||^2, where wanted is finite."""
-    difference = torch.where(wanted.isfinite(), wanted - outputs, 0.0)
-    return float(difference.square().sum(dtype=torch.float64))
+                yield target_of[layer], width, result

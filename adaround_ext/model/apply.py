@@ -1,4 +1,4 @@
-"""Quantized weights put into a model: for a while, or for good."""
+"""Quantized weights in a model: for a while, or for good."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from adaround_ext.result import QuantizedWeight, write_
 
 
 @contextmanager
-def swapped(weights: Iterable[tuple[Target, Tensor, Tensor | None]]) -> Iterator[None]:
+def with_weights(weights: Iterable[tuple[Target, Tensor, Tensor | None]]) -> Iterator[None]:
     """The targets have these weights and biases inside, without a copy."""
     before: list[tuple[nn.Parameter, Tensor]] = []
-    made: list[nn.Module] = []
+    created: list[nn.Module] = []  # layers that have a bias only inside
 
     def swap(parameter: nn.Parameter, value: Tensor) -> None:
         before.append((parameter, parameter.data))
@@ -30,14 +30,14 @@ def swapped(weights: Iterable[tuple[Target, Tensor, Tensor | None]]) -> Iterator
             swap(layer.get_parameter("weight"), weight)
             if bias is not None and layer.bias is None:
                 layer.bias = nn.Parameter(bias.to(layer.weight.device), requires_grad=False)
-                made.append(layer)
+                created.append(layer)
             elif bias is not None:
                 swap(layer.get_parameter("bias"), bias)
         yield
     finally:
         for parameter, value in reversed(before):
             parameter.data = value
-        for layer in made:
+        for layer in created:
             layer.register_parameter("bias", None)
 
 
@@ -47,14 +47,14 @@ def uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # where Ctrl-C does not come
         yield
         return
-    came: list[tuple[int, FrameType | None]] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    interrupts: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append((number, frame)))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if came and callable(before):
-        before(*came[0])
+    if interrupts and callable(before):
+        before(*interrupts[0])
 
 
 def apply_(

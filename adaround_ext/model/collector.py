@@ -1,4 +1,4 @@
-"""Layers that share their inputs, and what is collected of these inputs on the way to a problem."""
+"""Collector: what the layers of a unit need of their inputs, on the way to a problem."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from adaround_ext.checks import check, check_kind, has_finite_sum, infinite
 from adaround_ext.distributed import ALONE, Ranks
 from adaround_ext.linalg.precision import full_precision
 from adaround_ext.model.sample_store import GrowingTensor
-from adaround_ext.model.units import Unit, _objective
+from adaround_ext.model.units import Unit
 from adaround_ext.replay.calibration import unpadded
 from adaround_ext.rounding.gram_problem import gram_problems
 from adaround_ext.rounding.problem import Problem
@@ -70,35 +70,40 @@ class Collector:
         if not isinstance(first.layer, nn.Linear):
             mask = None  # of tokens, which only a linear layer has
         for call, given in enumerate(inputs):
-            wanted: list[Tensor] | None = None
-            if targets is not None:
-                wanted = [values[call] for values in targets if call < len(values)]
-                if len(wanted) < len(targets) or not all(self._fits(given, y) for y in wanted):
-                    wanted = None  # data-dependent shapes
+            y = None if targets is None else self._of_call(targets, call, given)
             self._sequences += len(given) if given.dim() > 1 else 1
             x = first.samples(self._checked("inputs", unpadded(given, mask), batch))
-            outputs = None if wanted is None else self._targets_of(x, wanted, mask, batch)
+            outputs = None if y is None else self._targets_of(x, y, mask, batch)
             self.rows += len(x)
             if targets is not None and outputs is None:
                 self.unpaired += len(x)
             if len(x) == 0:
                 continue
             if self.unit.sampled:
-                self._keep(x, outputs)
+                self._store(x, outputs)
                 continue
             self._moments().add(x, outputs, segment)
 
+    def _of_call(
+        self, targets: list[list[Tensor]], call: int, inputs: Tensor
+    ) -> list[Tensor] | None:
+        """The targets of a call with these inputs; None where shapes depend on the data."""
+        values = [of_layer[call] for of_layer in targets if call < len(of_layer)]
+        if len(values) < len(targets) or not all(self._fits(inputs, y) for y in values):
+            return None
+        return values
+
     def _targets_of(
-        self, x: Tensor, wanted: list[Tensor], mask: Tensor | None, batch: int
+        self, x: Tensor, values: list[Tensor], mask: Tensor | None, batch: int
     ) -> tuple[Tensor, ...] | None:
         """What the statistics take as targets for samples x; None for the layers' own outputs."""
         layers = self.unit.layers
         if not self.unit.watches_inputs:
             return tuple(
                 layer.output_samples(self._checked("outputs", unpadded(y, mask), batch))
-                for layer, y in zip(layers, wanted, strict=True)
+                for layer, y in zip(layers, values, strict=True)
             )
-        y = self._checked("full-precision inputs", unpadded(wanted[0], mask), batch)
+        y = self._checked("full-precision inputs", unpadded(values[0], mask), batch)
         y = layers[0].samples(y)
         if self.unit.rows_chosen and self.unit.sampled:
             return None  # a minibatch has no say in what GramProblem decides
@@ -142,19 +147,20 @@ class Collector:
         return tensor
 
     def _refuse_infinite(self) -> None:
-        found, self._finite = self._finite, []
-        flags = torch.stack([flag for *_, flag in found]).tolist() if found else []
-        for (kind, name, _), finite in zip(found, flags, strict=True):
+        checks, self._finite = self._finite, []
+        flags = torch.stack([flag for *_, flag in checks]).tolist() if checks else []
+        for (kind, name, _), finite in zip(checks, flags, strict=True):
             if not finite:
                 raise infinite(kind, name, "NaN or infinite values")
 
-    def _keep(self, x: Tensor, outputs: tuple[Tensor, ...] | None) -> None:
+    def _store(self, x: Tensor, outputs: tuple[Tensor, ...] | None) -> None:
+        """All of it, for the sampled objective."""
         self._inputs.append(x)
-        for index, (layer, kept) in enumerate(zip(self.unit.layers, self._targets, strict=True)):
+        for index, (layer, store) in enumerate(zip(self.unit.layers, self._targets, strict=True)):
             if outputs is None:
-                kept.append(layer.forward(x.float(), layer.weight, layer.bias))
+                store.append(layer.forward(x.float(), layer.weight, layer.bias))
             else:
-                kept.append(outputs[index])
+                store.append(outputs[index])
 
     def finish(self) -> bool:
         """Joins what all ranks have collected, once; False where no row came to any of them."""
@@ -172,7 +178,7 @@ class Collector:
                 self._moments().finish()
         elif ranks.size > 1:
             self._inputs = self._inputs.joined(ranks)
-            self._targets = [kept.joined(ranks) for kept in self._targets]
+            self._targets = [store.joined(ranks) for store in self._targets]
         self.seconds += time.perf_counter() - started
         return True
 
@@ -181,18 +187,18 @@ class Collector:
         seconds = self.seconds
         rows = torch.arange(sum(layer.rows for layer in self.unit.layers), device="cpu")
         split = rows.split([layer.rows for layer in self.unit.layers])
-        for part in self.unit.same_settings():
-            targets = [self.unit.targets[i] for i in part]
+        for indices in self.unit.same_settings():
+            targets = [self.unit.targets[i] for i in indices]
             layers, config = [t.matrix for t in targets], targets[0].config
-            reason = _objective(targets[0])[1]
+            reason = targets[0].reason
             if self._statistics is None:
-                outputs = tuple(self._targets[i].tensor() for i in part)
-                yield part, sampled_problems(
+                outputs = tuple(self._targets[i].tensor() for i in indices)
+                yield indices, sampled_problems(
                     layers, self._inputs.tensor(), outputs, self._sequences, config, reason,
                     seconds,
                 )  # fmt: skip
             else:
-                own = self._statistics.rows(torch.cat([split[i] for i in part]))
+                moments = self._statistics.rows(torch.cat([split[i] for i in indices]))
                 chosen = self.unit.rows_chosen and self._statistics.has_targets
-                yield part, gram_problems(layers, own, config, reason, seconds, chosen)
+                yield indices, gram_problems(layers, moments, config, reason, seconds, chosen)
             seconds = 0.0

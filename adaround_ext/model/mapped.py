@@ -1,4 +1,4 @@
-"""Models larger than memory: weights that stay in files and are mapped, not read.
+"""Mapped weights: models larger than memory, whose weights stay in files.
 
 The system brings in the pages that are touched and may drop them again at any time. So a walk
 through a model block by block needs memory for the block at hand only.
@@ -22,22 +22,30 @@ from adaround_ext.files import path_from
 def map_weights_(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
     """Gives the tensors that a model has on the meta device their values in safetensors files.
 
-    model: made without data, its parameters on the meta device; what it has elsewhere stays.
-    folder: with the files, as ``model-00001-of-00003.safetensors``; their tensors have the names of
-    the model's. A parameter that several modules share needs one of its names. The files are
-    mapped: they must not change as long as the model lives; writing to a parameter leaves them.
-    Returns the names that were given values. Raises ValueError, before anything is changed, for
-    names that are not in the files and for another shape or dtype; FileNotFoundError without files.
+    The files are mapped: they must not change as long as the model lives; writing to a parameter
+    leaves them.
+
+    Args:
+        model: made without data, its parameters on the meta device; what it has elsewhere stays.
+        folder: with the files, as ``model-00001-of-00003.safetensors``; their tensors have the
+            names of the model's. A parameter that several modules share needs one of its names.
+
+    Returns:
+        The names that were given values.
+
+    Raises:
+        ValueError: before anything is changed, for names that are not in the files and for another
+            shape or dtype.
+        FileNotFoundError: without files.
     """
     check_module(model)
     paths = sorted(path_from(folder).glob("*.safetensors"))
     if not paths:
         raise FileNotFoundError(f"folder must hold safetensors files, got none in {folder}")
     stored = _stored(paths)
-    wanted = _wanted(model)
-    found: dict[int, tuple[Tensor, list[str]]] = {}
+    values: list[tuple[Tensor, list[str]]] = []
     missing = []
-    for names, tensor in wanted:
+    for names, tensor in _meta_tensors(model):
         name = next((name for name in names if name in stored), None)
         if name is None:
             missing.append(names[0])
@@ -48,53 +56,54 @@ def map_weights_(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
                 f"{name} must have shape {list(tensor.shape)} and {tensor.dtype} as in the model, "
                 f"got {list(value.shape)} and {value.dtype} in {folder}"
             )
-        found[id(tensor)] = value, names
+        values.append((value, names))
     if missing:
         raise ValueError(
             f"all tensors on the meta device must be in {folder}, got none for {some(missing)}: "
             "computed buffers need another device (accelerate.init_empty_weights leaves them there)"
         )
-    for value, names in found.values():
+    for value, names in values:
         _put(model, names, value)
-    return sorted(name for _, names in found.values() for name in names)
+    return sorted(name for _, names in values for name in names)
 
 
 def _stored(paths: list[Path]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    """All tensors of the files, by name, mapped."""
+    stored: dict[str, Tensor] = {}
     for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
-                own = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"folder must hold safetensors files, got {path}: {error}") from error
-        twice = sorted(found.keys() & own.keys())
+        twice = sorted(stored.keys() & tensors.keys())
         if twice:
             raise ValueError(f"folder must hold every name once, got {some(twice)} twice")
-        found |= own
-    return found
+        stored |= tensors
+    return stored
 
 
-def _wanted(model: nn.Module) -> list[tuple[list[str], Tensor]]:
+def _meta_tensors(model: nn.Module) -> list[tuple[list[str], Tensor]]:
     """Parameters and buffers on the meta device, each with all its names."""
-    found: dict[int, tuple[list[str], Tensor]] = {}
+    by_id: dict[int, tuple[list[str], Tensor]] = {}
     parameters = model.named_parameters(remove_duplicate=False)
     for name, tensor in (*parameters, *model.named_buffers(remove_duplicate=False)):
         if tensor.is_meta:
-            found.setdefault(id(tensor), ([], tensor))[0].append(name)
-    return list(found.values())
+            by_id.setdefault(id(tensor), ([], tensor))[0].append(name)
+    return list(by_id.values())
 
 
 def _put(model: nn.Module, names: list[str], value: Tensor) -> None:
     """One tensor under all of its names."""
-    made: Tensor | None = None
+    replacement: Tensor | None = None
     for name in names:
-        owner, _, own = name.rpartition(".")
-        module = model.get_submodule(owner)
-        before = getattr(module, own)
-        if made is None:
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        before = getattr(module, attribute)
+        if replacement is None:
             is_parameter = isinstance(before, nn.Parameter)
-            made = nn.Parameter(value, before.requires_grad) if is_parameter else value
-        setattr(module, own, made)
+            replacement = nn.Parameter(value, before.requires_grad) if is_parameter else value
+        setattr(module, attribute, replacement)
 
 
 class Offload:

@@ -1,4 +1,4 @@
-"""What is done to a model before its layers are fitted, all of it undone if the fit fails."""
+"""Preparation of a model before its layers are fitted, all of it undone if the fit fails."""
 
 from __future__ import annotations
 

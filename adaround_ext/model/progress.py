@@ -1,4 +1,4 @@
-"""The bar that quantize_ shows: what was done last, and what is left."""
+"""Progress bar of quantize_: what was done last, and what is left."""
 
 from __future__ import annotations
 
@@ -55,10 +55,11 @@ class FittingBar(tqdm):  # type: ignore[type-arg]
         """With the time left, and as much of the text as there is room for."""
         values = dict(super().format_dict)
         left = self.seconds_left()
-        told = "" if left is None else f", {tqdm.format_interval(left)} left"
-        values |= {"left": told, "text": ""}
+        remaining = "" if left is None else f", {tqdm.format_interval(left)} left"
+        values |= {"left": remaining, "text": ""}
         if self._text:
-            taken = len("100% || ") + _BAR + len(tqdm.format_interval(values["elapsed"]) + told) + 2
+            elapsed = tqdm.format_interval(values["elapsed"])
+            taken = len("100% || ") + _BAR + len(elapsed + remaining) + 2
             room = (values["ncols"] or 100) - taken
             values["text"] = f"  {_end(self._text, room)}" if room > 8 else ""
         return values

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -17,45 +16,48 @@ from torch.nn.parameter import is_lazy
 from adaround_ext.activations.hooks import full_precision_activations
 from adaround_ext.activations.hooks import quantizers as quantizers_of
 from adaround_ext.activations.quantizer import ActivationConfig
-from adaround_ext.checks import check_devices, check_module, device_here, refuse_inference, some
+from adaround_ext.checks import check_module, refuse_inference, some
 from adaround_ext.config import AdaRoundConfig
 from adaround_ext.distributed import Ranks, Reduction
 from adaround_ext.export.goal.goal import Goal
 from adaround_ext.model.apply import apply_, uninterrupted
-from adaround_ext.model.checkpoint import Checkpoint, traced_batches
-from adaround_ext.model.fitter import Fitter, wanted_by
-from adaround_ext.model.mapped import Offload
-from adaround_ext.model.prepare import prepare_, quantize_activations_
-from adaround_ext.model.run_record import (
-    model_digest,
-    plain_config,
+from adaround_ext.model.checkpoint import (
+    Checkpoint,
     plain_name,
     run_fingerprint,
-    versions,
+    traced_batches,
 )
-from adaround_ext.model.units import Unit, parallel_segments, sequential_segments
-from adaround_ext.model.workspace import Choices, Traces, analyse
+from adaround_ext.model.fitter import Fit, Fitter
+from adaround_ext.model.mapped import Offload
+from adaround_ext.model.prepare import quantize_activations_
+from adaround_ext.model.summary import summarize
+from adaround_ext.model.sweep import targets_of
+from adaround_ext.model.units import parallel_passes, sequential_passes
+from adaround_ext.model.workspace import Analysis, Workspace, WorkspaceOptions, opened
+from adaround_ext.planning.candidates import FilterFn
 from adaround_ext.planning.overrides import Overrides, check_overrides
-from adaround_ext.planning.plan import FilterFn, Plan
-from adaround_ext.process.memory import device_memory, free_device_memory, host_memory
-from adaround_ext.process.omp_waits import short_waits_when_busy
 from adaround_ext.process.turns import one_caller
-from adaround_ext.replay.cache import MEMORY_BUDGET, ActivationCache
-from adaround_ext.replay.calibration import Calibration, ForwardFn, single_device
-from adaround_ext.replay.census import Census, NewCalls
-from adaround_ext.replay.onload import Onloader
-from adaround_ext.replay.replay import Replay
-from adaround_ext.report.coverage import few_quantized
-from adaround_ext.report.model import LayerEntry, ModelReport
-from adaround_ext.tracing.blocks import BlockCall, Blocks
-from adaround_ext.tracing.evaluation import evaluation
+from adaround_ext.replay.cache import MEMORY_BUDGET
+from adaround_ext.replay.calibration import ForwardFn, single_device
+from adaround_ext.replay.census import NewCalls
+from adaround_ext.report.model import ModelReport
+from adaround_ext.tracing.blocks import Blocks
 from adaround_ext.tracing.padding import PaddingMask
 from adaround_ext.transforms.batch_norm import BatchNorm
 
-_logger = logging.getLogger("adaround_ext")
 _MODES = ("sequential", "parallel")
 _BATCH_NORM = ("fold", "keep")
-_SHARE = 4  # of a GPU's free memory one in so many bytes is for what is kept
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Arguments of :func:`quantize_` that the fit has for itself; ``offload`` is open."""
+
+    mode: str
+    activations: ActivationConfig | None
+    checkpoint_dir: str | None
+    offload: Offload | None
+    progress: bool
 
 
 @one_caller()  # seeds and precisions are the process's
@@ -92,66 +94,79 @@ def quantize_(
     Each layer minimises E || f(y) - f(W_q x + b) ||^2 (AdaRound, eq. (25)), as
     :func:`adaround_ext.optimize_layer` does, in the order in which the model runs them.
 
-    calibration: an iterable of batches of whatever the model takes: tensors, tuples (positional
-    arguments), mappings (keyword arguments; a tokenizer's output); with ``forward_fn(model,
-    batch)`` anything. Labels behind the inputs are left out, as the report then says. One tensor or
-    mapping of all samples is cut into batches of 32. It is iterated once: generators and shuffling
-    loaders are fine.
-    config and settings: of every layer, see :class:`AdaRoundConfig`; as ``bits=4``.
-
-    mode: "sequential": x are inputs from the model with all layers before quantized, y what the
-    full-precision model gives there (the paper's asymmetric reconstruction). "parallel": x and y
-    are the full-precision model's.
-    overrides: other settings for some layers, or "skip": {"head": {"bits": 8}, nn.Conv2d: {...},
-    "*.mlp.*": "skip"}. Keys are names or patterns of names (of a layer, or a module with layers in
-    it), "<first>" and "<last>" in execution order, or module types; of several that match the
-    later settings win. filter_fn(module, name): False leaves a layer alone.
-    blocks: names, patterns or types of the modules that are carried forward: once its layers are
-    done a block does not run again, its outputs are kept. None finds them. Without blocks every
-    layer is one, and what lies between layers runs again for every layer.
-    Where kept outputs would change what a model does (it counts calls, or takes another way for
-    some batches), all of it runs again for every layer, and a note in the report says so.
-    batch_norm: "fold" puts batch norms that follow a layer into it first, "keep" leaves them.
-    equalize: cross-layer equalization (Nagel et al. 2019) first, for per-tensor grids.
-    activations: quantizes activations too (simulated): see :class:`ActivationConfig`. Their ranges
-    come from one pass of the full-precision model; in sequential mode the weights are fitted to
-    inputs that are quantized so. A model that has quantizers already is refused:
-    ``adaround_ext.activations.detach(model)`` takes them out. With None they stay as they are.
-    activation_aware: puts the ReLU, ReLU6, GELU or SiLU that directly follows a layer into its
-    loss: then minibatches instead of the Gram matrix, and the layer's inputs kept (at
-    ``cache_dir`` if that is given, else in memory).
-    padding_mask: name of the argument [batch, tokens] that is 0 at padding, or a function from a
-    batch to such a tensor; padding is left out of the statistics. None: all counts.
-
-    device: where the fitting runs; None: where the model is. Of a model on the CPU only what is in
-    no block and the blocks at hand are brought to another device, so it may be larger than that.
-    memory_budget: bytes that kept batches and activations may take in memory; what does not fit
-    goes to files under ``cache_dir`` (None: the system's folder for temporary files). Statistics of
-    a layer (about 8 columns^2 bytes) come on top; in parallel mode they are what is budgeted.
-    device_budget: the same of a GPU's memory, where what comes from there is kept first; None: a
-    quarter of what is free. Without a GPU it has no effect.
-    cache_dtype: torch.bfloat16 or float16 to keep activations in half the memory, rounded.
-    checkpoint_dir: a folder for every layer's result. A run that was killed goes on from there and
-    ends with the same codes; one with another model, data or configuration is refused.
-    offload_dir: a folder on whose disk results are kept, in mapped files that are gone with the
-    model; then a model whose weights are mapped (:func:`map_weights_`) may be larger than memory.
-    process_group: of torch.distributed, as ``dist.group.WORLD`` under torchrun. Every rank makes
-    the same call, with the same model and calibration, runs its share of the batches, solves its
-    share of the rows or layers, and ends with the same result.
-    reduction: "ordered": the codes are those of one process with as many threads, bit by bit.
-    "fast": statistics are summed by one all-reduce, with less memory (a matrix a layer and rank
-    instead of up to 16 over all ranks) and other last bits for other numbers of ranks.
-    export_for: "onnxruntime", "openvino", "tensorrt" (these make a bfloat16 model float32), "vllm",
-    "transformers" or "gguf": grid, groups, dtype of scales and layers left alone are chosen for it,
-    where settings and overrides leave them open, and what cannot end there is refused, at once.
-    progress: show a bar.
-
     The model is run in eval mode without gradients. It changes only at the very end, so after an
     error it is as it was; parameters keep their identity, and tied weights stay tied. Each
     quantized module gets ``quantized_weight`` (:class:`QuantizedWeight`), the codes for export.
-    Returns a :class:`ModelReport`: every layer in numbers, and what was skipped, with the reason.
-    Raises TypeError and ValueError that name the argument or layer, the rule and what came;
-    ImportError where what writes the format of ``export_for`` is missing.
+
+    Args:
+        model: the model, changed in place.
+        calibration: an iterable of batches of whatever the model takes: tensors, tuples (positional
+            arguments), mappings (keyword arguments; a tokenizer's output); with
+            ``forward_fn(model, batch)`` anything. Labels behind the inputs are left out, as the
+            report then says. One tensor or mapping of all samples is cut into batches of 32. It is
+            iterated once: generators and shuffling loaders are fine.
+        config: of every layer, see :class:`AdaRoundConfig`.
+        mode: "sequential": x are inputs from the model with all layers before quantized, y what the
+            full-precision model gives there (the paper's asymmetric reconstruction). "parallel": x
+            and y are the full-precision model's.
+        overrides: other settings for some layers, or "skip": {"head": {"bits": 8}, nn.Conv2d:
+            {...}, "*.mlp.*": "skip"}. Keys are names or patterns of names (of a layer, or a module
+            with layers in it), "<first>" and "<last>" in execution order, or module types; of
+            several that match the later settings win.
+        filter_fn: of a module and its name; False leaves a layer alone.
+        forward_fn: of the model and a batch; runs the model on it.
+        blocks: names, patterns or types of the modules that are carried forward: once its layers
+            are done a block does not run again, its outputs are kept. None finds them. Without
+            blocks every layer is one, and what lies between layers runs again for every layer.
+            Where kept outputs would change what a model does (it counts calls, or takes another way
+            for some batches), all of it runs again for every layer, and a note in the report says
+            so.
+        batch_norm: "fold" puts batch norms that follow a layer into it first, "keep" leaves them.
+        equalize: cross-layer equalization (Nagel et al. 2019) first, for per-tensor grids.
+        activations: quantizes activations too (simulated): see :class:`ActivationConfig`. Their
+            ranges come from one pass of the full-precision model; in sequential mode the weights
+            are fitted to inputs that are quantized so. A model that has quantizers already is
+            refused: ``adaround_ext.activations.detach(model)`` takes them out. With None they stay
+            as they are.
+        activation_aware: puts the ReLU, ReLU6, GELU or SiLU that directly follows a layer into its
+            loss: then minibatches instead of the Gram matrix, and the layer's inputs kept (at
+            ``cache_dir`` if that is given, else in memory).
+        padding_mask: name of the argument [batch, tokens] that is 0 at padding, or a function from
+            a batch to such a tensor; padding is left out of the statistics. None: all counts.
+        device: where the fitting runs; None: where the model is. Of a model on the CPU only what is
+            in no block and the blocks at hand are brought to another device, so it may be larger
+            than that.
+        memory_budget: bytes that kept batches and activations may take in memory; what does not fit
+            goes to files under ``cache_dir``. Statistics of a layer (about 8 columns^2 bytes) come
+            on top; in parallel mode they are what is budgeted.
+        device_budget: the same of a GPU's memory, where what comes from there is kept first; None:
+            a quarter of what is free. Without a GPU it has no effect.
+        cache_dir: of these files; None: the system's folder for temporary files.
+        cache_dtype: torch.bfloat16 or float16 to keep activations in half the memory, rounded.
+        checkpoint_dir: a folder for every layer's result. A run that was killed goes on from there
+            and ends with the same codes; one with another model, data or configuration is refused.
+        offload_dir: a folder on whose disk results are kept, in mapped files that are gone with the
+            model; then a model whose weights are mapped (:func:`map_weights_`) may be larger than
+            memory.
+        process_group: of torch.distributed, as ``dist.group.WORLD`` under torchrun. Every rank
+            makes the same call, with the same model and calibration, runs its share of the batches,
+            solves its share of the rows or layers, and ends with the same result.
+        reduction: "ordered": the codes are those of one process with as many threads, bit by bit.
+            "fast": statistics are summed by one all-reduce, with less memory (a matrix a layer and
+            rank instead of up to 16 over all ranks) and other last bits for other numbers of ranks.
+        export_for: "onnxruntime", "openvino", "tensorrt" (these make a bfloat16 model float32),
+            "vllm", "transformers" or "gguf": grid, groups, dtype of scales and layers left alone
+            are chosen for it, where settings and overrides leave them open, and what cannot end
+            there is refused, at once.
+        progress: show a bar.
+        **settings: of every layer, instead of those of ``config``; as ``bits=4``.
+
+    Returns:
+        Every layer in numbers, and what was skipped, with the reason.
+
+    Raises:
+        TypeError, ValueError: naming the argument or layer, the rule and what came.
+        ImportError: where what writes the format of ``export_for`` is missing.
     """
     _check(model, mode, batch_norm, activations)
     goal = Goal(export_for, model)
@@ -160,145 +175,126 @@ def quantize_(
     batch_norm = goal.batch_norm(batch_norm)
     _check_budgets(memory_budget, device_budget)
     check_overrides(overrides, config, model)
-    attached = quantizers_of(model)
+    options = WorkspaceOptions(
+        config, goal.overrides(overrides), filter_fn, forward_fn, blocks, batch_norm, equalize,
+        activation_aware, padding_mask, device, memory_budget, device_budget, cache_dir,
+        cache_dtype,
+    )  # fmt: skip
     ranks = Ranks(process_group, reduction)
-    started = time.perf_counter()
-    host_before, _ = host_memory()
-    with ExitStack() as stack:
-        stack.enter_context(short_waits_when_busy())
-        stack.enter_context(goal.widened())
-        home = single_device(model)
-        device = home if device is None else device_here(device)
-        check_devices(model, device)
-        free = free_device_memory(device)
-        if device_budget is None or free == 0:
-            device_budget = free // _SHARE
-        # One for all ranks: in parallel mode it decides on the passes.
-        device_budget = min(ranks.gather(device_budget, "the start"))
-        budgets = memory_budget, cache_dir, device_budget, cache_dtype
-        cache = stack.enter_context(ActivationCache(*budgets))
-        stack.enter_context(evaluation(model, config.seed, device))
-        moves = device != home
-        offload = None if offload_dir is None else Offload(offload_dir)
-        if offload is not None and (home is None or home.type != "cpu"):
-            raise ValueError(f"offload_dir needs a model on the CPU, got one on {home}")
-        if moves and home is None:
-            raise ValueError(f"device must be None for a model on several devices, got {device}")
-        told = checkpoint_dir is not None or ranks.size > 1
-        with ranks.together("the reading of calibration"):
-            batches = goal.batches(calibration)
-            data = Calibration(model, batches, forward_fn, padding_mask, cache, home, told)
-        laps = {"calibration": time.perf_counter() - started}
-        undo = stack.enter_context(ExitStack())
-        digest = model_digest(model) if told else ""
-        wanted = goal.overrides(overrides)
-        choices = Choices(config, wanted, filter_fn, padding_mask, activation_aware, blocks, goal)
-        with ranks.together("tracing"), full_precision_activations(model):
-            run = partial(data.run, 0, config.seed)
-            prepared = prepare_(model, run, undo, batch_norm, equalize)
-            traces = Traces(model, data, {0: prepared.trace})
-        sequential = mode == "sequential"
-        room = max(memory_budget, device_budget)  # for statistics, which are where the layer is
-        parts: dict[str, object] = {}
-        if told:
-            parts |= {"mode": mode, "batch_norm": batch_norm, "equalize": equalize}
-            parts |= {"cache_dtype": str(cache_dtype)}
-            names = {"forward_fn": forward_fn, "padding_mask": padding_mask}
-            parts |= {name: plain_name(value) for name, value in names.items()}
-            parts |= {"activations": None if activations is None else activations.to_dict()}
-            parts |= {"reduction": ranks.summation}
-        new = ranks.from_first(
-            "the reading of checkpoint_dir", lambda: traced_batches(checkpoint_dir, data.batches)
+    offload = None if offload_dir is None else _offload(offload_dir, model)
+    run = _Run(mode, activations, checkpoint_dir, offload, progress)
+    fingerprinted = checkpoint_dir is not None or ranks.size > 1
+    with opened(model, calibration, options, goal, ranks, fingerprinted) as workspace:
+        batches = workspace.data.batches
+        traced = ranks.from_first(
+            "the reading of checkpoint_dir", lambda: traced_batches(checkpoint_dir, batches)
         )
-        data.share(ranks)
-        while True:
-            quantizers = undo.enter_context(ExitStack())
-            with ranks.together("tracing"), full_precision_activations(model):
-                traces.add(new)
-                known = analyse(model, traces, choices)
-                calls, plan, units = known.calls, known.plan, known.units
-                goal.check(plan.targets, None if forward_fn else partial(data.run, 0))
-                switch, common, notes = None, _common(calls, plan), list[str]()
-                if activations is not None:
-                    layers = [target.matrix.layer for target in plan.targets]
-                    notes = quantize_activations_(
-                        model, known.trace, layers, data, activations, quantizers, known.flow,
-                        known.masks,
-                    )  # fmt: skip
-                elif attached:
-                    notes = [f"{len(attached)} quantizers of activations stay as they were"]
-                if activations is not None or attached:
-                    switch, common = partial(full_precision_activations, model), 0
-            if sequential:
-                segments = sequential_segments(units)
-            else:
-                segments = parallel_segments(units, room)
-            if told:
-                parts |= run_fingerprint(digest, data, plan, calls)
-                parts |= {"traced": list(traces.by_batch)}
-            ranks.same(parts | {"memory_budget": memory_budget})
-            checkpoint = None
-            with ranks.together("the opening of checkpoint_dir"):
-                if checkpoint_dir is not None and ranks.first:
-                    checkpoint = Checkpoint(checkpoint_dir, parts)
-            modules = [call.call.module for call in calls]
-            onloader = Onloader(model, modules, device if moves else None)
-            every = [wanted_by(unit) for unit in units] if sequential else []
-            census = Census(model, known.trace, cache.rounds)
-            replay = Replay(
-                model, data, calls, cache, onloader, common, config.seed, census, every,
-                None if moves else prepared.marks,
-            )  # fmt: skip
-            laps["tracing"] = time.perf_counter() - started - laps["calibration"]
-            fitter = Fitter(
-                replay, data, segments, sequential, checkpoint, switch, cache_dir,
-                home if moves else None, progress, ranks, offload,
-            )  # fmt: skip
-            try:
-                with onloader:
-                    data.device = device
-                    fitter.run()
-                break
-            except NewCalls as found:
-                new, data.device = found.batches, home
-                quantizers.close()
-                replay.give_up("")
-                if checkpoint is not None:
-                    checkpoint.discard()
-        prepared.notes += notes
-        passes = max(ranks.gather(replay.passes, "the end"))  # each has its own room
+        workspace.data.share(ranks)
+        fit = workspace.with_all_calls(partial(_fit, workspace, run), traced)
+        passes = max(ranks.gather(fit.passes, "the end"))  # each has its own room
         with uninterrupted():
-            for target, fitted in fitter.fitted.items():
+            for target, fitted in fit.fitted.items():
                 apply_(target, fitted.weight, fitted.bias, fitted.dequantized)
-            undo.pop_all()  # from here on the changes stay
-    laps |= fitter.seconds | {"total": time.perf_counter() - started}
-    memory = {"host_before": host_before, "host_peak": host_memory()[1]}
-    memory |= {f"cache_{place}": size for place, size in cache.peak.items()}
-    if device is not None and device.type == "cuda":
-        memory["device_peak"] = device_memory(device)
-    else:
-        del memory["cache_device"]
-    weights = [target.matrix.layer.get_parameter("weight") for target in fitter.fitted]
-    skipped = plan.skipped | fitter.skipped
-    few = few_quantized(model, weights, skipped)
-    for note in few if ranks.first else ():
-        _logger.warning("%s", note)
-    return ModelReport(
-        model=type(model).__name__,
-        mode=mode,
-        layers=_entries(units, calls, fitter),
-        skipped=skipped,
-        blocks=tuple(dict.fromkeys(call.name for call in calls if len(call.layers) > 1)),
-        parameters=sum(p.numel() for p in model.parameters()),
-        passes=passes + (activations is not None),
-        batches=data.batches,
-        samples=data.samples,
-        notes=(*few, *goal.notes, *data.notes, *prepared.notes, *plan.notes, *fitter.notes),
-        seconds=laps,
-        memory=memory,
-        versions=versions(),
-        seed=config.seed,
-    )
+            workspace.keep_changes()
+    return summarize(workspace, fit, mode, passes + (activations is not None))
+
+
+def _fit(workspace: Workspace, run: _Run, analysis: Analysis) -> Fit:
+    """Fits all layers; NewCalls, with all as it was before, where some calls are in no trace."""
+    model, ranks, sequential = workspace.model, workspace.ranks, run.mode == "sequential"
+    units, plan = analysis.units, analysis.plan
+    changes = workspace.changes.enter_context(ExitStack())
+    shared_prefix, switch = _shared_prefix(analysis), None
+    with ranks.together("tracing"), full_precision_activations(model):
+        forward = None if workspace.options.forward_fn else partial(workspace.data.run, 0)
+        workspace.goal.check(plan.targets, forward)
+        notes = _quantized_activations(workspace, run.activations, analysis, changes)
+    if notes:
+        # The quantized stream differs from the start.
+        shared_prefix, switch = 0, partial(full_precision_activations, model)
+    if sequential:
+        passes = sequential_passes(units)
+    else:  # statistics are where the layer is
+        room = max(workspace.options.memory_budget, workspace.device_budget)
+        passes = parallel_passes(units, room)
+    checkpoint = _checkpoint(workspace, run, analysis)
+    targets = [targets_of(unit) for unit in units] if sequential else []
+    try:
+        with workspace.replaying(analysis, targets, shared_prefix) as replay:
+            fitter = Fitter(
+                workspace, analysis, replay, passes, sequential, checkpoint, run.offload, switch,
+                run.progress,
+            )  # fmt: skip
+            fit = fitter.run()
+    except NewCalls:
+        changes.close()
+        if checkpoint is not None:
+            checkpoint.discard()
+        raise
+    workspace.prepared.notes += notes
+    return fit
+
+
+def _quantized_activations(
+    workspace: Workspace,
+    activations: ActivationConfig | None,
+    analysis: Analysis,
+    changes: ExitStack,
+) -> list[str]:
+    """Quantizes the model's activations, if it is asked; notes, none without any quantizers."""
+    if activations is not None:
+        layers = [target.matrix.layer for target in analysis.plan.targets]
+        return quantize_activations_(
+            workspace.model, analysis.trace, layers, workspace.data, activations, changes,
+            analysis.flow, analysis.masks,
+        )  # fmt: skip
+    attached = quantizers_of(workspace.model)
+    return [f"{len(attached)} quantizers of activations stay as they were"] if attached else []
+
+
+def _shared_prefix(analysis: Analysis) -> int:
+    """How many leading block calls run before any layer that is quantized."""
+    modules = {module for target in analysis.plan.targets for module in target.modules}
+    for index, call in enumerate(analysis.calls):
+        if call.layers & modules:
+            return index
+    return len(analysis.calls)
+
+
+def _checkpoint(workspace: Workspace, run: _Run, analysis: Analysis) -> Checkpoint | None:
+    """The first rank's, where one is asked for; ValueError unless all ranks make the same run."""
+    ranks, fingerprint = workspace.ranks, _fingerprint(workspace, run, analysis)
+    ranks.same(fingerprint | {"memory_budget": workspace.options.memory_budget})
+    with ranks.together("the opening of checkpoint_dir"):
+        if run.checkpoint_dir is not None and ranks.first:
+            return Checkpoint(run.checkpoint_dir, fingerprint)
+    return None
+
+
+def _fingerprint(workspace: Workspace, run: _Run, analysis: Analysis) -> dict[str, object]:
+    """What must be the same for two runs to be one; empty where nobody compares."""
+    if not workspace.digest:
+        return {}
+    options = workspace.options
+    arguments = {
+        "mode": run.mode,
+        "batch_norm": options.batch_norm,
+        "equalize": options.equalize,
+        "cache_dtype": str(options.cache_dtype),
+        "forward_fn": plain_name(options.forward_fn),
+        "padding_mask": plain_name(options.padding_mask),
+        "activations": None if run.activations is None else run.activations.to_dict(),
+        "reduction": workspace.ranks.summation,
+    }
+    known = run_fingerprint(workspace.digest, workspace.data, analysis.plan, analysis.calls)
+    return arguments | known | {"traced": list(workspace.traces)}
+
+
+def _offload(folder: str, model: nn.Module) -> Offload:
+    offload, home = Offload(folder), single_device(model)
+    if home is None or home.type != "cpu":
+        raise ValueError(f"offload_dir needs a model on the CPU, got one on {home}")
+    return offload
 
 
 def _check(model: nn.Module, mode: object, batch_norm: object, activations: object) -> None:
@@ -330,37 +326,3 @@ def _check_budgets(memory: object, device: object) -> None:
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"{name} must be a number of bytes, got {value!r}")
-
-
-def _common(calls: list[BlockCall], plan: Plan) -> int:
-    """How many leading block calls run before any layer that is quantized."""
-    modules = {module for target in plan.targets for module in target.modules}
-    for index, call in enumerate(calls):
-        if call.layers & modules:
-            return index
-    return len(calls)
-
-
-def _entries(units: list[Unit], calls: list[BlockCall], fitter: Fitter) -> tuple[LayerEntry, ...]:
-    block = {m: call.name for call in calls for m in call.layers if m is not call.call.module}
-    entries = []
-    for unit in units:
-        for target in unit.targets:
-            if target not in fitter.fitted:
-                continue
-            layer = target.matrix.layer
-            entries.append(
-                LayerEntry(
-                    name=target.name,
-                    kind=type(layer).__name__,
-                    shape=tuple(target.matrix.weight.shape),
-                    calls=len(target.calls),
-                    block=block.get(layer),
-                    shared_inputs=tuple(t.name for t in unit.targets if t is not target),
-                    tied=tuple(name for name, _ in target.tied),
-                    config=plain_config(target),
-                    report=fitter.fitted[target].report,
-                    rows=target.matrix.rows,
-                )
-            )
-    return tuple(entries)

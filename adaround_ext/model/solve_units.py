@@ -1,4 +1,4 @@
-"""Who solves what: ranks share the rows of large layers; small ones are solved some at a time."""
+"""Division of work: ranks share the rows of large layers; small ones are solved some at a time."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from adaround_ext.rounding.stacked import at_once
 _SINGLE = 8
 
 
-def owners_of(units: Sequence[Unit], size: int) -> dict[Unit, int]:
+def assign_to_ranks(units: Sequence[Unit], size: int) -> dict[Unit, int]:
     """The rank, of ``size``, that solves a unit, for those whose rows are not shared."""
     if size == 1:
         return {}
     load = [0.0] * size
     most = sum(unit.cost for unit in units) / (_SINGLE * size)
-    owners = {}
+    rank_of = {}
     for unit in sorted(units, key=lambda unit: -unit.cost):
         if not unit.shareable or unit.cost <= most:
-            owners[unit] = load.index(min(load))
-            load[owners[unit]] += unit.cost
-    return owners
+            rank_of[unit] = load.index(min(load))
+            load[rank_of[unit]] += unit.cost
+    return rank_of
 
 
-def take_alike(collectors: list[Collector], ranks: Ranks) -> Iterator[list[Collector]]:
-    """Takes them away, those together that are solved as one, and so are freed after it.
+def alike_batches(collectors: list[Collector], ranks: Ranks) -> Iterator[list[Collector]]:
+    """Empties ``collectors``: those together that are solved as one, and so are freed after it.
 
-    These are small layers of one shape, on a GPU: elsewhere a product's bits would depend on how
+    Together are small layers of one shape, on a GPU: elsewhere a product's bits would depend on how
     many there are. What ``ranks`` share is solved alone.
     """
     while collectors:
@@ -69,38 +69,43 @@ def problems_of(
     batch: Sequence[Collector],
 ) -> Iterator[tuple[AdaRoundConfig, tuple[Problem, ...]]]:
     """The problems of a batch, those together that are solved as one, and their settings."""
-    for parts in zip(*(own.problems() for own in batch), strict=True):
-        (index, *_), _ = parts[0]
+    for groups in zip(*(collector.problems() for collector in batch), strict=True):
+        (index, *_), _ = groups[0]
         config = batch[0].unit.targets[index].config
-        for alike in zip(*(problems for _, problems in parts), strict=True):
+        for alike in zip(*(problems for _, problems in groups), strict=True):
             yield config, alike
 
 
-def solved(batch: Sequence[Collector], ranks: Ranks) -> dict[Unit, list[LayerResult]]:
+def solve_batch(batch: Sequence[Collector], ranks: Ranks) -> dict[Unit, list[LayerResult]]:
     """The results of the targets of each unit; ``ranks`` share the rows of a batch of one."""
-    found: dict[MatrixLayer, LayerResult] = {}
+    results: dict[MatrixLayer, LayerResult] = {}
     with full_precision(batch[0].unit.layers[0].weight.device):
         for config, alike in problems_of(batch):
             layers = [layer for problem in alike for layer in problem.layers]
-            found.update(zip(layers, solve(alike, config, ranks), strict=True))
-    return {own.unit: [found[layer] for layer in own.unit.layers] for own in batch}
+            results.update(zip(layers, solve(alike, config, ranks), strict=True))
+    units = [collector.unit for collector in batch]
+    return {unit: [results[layer] for layer in unit.layers] for unit in units}
 
 
-def solved_apart(
-    own: list[Collector], units: Sequence[Unit], ranks: Ranks
+def solve_own_units(
+    collectors: list[Collector], units: Sequence[Unit], ranks: Ranks
 ) -> dict[Unit, list[LayerResult]]:
-    """The results of ``units`` at every rank; each is ``own`` at one, which empties that list."""
+    """The results of ``units`` at every rank.
+
+    collectors: of those that this rank solves; the list is empty afterwards.
+    """
     numbers = {unit: number for number, unit in enumerate(units)}
 
     def solve_own() -> dict[int, list[LayerResult]]:
-        found = {}
-        for batch in take_alike(own, ALONE):
-            found.update({numbers[unit]: of_unit for unit, of_unit in solved(batch, ALONE).items()})
-        return found
+        by_number = {}
+        for batch in alike_batches(collectors, ALONE):
+            for unit, of_unit in solve_batch(batch, ALONE).items():
+                by_number[numbers[unit]] = of_unit
+        return by_number
 
     results: dict[Unit, list[LayerResult]] = {}
-    for part in ranks.exchange("the rounding of single layers", solve_own):
-        for number, found in part.items():
+    for by_number in ranks.exchange("the rounding of single layers", solve_own):
+        for number, of_unit in by_number.items():
             device = units[number].layers[0].weight.device
-            results[units[number]] = [result.to(device) for result in found]
+            results[units[number]] = [result.to(device) for result in of_unit]
     return results

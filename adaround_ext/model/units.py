@@ -11,7 +11,6 @@ from torch import nn
 
 from adaround_ext.layers.matrix import MatrixLayer
 from adaround_ext.planning.plan import Target
-from adaround_ext.presets import choose_objective
 from adaround_ext.rounding.gram_problem import shareable
 from adaround_ext.statistics.segment import TOKENS
 
@@ -24,7 +23,7 @@ class Unit:
 
     @cached_property
     def sampled(self) -> bool:
-        return _objective(self.targets[0])[0] == "sampled"
+        return self.targets[0].objective == "sampled"
 
     @cached_property
     def from_inputs(self) -> bool:
@@ -54,7 +53,7 @@ class Unit:
     @property
     def shareable(self) -> bool:
         """Whether its rows can be solved apart."""
-        return all(shareable(t.matrix, t.config, _objective(t)[0]) for t in self.targets)
+        return all(shareable(t.matrix, t.config, t.objective) for t in self.targets)
 
     @property
     def cost(self) -> float:
@@ -70,46 +69,41 @@ class Unit:
 
     def same_settings(self) -> Iterator[list[int]]:
         """Indices of the targets that are solved in one go."""
-        found: dict[int, list[int]] = defaultdict(list)
+        by_config: dict[int, list[int]] = defaultdict(list)
         for index, target in enumerate(self.targets):
-            found[id(target.config)].append(index)
-        yield from found.values()
+            by_config[id(target.config)].append(index)
+        yield from by_config.values()
 
 
 def make_units(targets: Iterable[Target]) -> list[Unit]:
     """Units in execution order."""
-    found: dict[object, list[Target]] = defaultdict(list)
+    groups: dict[object, list[Target]] = defaultdict(list)
     for target in targets:
         matrix, config = target.matrix, target.config
         key = (
             target.inputs, type(matrix), matrix.geometry, matrix.weight.dtype, matrix.weight.device,
-            config.positions, config.seed, _objective(target)[0],
+            config.positions, config.seed, target.objective,
         )  # fmt: skip
-        found[key].append(target)
-    return [Unit(tuple(group)) for group in found.values()]
+        groups[key].append(target)
+    return [Unit(tuple(group)) for group in groups.values()]
 
 
-def _objective(target: Target) -> tuple[str, str]:
-    """Which objective, and why."""
-    return choose_objective(target.config)
-
-
-def sequential_segments(units: Sequence[Unit]) -> list[list[Unit]]:
-    """Units that are fitted on one pass, since they see the same tensor."""
-    found: dict[object, list[Unit]] = defaultdict(list)
+def sequential_passes(units: Sequence[Unit]) -> list[list[Unit]]:
+    """A pass of the model for all units that see the same tensor."""
+    passes: dict[object, list[Unit]] = defaultdict(list)
     for unit in units:
-        found[unit.targets[0].inputs].append(unit)
-    return list(found.values())
+        passes[unit.targets[0].inputs].append(unit)
+    return list(passes.values())
 
 
-def parallel_segments(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
-    """As many units on one pass as the budget has room for, one at least."""
-    segments: list[list[Unit]] = []
+def parallel_passes(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
+    """As many units on one pass as the budget, in bytes, has room for, one at least."""
+    passes: list[list[Unit]] = []
     used = 0
     for unit in units:
-        if not segments or used + unit.bytes() > budget:
-            segments.append([])
+        if not passes or used + unit.bytes() > budget:
+            passes.append([])
             used = 0
-        segments[-1].append(unit)
+        passes[-1].append(unit)
         used += unit.bytes()
-    return segments
+    return passes

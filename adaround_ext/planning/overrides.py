@@ -1,4 +1,4 @@
-"""Settings of single layers: by name, by type, first and last."""
+"""Overrides: settings of single layers by name, by type, first and last."""
 
 from __future__ import annotations
 
@@ -42,34 +42,39 @@ class LayerSettings:
             for key, value in overrides.items()
         ]
         self._configs: dict[tuple[tuple[str, int], ...], AdaRoundConfig] = {(): config}
-        self._kept: list[object] = []  # so that ids stay
+        self._settings: list[object] = []  # held, so that ids stay
         self._names = names
-        everything = [name for known in names.values() for name in known] + list(RESERVED)
         for key, value in self._items:
-            if not isinstance(key, str) and not (
-                isinstance(key, type) and issubclass(key, nn.Module)
-            ):
-                raise TypeError(
-                    f"overrides must have patterns or module types as keys, got {key!r}"
-                )
-            if not self._matches(key) and key not in RESERVED:
-                hint = suggestion(key, filter(None, everything)) if isinstance(key, str) else ""
-                rule = "overrides must match modules of the model"
-                raise ValueError(f"{rule}, got {key!r}{hint and ': ' + hint}")
-            if value != "skip" and not isinstance(value, Mapping):
-                raise TypeError(f"overrides[{key!r}] must be settings or 'skip', got {value!r}")
-            if isinstance(value, Mapping):
-                try:
-                    make_config(config, value)
-                except (TypeError, ValueError) as error:
-                    raise type(error)(f"overrides[{key!r}]: {error}") from None
+            self._check_key(key)
+            self._check_value(key, value)
         self._used: set[int] = set()
+
+    def _check_key(self, key: object) -> None:
+        if not isinstance(key, str) and not (isinstance(key, type) and issubclass(key, nn.Module)):
+            raise TypeError(f"overrides must have patterns or module types as keys, got {key!r}")
+        if self._matches(key) or key in RESERVED:
+            return
+        hint = ""
+        if isinstance(key, str):
+            known = [name for names in self._names.values() for name in names if name]
+            hint = suggestion(key, [*known, *RESERVED])
+        rule = "overrides must match modules of the model"
+        raise ValueError(f"{rule}, got {key!r}{hint and ': ' + hint}")
+
+    def _check_value(self, key: object, value: object) -> None:
+        if value != "skip" and not isinstance(value, Mapping):
+            raise TypeError(f"overrides[{key!r}] must be settings or 'skip', got {value!r}")
+        if isinstance(value, Mapping):
+            try:
+                make_config(self._base, value)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"overrides[{key!r}]: {error}") from None
 
     def of(self, names: list[str], module: nn.Module) -> dict[str, Any] | None:
         """The settings for a module, of all that match it: later ones win. None to skip it."""
         settings: dict[str, Any] | None = {}
         for index, (key, value) in enumerate(self._items):
-            if not _hit(key, names, module):
+            if not _means(key, names, module):
                 continue
             self._used.add(index)
             if isinstance(value, str):
@@ -81,7 +86,7 @@ class LayerSettings:
     def config(self, settings: Mapping[str, Any]) -> AdaRoundConfig:
         key = tuple(sorted((name, _identity(value)) for name, value in settings.items()))
         if key not in self._configs:
-            self._kept.append(dict(settings))
+            self._settings.append(dict(settings))
             self._configs[key] = make_config(self._base, settings)
         return self._configs[key]
 
@@ -98,13 +103,13 @@ class LayerSettings:
                 f"{name}: {skipped[name]}"
                 for module, names in self._names.items()
                 for name in names
-                if name in skipped and _hit(key, names, module)
+                if name in skipped and _means(key, names, module)
             ]
             why = f" ({some(reasons)})" if reasons else ""
             if value != "skip":
                 rule = "overrides must match layers to quantize"
                 raise ValueError(f"{rule}, {key!r} matches none{why}")
-            notes.append(f"overrides skip {_written(key)}, which is not quantized anyway{why}")
+            notes.append(f"overrides skip {_key_text(key)}, which is not quantized anyway{why}")
         return notes
 
     def _matches(self, key: str | type[nn.Module]) -> bool:
@@ -119,14 +124,14 @@ def check_overrides(overrides: Overrides | None, config: AdaRoundConfig, model: 
     LayerSettings({} if overrides is None else overrides, config, module_names(model))
 
 
-def _hit(key: str | type[nn.Module], names: list[str], module: nn.Module) -> bool:
+def _means(key: str | type[nn.Module], names: list[str], module: nn.Module) -> bool:
     """Whether a key means this module; a pattern that names one means all inside it."""
     if isinstance(key, str):
         return any(fnmatchcase(n, key) or fnmatchcase(n, f"{key}.*") for n in names)
     return isinstance(module, key)
 
 
-def _written(key: str | type[nn.Module]) -> str:
+def _key_text(key: str | type[nn.Module]) -> str:
     return key if isinstance(key, str) else key.__name__
 
 

@@ -1,28 +1,26 @@
-"""What will be quantized: which layers, how, in what order, and what is left alone and why."""
+"""Plan: the layers to quantize in execution order with their settings, and why not others."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from adaround_ext.checks import check_flag
 from adaround_ext.config import AdaRoundConfig
-from adaround_ext.layers.matrix import SUPPORTED, MatrixLayer, matrix_layer
+from adaround_ext.layers.matrix import MatrixLayer
 from adaround_ext.planning.adapters import adapter_note
+from adaround_ext.planning.candidates import Candidate, FilterFn, find_candidates
 from adaround_ext.planning.overrides import RESERVED, LayerSettings, Overrides, module_names
-from adaround_ext.tensors import extent
+from adaround_ext.presets import choose_objective
 from adaround_ext.tracing.dataflow import Dataflow
 from adaround_ext.tracing.padding import PaddingMasks
 from adaround_ext.tracing.trace import ModuleCall, Trace, Value
 
-FilterFn = Callable[[nn.Module, str], bool]
-_NORMS = "Norm"
+Complete = Callable[[nn.Module, Mapping[str, Any]], dict[str, Any]]
 # The activation functions that config.activation knows, by ATen's name.
 _ACTIVATIONS = {"relu": "relu", "relu_": "relu", "gelu": "gelu", "silu": "silu", "silu_": "silu"}
 
@@ -31,8 +29,9 @@ _ACTIVATIONS = {"relu": "relu", "relu_": "relu", "gelu": "gelu", "silu": "silu",
 class Target:
     """A layer to quantize; ``tied`` are other layers that hold the same weight.
 
-    rows_chosen: whether the model's data decide which rows it gets. padding: the name of the mask
-    that tells which of them are none, as :meth:`PaddingMasks.name_of` has it.
+    objective, reason: as :func:`choose_objective` has them for ``config``. rows_chosen: whether the
+    model's data decide which rows it gets. padding: the name of the mask that tells which of them
+    are none, as :meth:`PaddingMasks.name_of` has it.
     """
 
     name: str
@@ -40,6 +39,8 @@ class Target:
     tied: tuple[tuple[str, nn.Module], ...]
     calls: tuple[ModuleCall, ...]  # of the layer and of those tied to it, in order
     config: AdaRoundConfig
+    objective: str
+    reason: str
     rows_chosen: bool = False
     padding: str | None = None
 
@@ -70,195 +71,133 @@ def make_plan(
     model: nn.Module,
     trace: Trace,
     config: AdaRoundConfig,
-    overrides: Overrides | None,
-    filter_fn: FilterFn | None,
-    activation_aware: bool,
-    refused: Mapping[nn.Module, str] | None = None,
+    overrides: Overrides | None = None,
+    filter_fn: FilterFn | None = None,
+    activation_aware: bool = False,
+    reasons: Mapping[nn.Module, str] | None = None,
     flow: Dataflow | None = None,
     masks: PaddingMasks | None = None,
-    complete: Callable[[nn.Module, Mapping[str, Any]], dict[str, Any]] | None = None,
+    complete: Complete | None = None,
 ) -> Plan:
-    """refused: layers that cannot be quantized, and why. flow, masks: of the trace. complete: a
-    layer's settings, from those that overrides give.
+    """The plan for a model as a trace shows it.
 
-    Raises ValueError and TypeError that name ``overrides``, ``filter_fn``, ``activation_aware`` or
-    the layer.
+    Args:
+        model: its layers are looked at, and not run.
+        trace: of a run on calibration data.
+        config: of every layer, where ``overrides`` say nothing else.
+        overrides: settings of some layers, as :func:`adaround_ext.quantize_` has them.
+        filter_fn: of a module and its name: False leaves the layer alone.
+        activation_aware: whether an activation function that directly follows a layer is part of
+            its loss.
+        reasons: layers that cannot be quantized, and why.
+        flow: of the trace; None where nobody will ask which rows a layer gets.
+        masks: of the trace; None where nobody will ask where padding is.
+        complete: a layer's settings, from the layer and those that overrides give.
+
+    Returns:
+        The targets in execution order, and what is skipped, with the reason.
+
+    Raises:
+        TypeError, ValueError: naming ``overrides``, ``filter_fn``, ``activation_aware`` or the
+            layer.
     """
     check_flag("activation_aware", activation_aware)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn must be a function of module and name, got {filter_fn!r}")
     names = module_names(model)
-    found, skipped = _find(model, trace, names, filter_fn, refused or {})
-    notes: list[str] = []
-
-    def calls(layer: _Layer) -> list[ModuleCall]:
-        modules = (layer.matrix.layer, *(m for _, m in layer.tied))
-        return sorted((c for m in modules for c in trace.calls_of(m)), key=lambda c: c.begin)
-
-    ordered = sorted(((layer, calls(layer)) for layer in found), key=lambda pair: pair[1][0].begin)
-    changes = LayerSettings({} if overrides is None else overrides, config, names)
+    candidates, skipped = find_candidates(model, trace, names, filter_fn, reasons or {})
+    settings = LayerSettings({} if overrides is None else overrides, config, names)
+    planner = _Planner(trace, config, settings, activation_aware, flow, masks, complete)
     targets: list[Target] = []
-    last = len(ordered) - 1
-    for index, (layer, own) in enumerate(ordered):
-        name, matrix, tied = layer.name, layer.matrix, layer.tied
-        known = names[matrix.layer] + [other for other, _ in tied]
-        known += [RESERVED[0]] * (index == 0) + [RESERVED[1]] * (index == last)
-        settings = changes.of(known, matrix.layer)
-        if settings is None:
-            skipped[name] = "overrides say skip"
-            continue
-        if complete is not None:
-            settings = complete(matrix.layer, settings)
-        if len(tied) and settings.get("bias", config.bias) != "keep":
-            settings = {**settings, "bias": "keep"}
-            notes.append(f"{name}: biases are kept, its weight is tied")
-        if activation_aware and "activation" not in settings:
-            activation = _activation(trace, own)
-            if activation is not None:
-                settings = {**settings, "activation": activation}
-        target = Target(
-            name, matrix, tied, tuple(own), changes.config(settings),
-            rows_chosen=flow is not None and any(map(flow.chooses_rows, own)),
-            padding=_padding(own, flow, masks),
-        )  # fmt: skip
-        _check_groups(target)
-        _check_finite(target)
-        targets.append(target)
-    notes += changes.unused(skipped)
+    for layer, aliases in _in_order(candidates, names):
+        target = planner.target(layer, aliases)
+        if target is None:
+            skipped[layer.name] = "overrides say skip"
+        else:
+            targets.append(target)
+    notes = planner.notes + settings.unused(skipped)
     adapters = adapter_note(target.name for target in targets)
     notes += [adapters] if adapters else []
     if not targets:
-        reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:5])
-        raise ValueError(
-            f"model must have a layer to quantize, got none ({reasons or 'no layers'})"
-        )
+        shown = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:5])
+        raise ValueError(f"model must have a layer to quantize, got none ({shown or 'no layers'})")
     return Plan(targets, skipped, notes)
 
 
-def _padding(
-    calls: list[ModuleCall], flow: Dataflow | None, masks: PaddingMasks | None
-) -> str | None:
-    if flow is None or masks is None:
-        return None
-    return masks.name_of(frozenset().union(*map(flow.arguments, calls)))
+@dataclass
+class _Planner:
+    """Makes targets of layers; arguments as :func:`make_plan` has them."""
+
+    trace: Trace
+    config: AdaRoundConfig
+    settings: LayerSettings
+    activation_aware: bool
+    flow: Dataflow | None
+    masks: PaddingMasks | None
+    complete: Complete | None
+    notes: list[str] = field(default_factory=list)
+
+    def target(self, layer: Candidate, aliases: list[str]) -> Target | None:
+        """The target, checked; None where overrides skip it. aliases: all names that mean it."""
+        config = self._config(layer, aliases)
+        if config is None:
+            return None
+        objective, reason = choose_objective(config)
+        target = Target(
+            layer.name, layer.matrix, layer.tied, layer.calls, config, objective, reason,
+            rows_chosen=self.flow is not None and any(map(self.flow.chooses_rows, layer.calls)),
+            padding=self._padding(layer.calls),
+        )  # fmt: skip
+        _check_groups(target)
+        _check_finite(target)
+        return target
+
+    def _config(self, layer: Candidate, aliases: list[str]) -> AdaRoundConfig | None:
+        settings = self.settings.of(aliases, layer.matrix.layer)
+        if settings is None:
+            return None
+        if self.complete is not None:
+            settings = self.complete(layer.matrix.layer, settings)
+        if len(layer.tied) and settings.get("bias", self.config.bias) != "keep":
+            settings = {**settings, "bias": "keep"}
+            self.notes.append(f"{layer.name}: biases are kept, its weight is tied")
+        if self.activation_aware and "activation" not in settings:
+            activation = _activation(self.trace, layer.calls)
+            if activation is not None:
+                settings = {**settings, "activation": activation}
+        return self.settings.config(settings)
+
+    def _padding(self, calls: Sequence[ModuleCall]) -> str | None:
+        if self.flow is None or self.masks is None:
+            return None
+        return self.masks.name_of(frozenset().union(*map(self.flow.arguments, calls)))
 
 
-class _Layer(NamedTuple):
-    name: str
-    matrix: MatrixLayer
-    tied: tuple[tuple[str, nn.Module], ...]
+def _in_order(
+    candidates: Iterable[Candidate], names: Mapping[nn.Module, list[str]]
+) -> Iterator[tuple[Candidate, list[str]]]:
+    """Layers in execution order, each with all names by which overrides may mean it."""
+    ordered = sorted(candidates, key=lambda layer: layer.calls[0].begin)
+    last = len(ordered) - 1
+    for index, layer in enumerate(ordered):
+        aliases = names[layer.matrix.layer] + [name for name, _ in layer.tied]
+        aliases += [RESERVED[0]] * (index == 0) + [RESERVED[1]] * (index == last)
+        yield layer, aliases
 
 
-def _find(
-    model: nn.Module,
-    trace: Trace,
-    names: Mapping[nn.Module, list[str]],
-    filter_fn: FilterFn | None,
-    refused: Mapping[nn.Module, str],
-) -> tuple[list[_Layer], dict[str, str]]:
-    """The layers that can and shall be quantized, and why others are not."""
-    owners: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
-    for module, known in names.items():
-        for _, parameter in module.named_parameters(recurse=False):
-            owners[id(parameter)].append((known[0], module))
-    skipped: dict[str, str] = {}
-    found: list[_Layer] = []
-    done: set[nn.Module] = set()
-    shared = _shared_memory(model)
-    for module, (name, *_) in names.items():
-        if module in done:
-            continue
-        reason = _no_layer(module, trace)
-        if reason is not None:
-            if reason:
-                skipped[name] = reason
-            continue
-        try:
-            matrix = matrix_layer(module)
-        except (TypeError, ValueError) as error:
-            skipped[name] = str(error)
-            continue
-        tied = tuple((other, m) for other, m in owners[id(module.weight)] if m is not module)
-        reason = _untied(matrix, tied) or shared.get(id(module.weight))
-        for layer in (module, *(m for _, m in tied)):
-            reason = reason or refused.get(layer)
-        if reason is not None:
-            skipped[name] = reason
-            continue
-        done.update(m for _, m in tied)
-        for other, _ in tied:
-            skipped.pop(other, None)
-        if filter_fn is not None and not filter_fn(module, name):
-            skipped[name] = "filter_fn returned False"
-            continue
-        found.append(_Layer(name, matrix, tied))
-    return found, skipped
-
-
-def _no_layer(module: nn.Module, trace: Trace) -> str | None:
-    """None for a layer to quantize, else why it is left alone; "" where nobody would ask."""
-    if isinstance(module, SUPPORTED):
-        calls = trace.calls_of(module)
-        if not calls:
-            return "it was not called: nothing is known of its inputs"
-        if any(len(call.inputs) != 1 for call in calls):
-            return "it was called with other arguments than its input"
-        return None
-    matrices = [p for p in module.parameters(recurse=False) if p.dim() > 1]
-    if not matrices or _NORMS in type(module).__name__:
-        return ""
-    return f"{type(module).__name__} is not supported"
-
-
-def _untied(matrix: MatrixLayer, tied: tuple[tuple[str, nn.Module], ...]) -> str | None:
-    """Why tied layers cannot be one, or None."""
-    for name, module in tied:
-        try:
-            other = matrix_layer(module)
-        except (TypeError, ValueError):
-            return f"its weight is also that of {name} ({type(module).__name__})"
-        if other.geometry != matrix.geometry or type(module) is not type(matrix.layer):
-            return f"its weight is also that of {name}, which uses it in another way"
-    return None
-
-
-def _shared_memory(model: nn.Module) -> dict[int, str]:
-    """By id, the parameters whose entries lie in other ones' memory, or on each other."""
-    found: dict[int, str] = {}
-    extents = []
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.layout != torch.strided or tensor.is_meta or is_lazy(tensor):
-            continue
-        steps = zip(tensor.shape, tensor.stride(), strict=True)
-        if any(size > 1 and step == 0 for size, step in steps):
-            found[id(tensor)] = "entries of its weight share memory"
-        if tensor.numel() and tensor.data_ptr():
-            extents.append((str(tensor.device), *extent(tensor), name, id(tensor)))
-    extents.sort()
-    last = None  # of those before, the one that ends last
-    for item in extents:
-        device, begin, end, name, key = item
-        if last is not None and last[0] == device and begin < last[2]:
-            found.setdefault(key, f"its weight shares memory with {last[3]}")
-            found.setdefault(last[4], f"its weight shares memory with {name}")
-        if last is None or last[0] != device or end > last[2]:
-            last = item
-    return found
-
-
-def _activation(trace: Trace, calls: list[ModuleCall]) -> str | None:
+def _activation(trace: Trace, calls: Sequence[ModuleCall]) -> str | None:
     """The activation function that is all that ever reads the outputs, as config has it."""
-    found: set[str | None] = set()
+    functions: set[str | None] = set()
     for call in calls:
         reader = trace.only_reader(call)
         name = None if reader is None else reader.name.split(".")[1]
         if reader is not None and name in ("hardtanh", "hardtanh_"):
-            found.add("relu6" if reader.arguments[:2] in ((0, 6), (0.0, 6.0)) else None)
+            functions.add("relu6" if reader.arguments[:2] in ((0, 6), (0.0, 6.0)) else None)
         elif reader is not None and name == "gelu" and "tanh" in reader.arguments:
-            found.add(None)
+            functions.add(None)
         else:
-            found.add(_ACTIVATIONS.get(name or ""))
-    return found.pop() if len(found) == 1 else None
+            functions.add(_ACTIVATIONS.get(name or ""))
+    return functions.pop() if len(functions) == 1 else None
 
 
 def _check_groups(target: Target) -> None:

@@ -3,8 +3,8 @@
 
 #include <vector>
 
-#include "../arguments.h"
-#include "storage.h"
+#include "arguments/search.h"
+#include "cpu/storage.h"
 
 namespace adaround_ext::cpu {
 namespace {
@@ -86,8 +86,7 @@ Tensor gptq_cpu(
   const GptqArguments args(weight, feedback, order, scale, zero_point, qmin, qmax);
   check_order(args.order);
   const bool is_signed = qmin < 0;
-  const Tensor codes =
-      allocate(args.weight, args.weight.sizes(), is_signed ? ScalarType::Char : ScalarType::Byte);
+  const Tensor codes = allocate(args.weight, args.weight.sizes(), code_dtype(qmin));
   if (args.weight.numel() == 0) {
     return codes;
   }

@@ -1,8 +1,8 @@
 // hard_quantize and dequantize on the CPU.
 #include <torch/csrc/stable/library.h>
 
-#include "../arguments.h"
-#include "storage.h"
+#include "arguments/rounding.h"
+#include "cpu/storage.h"
 
 namespace adaround_ext::cpu {
 namespace {
@@ -30,8 +30,7 @@ Tensor hard_quantize_cpu(
     const Tensor& weight, const Tensor& v, const Tensor& scale, const Tensor& zero_point,
     int64_t qmin, int64_t qmax) {
   const QuantizeArguments args(weight, v, scale, zero_point, qmin, qmax);
-  const Tensor codes =
-      allocate(args.weight, args.weight.sizes(), qmin < 0 ? ScalarType::Char : ScalarType::Byte);
+  const Tensor codes = allocate(args.weight, args.weight.sizes(), code_dtype(qmin));
   if (arithmetic_dtype(args.weight) == ScalarType::Double) {
     run_hard_quantize<double>(args, qmin, qmax, codes);
   } else {

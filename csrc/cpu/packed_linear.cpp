@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
-#include "../packing_arguments.h"
-#include "kernels.h"
+#include "arguments/packing.h"
+#include "cpu/isa/table.h"
 
 namespace adaround_ext::cpu {
 namespace {

@@ -3,8 +3,8 @@
 
 #include <vector>
 
-#include "../arguments.h"
-#include "storage.h"
+#include "arguments/search.h"
+#include "cpu/storage.h"
 
 namespace adaround_ext::cpu {
 namespace {

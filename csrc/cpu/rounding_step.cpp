@@ -3,8 +3,8 @@
 
 #include <cmath>
 
-#include "../arguments.h"
-#include "storage.h"
+#include "arguments/rounding.h"
+#include "cpu/storage.h"
 
 namespace adaround_ext::cpu {
 namespace {

@@ -4,8 +4,8 @@
 #include <tuple>
 #include <vector>
 
-#include "../arguments.h"
-#include "storage.h"
+#include "arguments/rounding.h"
+#include "cpu/storage.h"
 
 namespace adaround_ext::cpu {
 namespace {

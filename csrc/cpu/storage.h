@@ -11,8 +11,8 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "../checks.h"
-#include "kernels.h"
+#include "arguments/checks.h"
+#include "cpu/isa/table.h"
 
 namespace adaround_ext::cpu {
 

@@ -17,8 +17,8 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../checks.h"
-#include "../rounding_math.h"
+#include "arguments/checks.h"
+#include "math/rounding.h"
 
 namespace adaround_ext::cuda {
 

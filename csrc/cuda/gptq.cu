@@ -1,11 +1,11 @@
 // gptq on CUDA: a block takes kRows rows, which share the reading of the factor. A panel of columns
 // at a time is rounded, a warp a row, a column after the other; then all threads together, twice as
-// many, tell the columns behind the panel what it missed. The sums are those of cpu/kernels_impl.h,
+// many, tell the columns behind the panel what it missed. The sums are those of cpu/loops/gptq.h,
 // in its order.
 #include <torch/csrc/stable/library.h>
 
-#include "../arguments.h"
-#include "working_memory.cuh"
+#include "arguments/search.h"
+#include "cuda/working_memory.cuh"
 
 namespace adaround_ext::cuda {
 namespace {
@@ -226,8 +226,7 @@ Tensor gptq_cuda(
     const Tensor& weight, const Tensor& feedback, const Tensor& order, const Tensor& scale,
     const Tensor& zero_point, int64_t qmin, int64_t qmax) {
   const GptqArguments args(weight, feedback, order, scale, zero_point, qmin, qmax);
-  const Tensor codes =
-      allocate(args.weight, args.weight.sizes(), qmin < 0 ? ScalarType::Char : ScalarType::Byte);
+  const Tensor codes = allocate(args.weight, args.weight.sizes(), code_dtype(qmin));
   if (codes.numel() == 0) {
     return codes;
   }

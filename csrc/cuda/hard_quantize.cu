@@ -1,8 +1,8 @@
 // hard_quantize and dequantize on CUDA.
 #include <torch/csrc/stable/library.h>
 
-#include "../arguments.h"
-#include "cuda_utils.cuh"
+#include "arguments/rounding.h"
+#include "cuda/cuda_utils.cuh"
 
 namespace adaround_ext::cuda {
 namespace {
@@ -49,8 +49,7 @@ Tensor hard_quantize_cuda(
     int64_t qmin, int64_t qmax) {
   const QuantizeArguments args(weight, v, scale, zero_point, qmin, qmax);
   const DeviceGuard guard(args.weight.get_device_index());
-  const Tensor codes =
-      allocate(args.weight, args.weight.sizes(), qmin < 0 ? ScalarType::Char : ScalarType::Byte);
+  const Tensor codes = allocate(args.weight, args.weight.sizes(), code_dtype(qmin));
   if (codes.numel() == 0) {
     return codes;
   }

@@ -1,8 +1,8 @@
 // pack_bits and unpack_bits on CUDA: a thread a block of eight codes, which are whole bytes.
 #include <torch/csrc/stable/library.h>
 
-#include "../packing_arguments.h"
-#include "cuda_utils.cuh"
+#include "arguments/packing.h"
+#include "cuda/cuda_utils.cuh"
 
 namespace adaround_ext::cuda {
 namespace {

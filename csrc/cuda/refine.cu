@@ -1,13 +1,14 @@
 // refine_ on CUDA: cyclic coordinate descent over the whole grid, a block a row. The descent is the
-// sequential one of cpu/kernels_impl.h: the threads look at consecutive columns at once, and the
+// sequential one of cpu/loops/refine.h: the threads look at consecutive columns at once, and the
 // first of them that improves is the one that the sequential scan would change next, because
 // nothing before it changes.
 #include <torch/csrc/stable/library.h>
 
 #include <climits>
 
-#include "../arguments.h"
-#include "working_memory.cuh"
+#include "arguments/search.h"
+#include "cuda/working_memory.cuh"
+#include "math/search.h"
 
 namespace adaround_ext::cuda {
 namespace {

@@ -3,8 +3,8 @@
 // No streaming hints: the state of a layer of a million weights stays in the second-level cache.
 #include <torch/csrc/stable/library.h>
 
-#include "../arguments.h"
-#include "cuda_utils.cuh"
+#include "arguments/rounding.h"
+#include "cuda/cuda_utils.cuh"
 
 namespace adaround_ext::cuda {
 namespace {

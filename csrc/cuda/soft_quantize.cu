@@ -3,8 +3,8 @@
 
 #include <tuple>
 
-#include "../arguments.h"
-#include "cuda_utils.cuh"
+#include "arguments/rounding.h"
+#include "cuda/cuda_utils.cuh"
 
 namespace adaround_ext::cuda {
 namespace {
@@ -174,16 +174,13 @@ __global__ void __launch_bounds__(kThreads)
     load(weight, s.weight, span);
     load(v, s.v, span);
     load(grid, s.grids, span);
-    const float grad_reg = *s.grad_reg;
+    const StepParams<float> params{s.beta, *s.grad_reg, 0.0f, 0.0f};  // the gradient alone, no step
     float grad_v[kWidth];
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) {
-      const Rectified<float> r = rectified_sigmoid(v[e]);
-      const float code = floor_code(static_cast<float>(weight[e]), grid[e]) + r.h;
-      const float grad_code = static_cast<float>(grad[e]) * grid[e].scale;
-      const float grad_h =
-          through_clamp(grad_code, code, grid[e]) + grad_reg * round_reg(r.h, s.beta).grad;
-      grad_v[e] = grad_h * r.grad;
+      const float below = floor_code(static_cast<float>(weight[e]), grid[e]);
+      grad_v[e] = rounding_grad<true>(
+          v[e], static_cast<float>(grad[e]), below, grid[e], grid[e].scale, params);
     }
     store(s.grad_v, grad_v, span);
   });

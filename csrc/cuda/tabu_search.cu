@@ -1,13 +1,14 @@
-// tabu_search_ on CUDA: a block a row. The search is that of cpu/kernels_impl.h, step by step: one
-// pass puts the step before into the residual and looks for the next one. Every thread has columns
-// of its own, whose residual and codes no other thread touches. Two barriers a step:
+// tabu_search_ on CUDA: a block a row. The search is that of cpu/loops/tabu_search.h, step by step:
+// one pass puts the step before into the residual and looks for the next one. Every thread has
+// columns of its own, whose residual and codes no other thread touches. Two barriers a step:
 //   - within the pass, before its arithmetic: what thread 0 says about the step before is there;
 //   - after the pass: the cheapest step of every warp is there.
 #include <torch/csrc/stable/library.h>
 
-#include "../arguments.h"
-#include "cheapest.cuh"
-#include "working_memory.cuh"
+#include "arguments/search.h"
+#include "cuda/argmin.cuh"
+#include "cuda/working_memory.cuh"
+#include "math/search.h"
 
 namespace adaround_ext::cuda {
 namespace {

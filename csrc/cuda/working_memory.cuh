@@ -7,7 +7,7 @@
 #include <climits>
 #include <optional>
 
-#include "cuda_utils.cuh"
+#include "cuda/cuda_utils.cuh"
 
 namespace adaround_ext::cuda {
 

@@ -16,7 +16,8 @@ from torch import nn
 
 from adaround_ext import ModelReport, load_quantized, ops, quantize_
 from adaround_ext.cli import commands as cli_commands
-from adaround_ext.cli.sources import load_model, text_windows
+from adaround_ext.cli.models import load_model
+from adaround_ext.cli.sources import text_windows
 from adaround_ext.result import QuantizedWeight
 from tests.support.cli_fixtures import FAST, WORDS, Run
 
@@ -204,6 +205,24 @@ def test_inspect_directory_with_text(run: Run, bert: Path, text: Path) -> None:
     assert [document["order"] for document in documents] == ["definition", "execution"]
     assert sorted(names[0]) == sorted(names[1])
     assert "embeddings.word_embeddings" in documents[1]["skipped"]
+
+
+def test_inspect_leaves_out_what_quantize_leaves_out(run: Run, folder: Path) -> None:
+    """Also a layer that does more than its class, which only a run can tell."""
+    (folder / "doing_more.py").write_text(
+        "from torch import nn\n"
+        "class Doubled(nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        return 2 * super().forward(x)\n"
+        "def net():\n"
+        "    return nn.Sequential(nn.Linear(3, 4), Doubled(4, 2))\n"
+    )
+    data = ["--data", "nets_of_the_cli:rows"]
+    shown = json.loads(run("inspect", "doing_more:net", *data, "--json")[1])
+    assert run("quantize", "doing_more:net", *data, "--output", "out", *FAST)[0] == 0
+    report = json.loads((folder / "out" / "report.json").read_text())
+    assert shown["skipped"] == report["skipped"]
+    assert list(shown["skipped"]) == ["1"]
 
 
 def test_inspect_report(run: Run, folder: Path) -> None:

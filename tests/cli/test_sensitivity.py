@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from adaround_ext import ModelReport, Sensitivity, sensitivity
-from adaround_ext.cli.sources import load_model, text_windows
+from adaround_ext.cli.models import load_model
+from adaround_ext.cli.sources import text_windows
 from tests.support.cli_fixtures import FAST, Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -44,7 +44,7 @@ def load() -> None:
             sources,
             extra_cflags=[*_FLAGS, *sanitize, "-fno-sanitize-recover"],
             extra_ldflags=sanitize,
-            extra_include_paths=[str(_HERE), str(_ROOT / "csrc" / "cuda")],
+            extra_include_paths=[str(_HERE), str(_ROOT / "csrc")],
             build_directory=str(_BUILD),
             is_python_module=False,
         )

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from adaround_ext import ActivationConfig, quantize_
 from adaround_ext.activations.hooks import quantizers
-from adaround_ext.export.aimet.export import ENCODINGS, KIND, MODEL, export_aimet, runners
+from adaround_ext.export.aimet import export_aimet, runners
+from adaround_ext.export.aimet.runner import ENCODINGS, KIND, MODEL
 from adaround_ext.export.manifest import read_manifest, write_manifest
 from adaround_ext.export.parity import ParityReport, verify
 from adaround_ext.export.quantized_layers import quantized_layers

@@ -24,7 +24,7 @@ from adaround_ext import (
 )
 from adaround_ext.export.formats import FORMATS, format_module
 from adaround_ext.export.manifest import NAME, read_manifest, write_manifest
-from adaround_ext.export.packed.save import FILE, KIND
+from adaround_ext.export.packed.stored import FILE, KIND
 from tests.support.export_models import Tied, quantized, tied
 
 pytestmark = pytest.mark.usefixtures("one_thread")

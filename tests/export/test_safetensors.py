@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from adaround_ext import ActivationConfig, load_quantized, save_quantized
 from adaround_ext.activations.hooks import quantizers
 from adaround_ext.export.manifest import NAME
-from adaround_ext.export.packed.save import FILE, save_codes
+from adaround_ext.export.packed.save import save_codes
+from adaround_ext.export.packed.stored import FILE
 from adaround_ext.export.quantized_layers import quantized_layers
 from adaround_ext.result import QuantizedWeight
 from tests.support.export_models import Tied, convolutional, quantized, tied

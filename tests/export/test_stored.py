@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from adaround_ext import ActivationConfig, load_quantized, save_quantized
 from adaround_ext.activations.hooks import quantizers
 from adaround_ext.export.manifest import NAME, read_manifest, write_manifest
-from adaround_ext.export.packed.save import FILE, KIND
+from adaround_ext.export.packed.stored import FILE, KIND
 from tests.support.export_models import quantized, tied
 
 pytestmark = pytest.mark.usefixtures("one_thread")

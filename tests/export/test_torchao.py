@@ -20,14 +20,8 @@ from adaround_ext.export.manifest import read_manifest
 from adaround_ext.export.parity import verify
 from adaround_ext.export.quantized_layers import quantized_layers
 from adaround_ext.export.runner import output_tensors
-from adaround_ext.export.torchao.export import (
-    KIND,
-    PROGRAM,
-    WEIGHTS,
-    export_torchao,
-    runners,
-    to_torchao,
-)
+from adaround_ext.export.torchao import export_torchao, runners, to_torchao
+from adaround_ext.export.torchao.runner import KIND, PROGRAM, WEIGHTS
 from tests.support.export_models import convolutional, quantized, tied
 
 torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")

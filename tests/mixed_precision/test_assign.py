@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from adaround_ext.mixed_precision import assign as assignment_module
+from adaround_ext.mixed_precision import assign
 from adaround_ext.mixed_precision.assign import assign_bits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,7 +67,7 @@ def test_large_instances_stay_near_the_bound(monkeypatch: pytest.MonkeyPatch) ->
     best = math.fsum(errors[n][b] for n, b in exact.items())
     assert sum(weights[n] * b for n, b in exact.items()) <= budget * sum(weights.values())
     # With few states it is still as good as greedy, which is near the best with many layers.
-    monkeypatch.setattr(assignment_module, "_MOST_STATES", 4)
+    monkeypatch.setattr(assign, "_MOST_STATES", 4)
     thinned = assign_bits(errors, weights, budget)
     assert sum(weights[n] * b for n, b in thinned.items()) <= budget * sum(weights.values())
     got = math.fsum(errors[n][b] for n, b in thinned.items())

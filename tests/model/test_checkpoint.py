@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from adaround_ext import ActivationConfig, quantize_
 from adaround_ext.model import checkpoint
-from adaround_ext.model.run_record import model_digest
+from adaround_ext.model.checkpoint import model_digest
 from tests.model.test_quantize import codes
 from tests.support import models
 

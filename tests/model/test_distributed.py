@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from adaround_ext import quantize_
-from adaround_ext.cli import main as cli
+from adaround_ext.cli import main
 from adaround_ext.distributed import Ranks, _released
 from tests.support.distributed_cases import CASES, FAST, rank_of, run_case
 
@@ -186,7 +186,7 @@ def test_the_command_line_under_torchrun(folder: Path) -> None:
     """One rank writes and speaks; the model is that of one process."""
     module = "nets_of_the_cli"
     command = ["quantize", f"{module}:net", "--data", f"{module}:images", "--preset", "fast"]
-    assert cli.main([*command, "--quiet", "--output", "one"]) == 0
+    assert main([*command, "--quiet", "--output", "one"]) == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, "-m", "adaround_ext", *command, "--json", "--output", "two"],

@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import adaround_ext.model.quantize
 from adaround_ext import ActivationConfig, quantize_
 from tests.model.test_checkpoint import interrupted
 from tests.model.test_quantize import codes
@@ -116,7 +115,7 @@ def test_the_order_of_layers_and_the_cut_of_passes(
 
     for cut in (backwards, in_pairs):
         with monkeypatch.context() as patch:
-            patch.setattr(adaround_ext.model, "parallel_segments", cut)
+            patch.setattr("adaround_ext.model.quantize.parallel_passes", cut)
             assert_same(quantized(name, mode="parallel"), expected)
     assert len(units) >= 3
     assert_same(quantized(name, mode="parallel", memory_budget=0), expected)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext import ActivationConfig, quantize_
-from adaround_ext.model import quantize as model_module
+from adaround_ext.model import quantize, solve_units
 from tests.support import models
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -149,7 +149,7 @@ def test_an_interruption_at_the_end_comes_after_it(
     ctrl_c: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Never a model of which some layers are quantized and others are not."""
-    write, calls = model_module.apply_, []
+    write, calls = quantize.apply_, []
 
     def interrupted(*args: Any) -> None:
         calls.append(1)
@@ -158,7 +158,7 @@ def test_an_interruption_at_the_end_comes_after_it(
             signal.getsignal(signal.SIGINT)(signal.SIGINT, None)
         write(*args)
 
-    monkeypatch.setattr(model_module, "apply_", interrupted)
+    monkeypatch.setattr(quantize, "apply_", interrupted)
     model = net()
     with pytest.raises(KeyboardInterrupt):
         quantize_(model, images(), **FAST)
@@ -172,9 +172,7 @@ def test_a_failure_on_the_way_leaves_the_model_as_it_was(
     mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With everything on: folded batch norms, equalized layers, quantizers of activations."""
-    from adaround_ext.model import solve_units as shared_work
-
-    solve, calls = shared_work.solve, []
+    solve, calls = solve_units.solve, []
 
     def fail_late(*args: Any) -> Any:
         calls.append(1)
@@ -182,7 +180,7 @@ def test_a_failure_on_the_way_leaves_the_model_as_it_was(
             raise KeyboardInterrupt
         return solve(*args)
 
-    monkeypatch.setattr(shared_work, "solve", fail_late)
+    monkeypatch.setattr(solve_units, "solve", fail_late)
     model = net().train()
     before, batches = Snapshot(model), images()
     random_state = torch.get_rng_state()

@@ -198,10 +198,10 @@ def test_as_without_recordings(make: Callable[[], nn.Module]) -> None:
 def test_resumed_where_everything_runs_again(
     after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.model import test_resume
+    from tests.model import test_checkpoint
 
     batches = vectors(16, 24)
-    monkeypatch.setattr(test_resume, "batches", lambda: copy.deepcopy(batches))
+    monkeypatch.setattr(test_checkpoint, "batches", lambda: copy.deepcopy(batches))
     model = Appending()
     whole = copy.deepcopy(model)
     quantize_(whole, batches, FAST, progress=False)

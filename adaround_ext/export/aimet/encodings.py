@@ -1,4 +1,4 @@
-"""What AIMET's encodings files say of a tensor, in both of their versions, and reading it back.
+"""AIMET encodings: what a file says of a tensor, in both of its versions, and reading it back.
 
 A tensor x is scale (clamp(round(x / scale) + zero_point, qmin, qmax) - zero_point). Version 2.0.0
 states that as ONNX QuantizeLinear does. 1.0.0 states offset = -zero_point, less 2^(bits-1) for

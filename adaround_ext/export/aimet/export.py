@@ -1,4 +1,4 @@
-"""Quantized models for AIMET, and by it for Qualcomm's QAIRT: a float ONNX file and its encodings.
+"""AIMET export, and by AIMET to Qualcomm's QAIRT: a float ONNX file and its encodings.
 
 The encodings fix the grid of every quantized weight, and of activations where the model quantizes
 them; AIMET (``load_encodings_to_sim``, ``set_and_freeze_param_encodings``) then computes what the
@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,23 +19,20 @@ from torch import Tensor, nn
 
 from adaround_ext.activations.hooks import quantizers
 from adaround_ext.activations.quantizer import ActivationQuantizer
+from adaround_ext.checks import fail
 from adaround_ext.export.aimet.encodings import VERSIONS, Encoding
 from adaround_ext.export.aimet.graph import FloatGraph, operator_of
-from adaround_ext.export.aimet.runner import session_runner
+from adaround_ext.export.aimet.runner import ENCODINGS, KIND, MODEL
 from adaround_ext.export.formats import need
-from adaround_ext.export.manifest import new_export, read_manifest
+from adaround_ext.export.manifest import new_export
 from adaround_ext.export.onnx.names import chosen_names, name_axes_, name_values_, output_names_of
 from adaround_ext.export.onnx.program import output_of, save, traced
 from adaround_ext.export.onnx.trace import is_plain_linear
 from adaround_ext.export.quantized_layers import QuantizedLayer, quantized_layers, refuse
-from adaround_ext.export.runner import Runner
 from adaround_ext.export.torch_export import automatic_shapes, bind, distinct, ordered
 from adaround_ext.ops.library import build_info
 from adaround_ext.tracing.arguments import arguments
 from adaround_ext.tracing.evaluation import evaluation
-
-KIND = "aimet"
-MODEL, ENCODINGS = "model.onnx", "model.encodings"
 
 
 def export_aimet(
@@ -45,18 +41,27 @@ def export_aimet(
     """Writes a new directory with model.onnx, the simulated model, and model.encodings for it.
 
     Weights are float initializers of their names in the model, those of Linear as [in, out], read
-    by Conv, ConvTranspose and MatMul. args: a batch as the model takes it: a tensor, a tuple, or a
-    mapping of keyword arguments; dimension 0 of inputs, and 1 of token ids and masks, may change
-    where the model lets them. version: of the encodings, "1.0.0", AIMET's default, or "2.0.0".
+    by Conv, ConvTranspose and MatMul. Source: AIMET 2.42, aimet_onnx, _encoding.py.
 
-    Raises ImportError without onnx and onnxscript; TypeError and ValueError for a model that is not
-    quantized, or changed since, and for arguments that do not fit; ValueError for another version,
-    quantized activations in 2.0.0 (AIMET refuses or moves those that it has no quantizer for),
-    layers that are not float32, Linears with a forward of their own, scales that do not lie along
-    the axes that AIMET has for an operator, and a directory that is not new.
+    Args:
+        model: A model that :func:`adaround_ext.quantize_` has quantized. It is not changed.
+        args: A batch as the model takes it: a tensor, a tuple, or a mapping of keyword arguments.
+            Dimension 0 of inputs, and 1 of token ids and masks, may change where the model lets
+            them.
+        folder: The directory to write, new or empty.
+        version: Of the encodings: "1.0.0", AIMET's default, or "2.0.0".
+
+    Raises:
+        ImportError: onnx or onnxscript is missing.
+        TypeError: ``model`` is no module, or the arguments do not fit it.
+        ValueError: The model is not quantized, or changed since, or the arguments do not fit; for
+            another version, quantized activations in 2.0.0 (AIMET refuses or moves those that it
+            has no quantizer for), layers that are not float32, Linears with a forward of their own,
+            scales that do not lie along the axes that AIMET has for an operator, and a directory
+            that is not new.
     """
     if version not in VERSIONS:
-        raise ValueError(f"version must be {' or '.join(map(repr, VERSIONS))}, got {version!r}")
+        fail("version", " or ".join(map(repr, VERSIONS)), version)
     need("the export for AIMET", "export", "onnx", "onnxscript")
     layers = quantized_layers(model)
     encodings = _of_layers(layers)
@@ -65,7 +70,7 @@ def export_aimet(
         rule = "version must be '1.0.0' for quantized activations"
         raise ValueError(f"{rule}, got {version!r} and {', '.join(placed)}")
     positional, named = distinct(ordered(model, *arguments(model, args, "args")))
-    with new_export(folder, KIND) as (part, details), evaluation(model):
+    with new_export(folder, KIND) as (directory, details), evaluation(model):
         inputs, outputs = _names(model, positional, named)
         shapes = automatic_shapes(model, positional, named)
         program = traced(model, layers, list(placed.values()), positional, named, shapes)
@@ -75,39 +80,23 @@ def export_aimet(
         weights = {name: encodings[layer.name] for name, layer in graph.weights().items()}
         places = list(placed.items())
         activations = {name: places[index] for name, index in graph.activations().items()}
-        save(program, part / MODEL)
+        save(program, directory / MODEL)
         grids = {name: _of_quantizer(quantizer) for name, (_, quantizer) in activations.items()}
         text = json.dumps(_content(grids, weights, version))
-        (part / ENCODINGS).write_text(text, encoding="utf-8")
+        (directory / ENCODINGS).write_text(text, encoding="utf-8")
         details.update(
             version=version,
             layers={
-                layer.name: {
-                    "bits": layer.bits,
-                    "granularity": layer.granularity,
-                    "symmetric": layer.symmetric,
-                    "tensor": name,
-                }
+                layer.name: {**layer.grid, "tensor": name}
                 for name, layer in graph.weights().items()
             },
             activations={name: quantizer for name, (quantizer, _) in activations.items()},
         )
 
 
-def runners(folder: Path, model: nn.Module) -> list[Runner]:
-    """ONNX Runtime, after weights have been checked against their encodings, and with activations'.
-
-    Raises ImportError without onnx_ir and onnxruntime.
-    """
-    read_manifest(folder, KIND)
-    need("running an export for AIMET", "export", "onnx_ir", "onnxruntime")
-    content = json.loads((folder / ENCODINGS).read_text(encoding="utf-8"))
-    return [session_runner(folder / MODEL, content, model)]
-
-
 def _of_layers(layers: Sequence[QuantizedLayer]) -> dict[str, Encoding]:
     """By the names of the layers; ValueError naming those that AIMET cannot hold."""
-    found = {}
+    encodings = {}
 
     def obstacle(layer: QuantizedLayer) -> str | None:
         if layer.matrix.weight.dtype != torch.float32:
@@ -116,28 +105,25 @@ def _of_layers(layers: Sequence[QuantizedLayer]) -> dict[str, Encoding]:
         if isinstance(layer.module, nn.Linear) and not is_plain_linear(layer.module):
             return "a Linear with a forward of its own may put Transpose between weight and MatMul"
         try:
-            found[layer.name] = _of_layer(layer)
+            encodings[layer.name] = _of_layer(layer)
         except ValueError as error:
             return str(error)
         return None
 
     refuse("AIMET", layers, obstacle)
-    return found
+    return encodings
 
 
 def _of_layer(layer: QuantizedLayer) -> Encoding:
     """ValueError where its scales do not lie along the axes that AIMET has for its operator."""
     operator = operator_of(layer.module)
-    # Which of all scales each weight has, as the graph has the weight.
-    runs = torch.arange(layer.weight.scale.numel(), dtype=torch.int32, device="cpu")
-    runs = runs.view(layer.weight.scale.shape).repeat_interleave(layer.group_size, 1)
-    own = layer.matrix.weight_from_matrix(runs.expand(layer.rows, -1))
+    index = layer.matrix.weight_from_matrix(layer.scale_index.cpu())
     return Encoding(
         layer.bits,
         layer.symmetric,
         layer.weight.scale.cpu().double().numpy(),
         layer.weight.zero_point.cpu().long().numpy(),
-    ).along(operator, (own.t() if operator == "MatMul" else own).numpy())
+    ).along(operator, (index.t() if operator == "MatMul" else index).numpy())
 
 
 def _of_quantizer(quantizer: ActivationQuantizer) -> Encoding:

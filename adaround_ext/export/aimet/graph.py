@@ -1,4 +1,4 @@
-"""The marked operators of a graph become float ones, whose tensors AIMET can put quantizers on."""
+"""Float graph: marked operators become float ones, whose tensors AIMET can put quantizers on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from adaround_ext.export.onnx.graph import add_initializer
+from adaround_ext.export.onnx.graph import add_initializer, index_of, without_weights_
 from adaround_ext.export.onnx.trace import ACTIVATION, DOMAIN, LINEAR
 from adaround_ext.export.quantized_layers import QuantizedLayer
 
@@ -33,18 +33,12 @@ class FloatGraph:
     """
 
     def __init__(self, model: ir.Model, layers: Sequence[QuantizedLayer]) -> None:
-        import onnx_ir as ir
         from onnx_ir.passes import common
 
         self._graph, self._layers = model.graph, layers
         self._weights: dict[int, ir.Value] = {}
         self._activations: dict[ir.Value, int] = {}
-        nodes = [n for n in ir.traversal.RecursiveGraphIterator(model.graph) if n.domain == DOMAIN]
-        for node in nodes:
-            if node.op_type != ACTIVATION:
-                node.replace_input_with(1 if node.op_type == LINEAR else 0, None)
-        common.RemoveUnusedNodesPass()(model)  # with the weights, whose names the new ones take
-        for node in nodes:
+        for node in without_weights_(model):
             if node.graph is None:  # nothing used its output, or another has stood for it
                 continue
             if node.op_type == ACTIVATION:
@@ -52,7 +46,7 @@ class FloatGraph:
             elif node.op_type == LINEAR:
                 self._resolve_linear(node)
             else:
-                _replace(node, [], self._weight(_index(node), transpose=False))
+                _replace(node, [], self._weight(index_of(node), transpose=False))
         common.RemoveUnusedOpsetsPass()(model)
         self._check_readers()
 
@@ -67,11 +61,11 @@ class FloatGraph:
     def _check_readers(self) -> None:
         for index, value in self._weights.items():
             layer = self._layers[index]
-            wanted = operator_of(layer.module)
-            found = {(use.node.op_type, use.idx) for use in value.uses()}
-            if found != {(wanted, 1)}:
-                got = ", ".join(sorted(operator for operator, _ in found))
-                rule = f"the weight of {layer.name} must be read by {wanted} as its weight"
+            reader = operator_of(layer.module)
+            uses = {(use.node.op_type, use.idx) for use in value.uses()}
+            if uses != {(reader, 1)}:
+                got = ", ".join(sorted(operator for operator, _ in uses))
+                rule = f"the weight of {layer.name} must be read by {reader} as its weight"
                 raise ValueError(f"{rule}, got {got}")
 
     def _resolve_linear(self, node: ir.Node) -> None:
@@ -79,18 +73,18 @@ class FloatGraph:
 
         x, _, bias = (*node.inputs, None, None)[:3]  # those that are absent may be cut off
         output = node.outputs[0]
-        made = [ir.node("MatMul", [x, self._weight(_index(node), transpose=True)])]
+        nodes = [ir.node("MatMul", [x, self._weight(index_of(node), transpose=True)])]
         if bias is not None:
-            made[0].outputs[0].name = f"{output.name}_without_bias"
-            made.append(ir.node("Add", [made[0].outputs[0], bias]))
-        for each in made:
+            nodes[0].outputs[0].name = f"{output.name}_without_bias"
+            nodes.append(ir.node("Add", [nodes[0].outputs[0], bias]))
+        for each in nodes:
             _describe(each.outputs[0], output)
-        _replace(node, made, made[-1].outputs[0])
+        _replace(node, nodes, nodes[-1].outputs[0])
 
     def _resolve_activation(self, node: ir.Node) -> None:
         import onnx_ir as ir
 
-        x, index = node.inputs[0], _index(node)
+        x, index = node.inputs[0], index_of(node)
         assert x is not None
         readers = [use.node for use in x.uses()]
         if (
@@ -119,23 +113,19 @@ class FloatGraph:
         return self._weights[index]
 
 
-def _index(node: ir.Node) -> int:
-    return node.attributes["index"].as_int()
-
-
 def _quantizes(node: ir.Node, index: int) -> bool:
     """Whether it is a mark of this quantizer."""
-    return node.domain == DOMAIN and node.op_type == ACTIVATION and _index(node) == index
+    return node.domain == DOMAIN and node.op_type == ACTIVATION and index_of(node) == index
 
 
-def _replace(node: ir.Node, made: Sequence[ir.Node], value: ir.Value) -> None:
+def _replace(node: ir.Node, nodes: Sequence[ir.Node], value: ir.Value) -> None:
     """By nodes, the output of whose last is ``value``; without any, by a value that is there."""
     import onnx_ir as ir
 
     graph, output = node.graph, node.outputs[0]
     assert graph is not None
-    if made:
-        ir.convenience.replace_nodes_and_values(graph, node, [node], made, [output], [value])
+    if nodes:
+        ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [output], [value])
     else:
         output.replace_all_uses_with(value)
         graph.remove(node, safe=True)

@@ -1,7 +1,8 @@
-"""AIMET's encodings carried out by ONNX Runtime, from the files alone."""
+"""AIMET runner: encodings carried out by ONNX Runtime, from the files alone."""
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext.export.aimet.encodings import Encoding
-from adaround_ext.export.runner import Runner
+from adaround_ext.export.formats import need
+from adaround_ext.export.manifest import read_manifest
+from adaround_ext.export.onnx.runner import cpu_session
+from adaround_ext.export.runner import FLIPS, Runner
 from adaround_ext.export.torch_export import bind
 from adaround_ext.grid import quant_range
 
@@ -20,13 +24,22 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import onnxruntime  # type: ignore[import-untyped]
 
-_FLIPS = (
-    "activations are quantized: float32 sums in another order move some across a rounding "
-    "threshold, as they do in PyTorch between batch sizes"
-)
+KIND = "aimet"
+MODEL, ENCODINGS = "model.onnx", "model.encodings"
 
 
-def session_runner(path: Path, content: Mapping[str, Any], model: nn.Module) -> Runner:
+def runners(folder: Path, model: nn.Module) -> list[Runner]:
+    """ONNX Runtime on the float file, its weights checked and its activations quantized.
+
+    Raises ImportError without onnx_ir and onnxruntime.
+    """
+    read_manifest(folder, KIND)
+    need("running an export for AIMET", "export", "onnx_ir", "onnxruntime")
+    content = json.loads((folder / ENCODINGS).read_text(encoding="utf-8"))
+    return [_session_runner(folder / MODEL, content, model)]
+
+
+def _session_runner(path: Path, content: Mapping[str, Any], model: nn.Module) -> Runner:
     """Runs an ONNX file, its tensors quantized as ``content``, an encodings file, says.
 
     Raises ValueError where a tensor is missing, or a weight is not on the grid that it shall have.
@@ -43,7 +56,7 @@ def session_runner(path: Path, content: Mapping[str, Any], model: nn.Module) -> 
         if value.const_value is not None:
             _check_weight(value, entry, version)
         else:
-            note = _FLIPS
+            note = FLIPS
             _quantize(graph_model, value, Encoding.read(entry, version, (), None))
     session = _session(graph_model)
     names = {value.name for value in session.get_inputs()}
@@ -62,15 +75,11 @@ def session_runner(path: Path, content: Mapping[str, Any], model: nn.Module) -> 
 
 def _session(model: ir.Model) -> onnxruntime.InferenceSession:
     import onnx_ir as ir
-    import onnxruntime  # type: ignore[import-untyped]
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors
-    options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        ir.save(model, path, external_data="model.onnx.data")  # of any size
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        path = Path(folder) / MODEL
+        ir.save(model, path, external_data=f"{MODEL}.data")  # of any size
+        return cpu_session(path)
 
 
 def _values(model: ir.Model) -> dict[str | None, ir.Value]:
@@ -78,8 +87,8 @@ def _values(model: ir.Model) -> dict[str | None, ir.Value]:
     import onnx_ir as ir
 
     nodes = ir.traversal.RecursiveGraphIterator(model.graph)
-    made = [output for node in nodes for output in node.outputs]
-    values = [*model.graph.inputs, *model.graph.initializers.values(), *made]
+    outputs = [output for node in nodes for output in node.outputs]
+    values = [*model.graph.inputs, *model.graph.initializers.values(), *outputs]
     return {value.name: value for value in values}
 
 
@@ -108,11 +117,11 @@ def _quantize(model: ir.Model, value: ir.Value, encoding: Encoding) -> None:
     rounded = ir.node("Round", divided.outputs)
     clipped = ir.node("Clip", [*rounded.outputs, *low.outputs, *high.outputs])
     result = ir.node("Mul", [*clipped.outputs, *scale.outputs])
-    made = [scale, low, high, divided, rounded, clipped, result]
+    nodes = [scale, low, high, divided, rounded, clipped, result]
     if producer is None:
-        graph.insert_before(graph[0], made)
+        graph.insert_before(graph[0], nodes)
     else:
-        graph.insert_after(producer, made)
+        graph.insert_after(producer, nodes)
     for use in uses:
         use.node.replace_input_with(use.idx, result.outputs[0])
     for index, output in enumerate(graph.outputs):

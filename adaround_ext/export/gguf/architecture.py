@@ -1,4 +1,4 @@
-"""What gguf and llama.cpp call the tensors and settings of the architectures that we know.
+"""Architectures: names that gguf has for the tensors of known models, and llama.cpp's settings.
 
 Names are gguf-py's own. Settings, and the order of the rows of q and k, are those of llama.cpp's
 converter (conversion/llama.py, qwen.py and bert.py there), without a tokenizer.
@@ -21,8 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Architecture:
-    """name: llama.cpp's. names: of tensors, by their keys in the model's state dict. heads: for
-    keys whose rows change their order, their number of attention heads.
+    """An architecture that llama.cpp runs, with a model's tensors.
+
+    Attributes:
+        name: llama.cpp's.
+        names: Of tensors, by their keys in the model's state dict.
+        heads: For keys whose rows change their order, their number of attention heads.
+        config: The model's configuration.
     """
 
     name: str
@@ -45,7 +50,15 @@ class Architecture:
 
 @dataclass(frozen=True)
 class _Known:
-    """kind: of model. obstacle: whether the configuration asks for what llama.cpp does not do."""
+    """How a class of transformers becomes an architecture.
+
+    Attributes:
+        name: llama.cpp's.
+        kind: The class of the model.
+        obstacle: Whether the configuration asks for what llama.cpp does not do.
+        settings: Writes those settings that only this architecture has.
+        permuted: Whether rows of q and k change their order.
+    """
 
     name: str
     kind: str
@@ -66,8 +79,8 @@ def architecture(model: nn.Module) -> Architecture | None:
     if not set(keys) <= set(skeleton(model).state_dict()):  # type: ignore[arg-type]
         return None
     (kind,) = (key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == known.name)
-    found = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
-    named = ((key, found.get_name(key, (".weight", ".bias"))) for key in keys)
+    name_map = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    named = ((key, name_map.get_name(key, (".weight", ".bias"))) for key in keys)
     names = {key: name for key, name in named if name is not None}
     if len(names) < len(keys):
         return None
@@ -86,13 +99,13 @@ def row_order(rows: int, heads: int) -> Tensor:
 
 
 def _heads(keys: Iterable[str], config: Any) -> dict[str, int]:
-    found = {}
+    heads = {}
     for key in keys:
         if ".q_proj." in key:
-            found[key] = config.num_attention_heads
+            heads[key] = config.num_attention_heads
         elif ".k_proj." in key:
-            found[key] = config.num_key_value_heads
-    return found
+            heads[key] = config.num_key_value_heads
+    return heads
 
 
 def _decoder_obstacle(config: Any) -> bool:

@@ -1,4 +1,4 @@
-"""GGUF files, with a layer's codes as they are in blocks of Q4_0 or Q8_0.
+"""GGUF export: a layer's codes as they are, in blocks of Q4_0 or Q8_0.
 
 A block has 32 weights of a row, one float16 scale d, and codes q: d (q - 8) with q in 4 bits
 (Q4_0), or d q with q in 8 bits (Q8_0). Source: gguf-py, gguf/quants.py.
@@ -6,27 +6,26 @@ A block has 32 weights of a row, one float16 scale d, and codes q: d (q - 8) wit
 
 from __future__ import annotations
 
-import copy
-import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adaround_ext.activations.hooks import quantizers
 from adaround_ext.export.gguf.architecture import Architecture, architecture, row_order
-from adaround_ext.export.manifest import new_export, read_manifest
-from adaround_ext.export.quantized_layers import LEAVE_OUT, QuantizedLayer, quantized_layers, refuse
-from adaround_ext.export.runner import Runner, module_runner
+from adaround_ext.export.gguf.runner import FILE, KIND, gguf_package, read_tensors
+from adaround_ext.export.manifest import new_export
+from adaround_ext.export.quantized_layers import (
+    LEAVE_OUT,
+    QuantizedLayer,
+    quantized_layers,
+    refuse,
+    refuse_quantizers,
+)
 
-KIND = "gguf"
-FILE = "model.gguf"
 BLOCK = 32
-_READABLE_BY_TRANSFORMERS = ("llama", "qwen2")
 _WIDER = {torch.bool: torch.int8, torch.uint8: torch.int16, torch.bfloat16: torch.float32}
 
 
@@ -41,24 +40,28 @@ def export_gguf(
     Qwen2ForCausalLM and BertModel without pooler, with the usual settings, get gguf's tensor names,
     and rows and settings as llama.cpp wants them, but no tokenizer: it runs them on token ids, its
     own way, with activations in 8 bits. Any other model gets torch's names and the architecture
-    "torch", which gguf-py reads and llama.cpp refuses. ``name``: the file's ``general.name``, that
-    of the class by default.
+    "torch", which gguf-py reads and llama.cpp refuses.
 
-    Raises ImportError without gguf; TypeError and ValueError as :func:`quantized_layers`;
-    ValueError for quantized activations, for quantized layers other than Linear, asymmetric codes,
-    groups that are no whole blocks and scales that float16 cannot hold; and for a directory that is
-    not new.
+    Args:
+        model: A model that :func:`adaround_ext.quantize_` has quantized. It is not changed.
+        folder: The directory to write, new or empty.
+        name: The file's ``general.name``, that of the class by default.
+
+    Raises:
+        ImportError: gguf is missing.
+        TypeError: ``model`` is no module.
+        ValueError: The model is not quantized, or changed since; for quantized activations, for
+            quantized layers other than Linear, asymmetric codes, groups that are no whole blocks
+            and scales that float16 cannot hold; and for a directory that is not new.
     """
-    gguf = _gguf()
+    gguf = gguf_package()
     layers = quantized_layers(model)
-    if found := list(quantizers(model)):
-        got = f"got {len(found)} quantizers, as {found[0]}"
-        raise ValueError(f"GGUF files go without quantized activations, {got}")
+    refuse_quantizers("GGUF files", model)
     refuse("GGUF", layers, obstacle)
     known = architecture(model)
-    with new_export(folder, KIND) as (part, details):
+    with new_export(folder, KIND) as (directory, details):
         details.update(_details(model, layers, known))
-        writer = gguf.GGUFWriter(part / FILE, details["architecture"])
+        writer = gguf.GGUFWriter(directory / FILE, details["architecture"])
         writer.add_type("model")
         writer.add_name(name or type(model).__name__)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -70,36 +73,7 @@ def export_gguf(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        _check_written(part, model, details["tensors"])
-
-
-def runners(folder: Path, model: nn.Module) -> list[Runner]:
-    """gguf-py's reader and dequantization; transformers, with accelerate and if it reads such."""
-    details = read_manifest(folder, KIND).details
-    _gguf()
-    loaded = copy.deepcopy(model)
-    with torch.no_grad():
-        state = loaded.state_dict()
-        for tensor in state.values():  # so that nothing of the model itself is left
-            tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
-        for key, tensor in _read(folder, details["tensors"]).items():
-            state[key].copy_(tensor.view(state[key].shape))
-    found = [module_runner("gguf-py", loaded)]
-    known = details["architecture"] in _READABLE_BY_TRANSFORMERS
-    if known and importlib.util.find_spec("accelerate"):  # which transformers asks for
-        load: Any = type(model).from_pretrained  # type: ignore[attr-defined]
-        loaded = load(folder, gguf_file=FILE, dtype=next(model.parameters()).dtype)
-        found.append(module_runner("transformers, gguf_file", loaded))
-    return found
-
-
-def _gguf() -> ModuleType:
-    try:
-        import gguf
-    except ImportError as error:
-        needs = "exporting to GGUF needs the package gguf"
-        raise ImportError(f'{needs}: pip install "adaround_ext[gguf]"') from error
-    return gguf
+        _check_written(directory, model, details["tensors"])
 
 
 def obstacle(layer: QuantizedLayer) -> str | None:
@@ -134,16 +108,12 @@ def _details(
                 "name": key if known is None else known.names[key],
                 "heads": None if known is None else known.heads.get(key),
             }
-    names = ("bits", "granularity", "symmetric")
     return {
         "architecture": "torch" if known is None else known.name,
         "names": "torch" if known is None else "gguf",
         "tensors": tensors,
         "layers": {
-            layer.name: {
-                **{name: getattr(layer, name) for name in names},
-                "type": "Q4_0" if layer.bits <= 4 else "Q8_0",
-            }
+            layer.name: {**layer.grid, "type": "Q4_0" if layer.bits <= 4 else "Q8_0"}
             for layer in layers
         },
     }
@@ -152,7 +122,7 @@ def _details(
 def _file_type(layers: Sequence[QuantizedLayer]) -> int:
     """That of most quantized weights."""
     small = sum(layer.rows * layer.cols for layer in layers if layer.bits <= 4)
-    types = _gguf().LlamaFileType
+    types = gguf_package().LlamaFileType
     total = sum(layer.rows * layer.cols for layer in layers)
     return int(types.MOSTLY_Q4_0 if 2 * small >= total else types.MOSTLY_Q8_0)
 
@@ -163,7 +133,7 @@ def _add_tensors(
     layers: Sequence[QuantizedLayer],
     tensors: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    types = _gguf().GGMLQuantizationType
+    types = gguf_package().GGMLQuantizationType
     quantized = {f"{name}.weight".lstrip("."): layer for layer in layers for name in layer.names}
     state = model.state_dict()
     for key, entry in tensors.items():
@@ -200,32 +170,12 @@ def _blocks(layer: QuantizedLayer, order: Tensor | None) -> Tensor:
     return torch.cat([scale.unsqueeze(-1).view(torch.uint8), packed], dim=-1).flatten(1)
 
 
-def _read(folder: Path, tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
-    """What gguf-py reads, dequantized, by key in the state dict; rows in the model's order."""
-    gguf = _gguf()
-    try:
-        stored = {tensor.name: tensor for tensor in gguf.GGUFReader(folder / FILE).tensors}
-    except ValueError as error:  # numpy may have written a part, and said nothing
-        raise OSError(f"{FILE} is not whole: {error}") from error
-    quantized = (gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q8_0)
-    found = {}
-    for key, entry in tensors.items():
-        tensor = stored[entry["name"]]
-        data = tensor.data
-        if tensor.tensor_type in quantized:
-            data = gguf.quants.dequantize(data, tensor.tensor_type)
-        found[key] = torch.tensor(data, device="cpu")
-        if entry["heads"]:
-            found[key] = found[key][row_order(len(data), entry["heads"]).argsort()]
-    return found
-
-
 def _check_written(
     folder: Path, model: nn.Module, tensors: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """ValueError unless the file gives the very bits of the model, in the model's dtypes."""
     state = model.state_dict()
-    for key, tensor in _read(folder, tensors).items():
+    for key, tensor in read_tensors(folder, tensors).items():
         expected = state[key].cpu()
         if not torch.equal(tensor.view(expected.shape).to(expected.dtype), expected):
             raise ValueError(f"model must be the same after reading the file, got another {key}")

@@ -1,1 +1,1 @@
-"""The runtime that a model is quantized for: its rules, and refusals before any work."""
+"""Export goals: the runtime a model is quantized for, its rules, and refusals before any work."""

@@ -1,4 +1,4 @@
-"""A model and the target that it is quantized for: settings of its layers, and early refusals."""
+"""Export goal: a model and the target that it is quantized for, which settles its layers."""
 
 from __future__ import annotations
 
@@ -31,8 +31,17 @@ _GRID = ("symmetric", "narrow_range", "granularity", "group_size", "scale_dtype"
 class Goal:
     """What ``export_for`` asks of ``model``; with None, nothing.
 
-    notes: what it changed. Raises ValueError for another name, ImportError where packages are
-    missing; TypeError and ValueError for a model that cannot end there.
+    Args:
+        export_for: The name of a target.
+        model: The model to quantize.
+
+    Attributes:
+        notes: What the goal changed.
+
+    Raises:
+        ImportError: Packages of the target are missing.
+        TypeError: The model is of a class that cannot end there.
+        ValueError: There is no such target, or the model cannot end there.
     """
 
     def __init__(self, export_for: str | None, model: nn.Module) -> None:
@@ -71,16 +80,16 @@ class Goal:
     ) -> AdaRoundConfig:
         """That of all layers, see :func:`make_config`; ValueError where the target has no such
         grid."""
-        made = self._config = make_config(config, settings, function)
+        self._config = make_config(config, settings, function)
         if self._target is None:
-            return made
+            return self._config
         plain = AdaRoundConfig()
-        changed = {name for name in _GRID if getattr(made, name) != getattr(plain, name)}
+        changed = {n for n in _GRID if getattr(self._config, n) != getattr(plain, n)}
         self._asked = changed | set(settings)
         left = {n: v for n, v in self._target.choices.items() if n not in self._asked}
-        made = self._config = dataclasses.replace(made, **left)
-        self._target.check_config(made)
-        return made
+        self._config = dataclasses.replace(self._config, **left)
+        self._target.check_config(self._config)
+        return self._config
 
     def check_activations(self, config: ActivationConfig | None) -> None:
         """ValueError for quantized activations that the target has not."""
@@ -96,12 +105,12 @@ class Goal:
         """The model in float32 where the target has no bfloat16; as it was after an error."""
         before: list[tuple[Tensor, Tensor]] = []
         if self._target is not None and torch.bfloat16 not in self._target.dtypes:
-            made: dict[object, Tensor] = {}  # what shares memory goes on doing so
+            wide: dict[object, Tensor] = {}  # what shares memory goes on doing so
             for tensor in _tensors(self._model):
                 if tensor.dtype == torch.bfloat16:
                     before.append((tensor, tensor.data))
                     place = (tensor.data_ptr(), tensor.shape, tensor.stride())
-                    tensor.data = made.setdefault(place, tensor.data.float())
+                    tensor.data = wide.setdefault(place, tensor.data.float())
             if before:
                 self.notes.append(f"the model is float32 now: {self._target.name} has no bfloat16")
         try:
@@ -145,7 +154,7 @@ class Goal:
             return {}
         owners = self._owners()
         never = self.heads() if target.head == "never" else []
-        found: dict[nn.Module, str] = {}
+        reasons: dict[nn.Module, str] = {}
         for name, module in self._model.named_modules():
             weight = dict(module.named_parameters(recurse=False)).get("weight")
             if not isinstance(module, SUPPORTED) or weight is None:
@@ -154,8 +163,8 @@ class Goal:
             if name in never:
                 reason = reason or "an output embedding has no packed form there"
             if reason is not None:
-                found[module] = f"{target.name}: {reason}"
-        return found
+                reasons[module] = f"{target.name}: {reason}"
+        return reasons
 
     def left_names(self) -> set[str]:
         """Layers that stay as they are, by their names as patterns."""
@@ -193,21 +202,21 @@ class Goal:
         asked = self._asked | set(given)
         dtype = _dtype_there(target, layer.get_parameter("weight"))
         bits = given.get("bits", config.bits)
-        found: dict[str, Any] = {}
+        choices: dict[str, Any] = {}
         if isinstance(layer, nn.Linear):
             if layer.in_features % 2 and bits < target.odd_bits and "bits" not in given:
-                bits = found["bits"] = target.odd_bits
+                bits = choices["bits"] = target.odd_bits
             grouped = asked & {"granularity", "group_size"} or isinstance(config.scale, Tensor)
             if bits <= target.group_bits and not grouped:
                 size = self._group_size(target, layer.in_features)
                 if size is not None:
-                    found |= {"granularity": "per_group", "group_size": size}
+                    choices |= {"granularity": "per_group", "group_size": size}
         if target.scale_dtype is None and dtype in SCALE_DTYPES and "scale_dtype" not in asked:
-            found["scale_dtype"] = dtype
+            choices["scale_dtype"] = dtype
         signed = given.get("symmetric", config.symmetric)
         if target.narrow_range and bits == 8 and signed and "narrow_range" not in asked:
-            found["narrow_range"] = True
-        return {**found, **given}
+            choices["narrow_range"] = True
+        return {**choices, **given}
 
     @cached_property
     def _widths(self) -> set[int]:

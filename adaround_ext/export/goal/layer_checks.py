@@ -1,4 +1,4 @@
-"""What an export would refuse, asked of the formats themselves before anything is optimised."""
+"""Checks of layers: what an export would refuse, asked of the formats before any work."""
 
 from __future__ import annotations
 

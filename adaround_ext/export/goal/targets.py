@@ -1,4 +1,4 @@
-"""The runtimes that quantized models are for, and what each takes."""
+"""Export targets: the runtimes that quantized models are for, and what each takes."""
 
 from __future__ import annotations
 
@@ -17,21 +17,30 @@ from adaround_ext.export.formats import need
 class ExportTarget:
     """A runtime's format, what it asks of layers, and what is best for it; EXPORT_TARGETS has all.
 
-    format: that :func:`export_model` writes for it, with ``runtime`` as the target of "onnx".
-    extra: of this package, which brings the ``packages`` that write the format.
-    dtypes: that weights may have. Where bfloat16 is none of them, models in it become float32,
-    which changes no value. scale_dtype: of scales; None is that of the weight.
-    asymmetric: the bits of weights that may have zero points.
-    group_sizes: how many columns of a Linear share a scale, the preferred number first, where it
-    has up to ``group_bits``; a scale a channel where none of them divides the columns.
-    columns: what a Linear's columns, and groups of them, must be multiples of. odd_bits: the
-    fewest of a Linear with an odd number of columns. narrow_range: whether 8 bits go without their
-    lowest code. circular: whether there is circular padding.
-    linear_only: whether layers other than Linear stay as they are. pretrained: whether models must
-    be of transformers, and hold just what their class builds. head: whether the output embedding
-    of such a model is quantized, left alone unless overrides name it, or always left alone.
-    activation_bits: at most, 0 where activations cannot be quantized. activation_zero_points:
-    whether they may be asymmetric.
+    Attributes:
+        name: That ``export_for`` takes.
+        format: That :func:`adaround_ext.export_model` writes for it, with ``runtime`` as the target
+            of "onnx".
+        extra: Of this package, which brings the ``packages`` that write the format.
+        packages: That write the format.
+        runtime: The target of "onnx".
+        dtypes: That weights may have. Where bfloat16 is none of them, models in it become float32,
+            which changes no value.
+        scale_dtype: Of scales; None is that of the weight.
+        asymmetric: The bits of weights that may have zero points.
+        group_sizes: How many columns of a Linear share a scale, the preferred number first, where
+            it has up to ``group_bits``; a scale a channel where none of them divides the columns.
+        group_bits: The most bits of a Linear whose columns are grouped.
+        columns: What a Linear's columns, and groups of them, must be multiples of.
+        odd_bits: The fewest of a Linear with an odd number of columns.
+        narrow_range: Whether 8 bits go without their lowest code.
+        circular: Whether there is circular padding.
+        linear_only: Whether layers other than Linear stay as they are.
+        pretrained: Whether models must be of transformers, and hold just what their class builds.
+        head: Whether the output embedding of such a model is quantized, left alone unless overrides
+            name it, or always left alone.
+        activation_bits: At most so many, 0 where activations cannot be quantized.
+        activation_zero_points: Whether they may be asymmetric.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What of an export can be tried before there is anything to export.
+"""Trials of an export before there is anything to export.
 
 Whether transformers loads the packed form of a model's class, on one with few layers; whether a
 model can be traced for ONNX.
@@ -77,8 +77,8 @@ def check_traces(model: nn.Module, run: Callable[[], object]) -> None:
 
 def _shallow(model: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
-    for part in [config, *(getattr(config, name) for name in getattr(config, "sub_configs", ()))]:
-        _shrink(part)
+    for each in [config, *(getattr(config, name) for name in getattr(config, "sub_configs", ()))]:
+        _shrink(each)
     small: PreTrainedModel = type(model)(config)
     small.to(dtype=model.dtype)  # type: ignore[arg-type, call-arg]
     return small

@@ -1,4 +1,4 @@
-"""How an ONNX file stores a quantizer of activations: what QuantizeLinear needs for it."""
+"""Quantizers of activations in ONNX files: what QuantizeLinear needs for them."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class StoredQuantizer:
 
     def tensors(self) -> dict[str, tuple[Tensor, str | None]]:
         """What a file holds of it, with the storage of integers, by the ends of their names."""
-        found: dict[str, tuple[Tensor, str | None]] = {
+        tensors: dict[str, tuple[Tensor, str | None]] = {
             "_scale": (self.scale, None),
             "_zero_point": (self.zero_point, self.storage),
         }
         if self.limits is not None:
-            found["_low"], found["_high"] = ((limit, None) for limit in self.limits)
-        return found
+            tensors["_low"], tensors["_high"] = ((limit, None) for limit in self.limits)
+        return tensors
 
 
 def stored_quantizer(quantizer: ActivationQuantizer, unsigned: bool = False) -> StoredQuantizer:

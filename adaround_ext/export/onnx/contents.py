@@ -1,4 +1,4 @@
-"""What of a quantized model an ONNX file stores, checked against the target that is to load it."""
+"""Contents of an ONNX file: what it stores of a model, checked against the target to load it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Contents:
 
     def __init__(self, model: nn.Module, target: Target, channel_blocks: int | None) -> None:
         self.layers = quantized_layers(model)
-        found = {name: q for name, q in quantizers(model).items() if q.enabled}
-        self.quantizer_names, self.quantizers = list(found), list(found.values())
+        enabled = {name: q for name, q in quantizers(model).items() if q.enabled}
+        self.quantizer_names, self.quantizers = list(enabled), list(enabled.values())
         self.target, self._channel_blocks = target, channel_blocks
         self._weights: dict[tuple[int, bool], StoredWeight] = {}
         self._used: dict[int, StoredWeight] = {}
@@ -37,7 +37,7 @@ class Contents:
         self._transposed = [{is_plain_linear(module) for module in group} for group in modules]
         self._half = any(layer.matrix.weight.dtype == torch.float16 for layer in self.layers)
         refuse(f"an ONNX file for {target.name}", self.layers, self._refuses_layer)
-        for name, quantizer in found.items():
+        for name, quantizer in enabled.items():
             reason = self._refuses_quantizer(quantizer)
             if reason is not None:
                 raise ValueError(
@@ -121,9 +121,7 @@ class Contents:
 
 def _layer_details(layer: QuantizedLayer, stored: StoredWeight) -> dict[str, Any]:
     return {
-        "bits": layer.bits,
-        "granularity": layer.granularity,
-        "symmetric": layer.symmetric,
+        **layer.grid,
         "group_size": layer.group_size if layer.granularity == "per_group" else None,
         "names": list(layer.names),
         "storage": stored.storage,

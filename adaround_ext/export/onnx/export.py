@@ -1,4 +1,4 @@
-"""Quantized models as ONNX files: QuantizeLinear and DequantizeLinear around float operators."""
+"""ONNX export: a quantized model as QuantizeLinear and DequantizeLinear around float operators."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adaround_ext.checks import fail
 from adaround_ext.export.formats import need
 from adaround_ext.export.manifest import new_export
 from adaround_ext.export.onnx.contents import Contents
 from adaround_ext.export.onnx.graph import expand_
 from adaround_ext.export.onnx.names import chosen_names, name_axes_, name_values_, output_names_of
 from adaround_ext.export.onnx.program import output_of, save, traced
-from adaround_ext.export.onnx.runner import FILE, KIND, runners
+from adaround_ext.export.onnx.runner import FILE, KIND
 from adaround_ext.export.onnx.targets import MATMUL_BLOCKS, TARGETS
 from adaround_ext.export.torch_export import automatic_shapes, bind, distinct, ordered, plain_leaves
 from adaround_ext.tracing.arguments import arguments
 from adaround_ext.tracing.evaluation import evaluation
-
-__all__ = ["export_onnx", "runners"]
 
 _FIRST_OPSET = 21  # with int4 and blocks
 
@@ -46,18 +45,29 @@ def export_onnx(
     (or Sum) of a weight [in, out]; quantizers of activations QuantizeLinear -> DequantizeLinear of
     int8 or uint8 up to 8 bits, else int16 or uint16, behind Clip where the codes are fewer.
 
-    args: an example of what the model takes, like a batch of ``quantize_``; kwargs: more of it.
-    target: "ort" (ONNX Runtime), "openvino", "tensorrt" or "qnn", which decides what is refused
-    (:class:`adaround_ext.export.onnx.targets.Target`). Names are those of the parameters of
-    ``forward`` and of the output's fields unless they are given. dynamic_shapes: as torch.export
-    takes them; with "auto" dimension 0 of inputs, and 1 of token ids and masks, may change where
-    the model lets them. channel_blocks: repeats scales of Linears that have one a channel, or one,
-    for blocks of 16, 32, 64, 128 or 256 inputs: ONNX Runtime before 1.25 makes MatMulNBits of
-    blocks only. external_data: weights in model.onnx.data; from 1.5 GiB on unless given.
+    The model is not changed. Format: https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html.
 
-    The model is not changed. Raises ImportError without onnx and onnxscript; TypeError and
-    ValueError for options, arguments and models that do not fit, naming layers with the reason.
-    Format: https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html.
+    Args:
+        model: A model that :func:`adaround_ext.quantize_` has quantized.
+        args: An example of what the model takes, like a batch of ``quantize_``.
+        folder: The directory to write, new or empty.
+        target: "ort" (ONNX Runtime), "openvino", "tensorrt" or "qnn", which decides what is
+            refused.
+        kwargs: More arguments of the example, by keyword.
+        input_names: Names of the tensors that go in, in the order of the parameters of
+            ``forward``; those of the parameters unless given.
+        output_names: Names of the tensors that come out; those of the output's fields unless given.
+        dynamic_shapes: As torch.export takes them; with "auto" dimension 0 of inputs, and 1 of
+            token ids and masks, may change where the model lets them.
+        opset: Of the file, at least 21, which has int4 and blocks.
+        channel_blocks: Repeats scales of Linears that have one a channel, or one, for blocks of 16,
+            32, 64, 128 or 256 inputs: ONNX Runtime before 1.25 makes MatMulNBits of blocks only.
+        external_data: Whether weights lie in model.onnx.data; from 1.5 GiB on unless given.
+
+    Raises:
+        ImportError: onnx or onnxscript is missing.
+        TypeError: ``model`` is no module, or the arguments do not fit it.
+        ValueError: Options, arguments or the model do not fit; layers are named with the reason.
     """
     need("the ONNX export", "onnx", "onnx", "onnxscript")
     _check_options(target, opset, channel_blocks, dynamic_shapes)
@@ -65,12 +75,12 @@ def export_onnx(
     positional, named = arguments(model, args, "args")
     positional, named = ordered(model, positional, named | dict(kwargs or {}))
     positional, named = distinct((positional, named))
-    with new_export(folder, KIND) as (part, details), evaluation(model):
+    with new_export(folder, KIND) as (directory, details), evaluation(model):
         leaves = bind(model, positional, named)
         tensors = [name for name, leaf in leaves.items() if isinstance(leaf, Tensor)]
-        found = output_names_of(output_of(model, positional, named))
+        fields = output_names_of(output_of(model, positional, named))
         inputs = chosen_names("input_names", input_names, tensors)
-        outputs = chosen_names("output_names", output_names, found, inputs)
+        outputs = chosen_names("output_names", output_names, fields, inputs)
         if isinstance(dynamic_shapes, str):
             shapes = automatic_shapes(model, positional, named)
         else:
@@ -82,7 +92,7 @@ def export_onnx(
         if isinstance(dynamic_shapes, str):
             name_axes_(graph)
         name_values_(graph, inputs, outputs)
-        save(graph, part / FILE, external_data)
+        save(graph, directory / FILE, external_data)
         details.update(
             target=target,
             opset=opset,
@@ -97,13 +107,13 @@ def _check_options(target: str, opset: int, channel_blocks: int | None, shapes: 
     from onnx import defs
 
     if target not in TARGETS:
-        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+        fail("target", f"one of {', '.join(TARGETS)}", target)
     latest = defs.onnx_opset_version()
     if not isinstance(opset, int) or not _FIRST_OPSET <= opset <= latest:
-        raise ValueError(f"opset must be in {_FIRST_OPSET}..{latest}, got {opset!r}")
+        fail("opset", f"in {_FIRST_OPSET}..{latest}", opset)
     if channel_blocks is not None and (target != "ort" or channel_blocks not in MATMUL_BLOCKS):
         sizes = ", ".join(map(str, MATMUL_BLOCKS))
         rule = f"channel_blocks must be None, or for target 'ort' one of {sizes}"
         raise ValueError(f"{rule}, got {channel_blocks!r} for {target!r}")
     if isinstance(shapes, str) and shapes != "auto":
-        raise ValueError(f"dynamic_shapes must be 'auto' or as torch.export's, got {shapes!r}")
+        fail("dynamic_shapes", "'auto' or as torch.export's", shapes)

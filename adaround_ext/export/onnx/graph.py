@@ -1,4 +1,4 @@
-"""The marked operators of a graph become QuantizeLinear, DequantizeLinear, MatMul and Add."""
+"""QDQ graph: marked operators become QuantizeLinear, DequantizeLinear, MatMul and Add."""
 
 from __future__ import annotations
 
@@ -31,6 +31,21 @@ def expand_(
     share them, but not DequantizeLinear, as runtimes fuse one with each use. bias_apart: see
     :class:`adaround_ext.export.onnx.targets.Target`.
     """
+    from onnx_ir.passes import common
+
+    nodes = without_weights_(model)
+    expander = _Expander(model.graph, cache(weight_of), cache(quantizer_of), bias_apart)
+    for node in nodes:
+        if node.graph is not None:  # else nothing used its output
+            expander.expand(node)
+    common.RemoveUnusedOpsetsPass()(model)
+
+
+def without_weights_(model: ir.Model) -> list[ir.Node]:
+    """The marked operators of a graph, all cut off from float weights, which go.
+
+    What replaces the operators may take the weights' names.
+    """
     import onnx_ir as ir
     from onnx_ir.passes import common
 
@@ -38,12 +53,13 @@ def expand_(
     for node in nodes:
         if node.op_type != ACTIVATION:
             node.replace_input_with(1 if node.op_type == LINEAR else 0, None)
-    common.RemoveUnusedNodesPass()(model)  # with the float weights, whose names the codes take
-    expander = _Expander(model.graph, cache(weight_of), cache(quantizer_of), bias_apart)
-    for node in nodes:
-        if node.graph is not None:  # else nothing used its output
-            expander.expand(node)
-    common.RemoveUnusedOpsetsPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    return nodes
+
+
+def index_of(node: ir.Node) -> int:
+    """The number of the layer or quantizer that a marked operator stands for."""
+    return node.attributes["index"].as_int()
 
 
 class _Expander:
@@ -53,12 +69,12 @@ class _Expander:
         self._graph = graph  # subgraphs see its initializers too
         self._weight_of, self._quantizer_of = weight_of, quantizer_of
         self._bias_apart = bias_apart
-        self._made: dict[StoredWeight | StoredQuantizer, dict[str, ir.Value]] = {}
+        self._stored: dict[StoredWeight | StoredQuantizer, dict[str, ir.Value]] = {}
 
     def expand(self, node: ir.Node) -> None:
         import onnx_ir as ir
 
-        index = node.attributes["index"].as_int()
+        index = index_of(node)
         inputs = [value for value in node.inputs if value is not None]
         chain = _Chain(node)
         if node.op_type == ACTIVATION:
@@ -77,23 +93,23 @@ class _Expander:
         )
 
     def _dequantize(self, chain: _Chain, name: str, stored: StoredWeight) -> ir.Value:
-        made = self._initializers(name, stored)
-        inputs = [made[key] for key in ("", "_scale", "_zero_point") if key in made]
+        values = self._initializers(name, stored)
+        inputs = [values[key] for key in ("", "_scale", "_zero_point") if key in values]
         places = {"axis": stored.axis, "block_size": stored.block_size}
         attributes = {key: value for key, value in places.items() if value is not None}
-        value = chain.add("DequantizeLinear", inputs, made["_scale"].dtype, attributes)
-        value.shape = made[""].shape
-        if "_shape" in made:
-            value = chain.add("Reshape", [value, made["_shape"]], value.dtype)
+        value = chain.add("DequantizeLinear", inputs, values["_scale"].dtype, attributes)
+        value.shape = values[""].shape
+        if "_shape" in values:
+            value = chain.add("Reshape", [value, values["_shape"]], value.dtype)
         return chain.cast(value)
 
     def _quantize(self, chain: _Chain, x: ir.Value, name: str, stored: StoredQuantizer) -> None:
-        made = self._initializers(name, stored)
-        grid = [made["_scale"], made["_zero_point"]]
+        values = self._initializers(name, stored)
+        grid = [values["_scale"], values["_zero_point"]]
         single = grid[0].dtype
         value = chain.cast(x, single)
-        if "_low" in made:
-            value = chain.add("Clip", [value, made["_low"], made["_high"]], single)
+        if "_low" in values:
+            value = chain.add("Clip", [value, values["_low"], values["_high"]], single)
         value = chain.add("QuantizeLinear", [value, *grid], grid[1].dtype)
         value = chain.add("DequantizeLinear", [value, *grid], single)
         chain.cast(value)
@@ -102,12 +118,12 @@ class _Expander:
         self, name: str, stored: StoredWeight | StoredQuantizer
     ) -> dict[str, ir.Value]:
         """What is stored, by what is behind ``name`` in the names of its initializers."""
-        if stored not in self._made:
-            self._made[stored] = {
+        if stored not in self._stored:
+            self._stored[stored] = {
                 key: self._initializer(name + key, tensor, storage)
                 for key, (tensor, storage) in stored.tensors().items()
             }
-        return self._made[stored]
+        return self._stored[stored]
 
     def _initializer(self, name: str, tensor: Tensor, storage: str | None) -> ir.Value:
         import ml_dtypes

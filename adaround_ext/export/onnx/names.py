@@ -1,4 +1,4 @@
-"""Names for what goes into a model and comes out of it, from its signature and its output."""
+"""Names of a graph's inputs, outputs and axes, from a model's signature and its output."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from adaround_ext.export.torch_export import leaves_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -18,71 +19,33 @@ def output_names_of(output: object) -> list[str]:
 
     "output" where there are none, and before an index.
     """
-    found = []
-    for steps, leaf in _leaves(output):
+    names = []
+    for steps, leaf in leaves_of(output):
         if isinstance(leaf, Tensor):
             keyed = bool(steps) and not steps[0].isdigit()
-            found.append("_".join(steps if keyed else ["output", *steps]))
-    return found
+            names.append("_".join(steps if keyed else ["output", *steps]))
+    return names
 
 
 def chosen_names(
-    option: str, given: Sequence[str] | None, found: Sequence[str], taken: Sequence[str] = ()
+    option: str, given: Sequence[str] | None, defaults: Sequence[str], taken: Sequence[str] = ()
 ) -> list[str]:
-    """The names that the caller gave, or else those that were found, made distinct.
+    """The names that the caller gave, or else ``defaults``, made distinct.
 
     ValueError for given names of another number, or that are not distinct.
     """
     if given is not None:
         names = [given] if isinstance(given, str) else list(given)
-        if len(names) != len(found) or len({*names, *taken}) != len(names) + len(taken):
-            rule = f"{option} must be {len(found)} distinct names, for {', '.join(found)}"
+        if len(names) != len(defaults) or len({*names, *taken}) != len(names) + len(taken):
+            rule = f"{option} must be {len(defaults)} distinct names, for {', '.join(defaults)}"
             raise ValueError(f"{rule}, got {names}")
         return names
     names = []
-    for name in found:
+    for name in defaults:
         while name in (*names, *taken):
             name += "_out"
         names.append(name)
     return names
-
-
-def _leaves(tree: object) -> list[tuple[list[str], Any]]:
-    """All leaves of a pytree, each with the steps that lead to it."""
-    found = []
-    for path, node in pytree.tree_flatten_with_path(tree, is_leaf=_has_no_keys)[0]:
-        steps = [_step(entry) for entry in path]
-        if _has_no_keys(node):
-            found += [([*steps, *more], leaf) for more, leaf in _leaves_without_keys(node)]
-        else:
-            found.append((steps, node))
-    return found
-
-
-def _has_no_keys(node: object) -> bool:
-    """Whether its class was registered without them, as ModelOutput in transformers 4."""
-    known = pytree.SUPPORTED_NODES.get(type(node))
-    return known is not None and known.flatten_with_keys_fn is None
-
-
-def _leaves_without_keys(node: Any) -> list[tuple[list[str], Any]]:
-    """The keys of a mapping whose values the children are, else their numbers."""
-    children, _ = pytree.SUPPORTED_NODES[type(node)].flatten_fn(node)
-    children = list(children)
-    keys: list[str] = [str(index) for index in range(len(children))]
-    if isinstance(node, Mapping) and len(node) == len(children):
-        matched = zip(node.values(), children, strict=True)
-        keys = list(map(str, node)) if all(a is b for a, b in matched) else keys
-    pairs = zip(keys, children, strict=True)
-    return [([key, *steps], leaf) for key, child in pairs for steps, leaf in _leaves(child)]
-
-
-def _step(entry: Any) -> str:
-    """Of a pytree's path: a mapping's key, a sequence's index or an attribute's name."""
-    for kind in ("key", "idx", "name"):
-        if hasattr(entry, kind):
-            return str(getattr(entry, kind))
-    return str(entry)
 
 
 def name_values_(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> None:

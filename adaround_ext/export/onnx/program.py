@@ -1,4 +1,4 @@
-"""A model traced into a graph with marks, and a finished graph written to a file."""
+"""ONNX programs: a model traced into a marked graph, and a finished graph written to a file."""
 
 from __future__ import annotations
 

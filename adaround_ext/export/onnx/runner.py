@@ -1,4 +1,4 @@
-"""Exported ONNX files in ONNX Runtime and OpenVINO, on the CPU."""
+"""ONNX runners: exported files in ONNX Runtime and OpenVINO, on the CPU."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def runners(folder: Path, model: nn.Module) -> list[Runner]:
     path = folder / FILE
     quantized = bool(details["activations"])
     half = _HALF if details["half"] else ""
-    found: list[tuple[str, str, Load]] = []
+    ways: list[tuple[str, str, Load]] = []
     if importlib.util.find_spec("onnxruntime") is not None:
         plain, exact, default = (
             cache(partial(_onnxruntime, path, *settings))
             for settings in (("0", False), ("0", True), (None, True))
         )
         integers = _ORT_INTEGERS if quantized else ""
-        found += [
+        ways += [
             ("onnxruntime, optimisations off", FLIPS if quantized else "", plain),
             ("onnxruntime, accuracy level 0", integers, exact),
             ("onnxruntime, default", integers or _ORT_LEVEL, default),
@@ -69,16 +69,16 @@ def runners(folder: Path, model: nn.Module) -> list[Runner]:
         exact, default = (cache(partial(_openvino, path, exact)) for exact in (True, False))
         integers = _INTEGERS if quantized else ""
         if _openvino_takes(details, exact):
-            found += [
+            ways += [
                 ("openvino, float32", integers, exact),
                 ("openvino, default", integers or _OV_SETTINGS, default),
             ]
-    if not found:
+    if not ways:
         needs = "running ONNX files needs the package onnxruntime or openvino"
         raise ImportError(f'{needs}: pip install "adaround_ext[export]"')
     return [
         Runner(name, not (note or half), note or half, _run(model, details, load))
-        for name, note, load in found
+        for name, note, load in ways
     ]
 
 
@@ -122,14 +122,17 @@ def _feeds(
 
 
 def _onnxruntime(path: Path, level: str | None, optimized: bool) -> Callable[[Feeds], list[Any]]:
-    session = _session(path, level, optimized)
+    session = cpu_session(path, level, optimized)
     return lambda feeds: list(session.run(None, feeds))
 
 
-def _session(
-    path: Path, level: str | None, optimized: bool = True, written: Path | None = None
+def cpu_session(
+    path: Path, level: str | None = None, optimized: bool = True, written: Path | None = None
 ) -> onnxruntime.InferenceSession:
-    """level: of accuracy, or the runtime's own. written: where the optimised graph goes."""
+    """An ONNX file in ONNX Runtime, on as many threads as torch has.
+
+    level: of accuracy, or the runtime's own. written: where the optimised graph goes.
+    """
     import onnxruntime  # type: ignore[import-untyped]
 
     options = onnxruntime.SessionOptions()
@@ -161,7 +164,7 @@ def matmul_nbits(folder: str | os.PathLike[str]) -> dict[str, int]:
     read_manifest(folder, KIND)
     with tempfile.TemporaryDirectory() as place:
         written = Path(place) / FILE
-        _session(folder / FILE, None, written=written)
+        cpu_session(folder / FILE, written=written)
         fused = onnx.load(written, load_external_data=False).graph
         count = sum(
             node.op_type == "MatMulNBits"
@@ -187,7 +190,7 @@ def _openvino(path: Path, exact: bool) -> Callable[[Feeds], list[Any]]:
     def run(feeds: Feeds) -> list[Any]:
         # A tensor may have several names.
         names = [name for value in compiled.inputs for name in value.get_names() & set(feeds)]
-        found = compiled({name: feeds[name] for name in names})
-        return [found[output].copy() for output in compiled.outputs]
+        outputs = compiled({name: feeds[name] for name in names})
+        return [outputs[output].copy() for output in compiled.outputs]
 
     return run

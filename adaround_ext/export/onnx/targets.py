@@ -1,4 +1,4 @@
-"""What the runtimes that load ONNX files can hold, and why."""
+"""Targets of ONNX files: what the runtimes that load them can hold, and why."""
 
 from __future__ import annotations
 
@@ -16,17 +16,23 @@ from adaround_ext.export.quantized_layers import QuantizedLayer
 class Target:
     """A runtime's limits. What does not fit them is refused, never changed.
 
-    zero_points: whether weights may have them. Without, asymmetric codes are stored as
-    code - zero_point, if that fits the same storage: not at 4 and 8 bits.
-    lowest_int8: code of a weight of 8 bits. groups: the weights whose groups of columns may have
-    scales of their own. linear_blocks: what such groups of a Linear are cut to, as the largest that
-    divides them; only_those: whether other groups are refused, or stay as they are.
-    odd_int4: whether Linears of up to 4 bits may have an odd number of inputs. own_linears: whether
-    Linears may have a forward of their own, in which Transpose may come before the product.
-    circular: whether padding may be that. bias_apart: whether biases of products of matrices, whose
-    activations are not quantized, are added by Sum, not Add.
-    activation_bits: at most. activation_zero_points: whether activations may be asymmetric.
-    unsigned_activations: signed codes of activations are stored as unsigned ones.
+    Attributes:
+        name: That ``export_onnx`` takes as ``target``.
+        zero_points: Whether weights may have them. Without, asymmetric codes are stored as
+            code - zero_point, if that fits the same storage: not at 4 and 8 bits.
+        lowest_int8: The lowest code of a weight of 8 bits.
+        groups: The weights whose groups of columns may have scales of their own.
+        linear_blocks: What such groups of a Linear are cut to, as the largest that divides them.
+        only_linear_blocks: Whether other groups are refused, or stay as they are.
+        odd_int4: Whether Linears of up to 4 bits may have an odd number of inputs.
+        custom_linears: Whether Linears may have a forward of their own, in which Transpose may come
+            before the product.
+        circular: Whether padding may be circular.
+        bias_apart: Whether biases of products of matrices, whose activations are not quantized, are
+            added by Sum, not Add.
+        activation_bits: At most so many.
+        activation_zero_points: Whether activations may be asymmetric.
+        unsigned_activations: Whether signed codes of activations are stored as unsigned ones.
     """
 
     name: str
@@ -34,9 +40,9 @@ class Target:
     lowest_int8: int = -128
     groups: Literal["all", "matrices", "none"] = "all"
     linear_blocks: tuple[int, ...] = ()
-    only_those: bool = False
+    only_linear_blocks: bool = False
     odd_int4: bool = True
-    own_linears: bool = True
+    custom_linears: bool = True
     circular: bool = True
     bias_apart: bool = False
     activation_bits: int = 16
@@ -54,7 +60,7 @@ class Target:
                 "weights; quantize with symmetric=True"
             )
         linear = isinstance(layer.module, nn.Linear)
-        if linear and not (plain or self.own_linears):
+        if linear and not (plain or self.custom_linears):
             return "a Linear with a forward of its own may put Transpose before its product"
         if linear and layer.cols % 2 and layer.bits <= 4 and not self.odd_int4:
             return (
@@ -81,7 +87,7 @@ class Target:
                 f"it has no scales for groups of columns{where}; quantize with "
                 "granularity='per_channel'"
             )
-        if linear and self.only_those and stored.block_size not in self.linear_blocks:
+        if linear and self.only_linear_blocks and stored.block_size not in self.linear_blocks:
             return (
                 f"it computes groups of {layer.group_size} inputs wrongly; quantize with an even "
                 "group_size, or granularity='per_channel'"
@@ -114,7 +120,7 @@ TARGETS = {
         Target(
             "openvino",
             linear_blocks=_POWERS,
-            only_those=True,
+            only_linear_blocks=True,
             odd_int4=False,
             circular=False,
             activation_bits=8,
@@ -132,7 +138,7 @@ TARGETS = {
         # The HTP takes weights per tensor and per channel, symmetric, and activations unsigned.
         # A Transpose behind DequantizeLinear makes it compute in float (quic/aimet#4105).
         Target(
-            "qnn", zero_points=False, groups="none", own_linears=False, unsigned_activations=True
+            "qnn", zero_points=False, groups="none", custom_linears=False, unsigned_activations=True
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""A quantized model as a graph in which what is quantized stands as one operator each."""
+"""Marked model: one in which every quantized layer and quantizer calls an operator of its own."""
 
 from __future__ import annotations
 
@@ -87,16 +87,16 @@ def _linear(module: nn.Module, index: int, called: set[int]) -> Callable[[Tensor
 
 
 def _with_marked_weight(module: nn.Module, index: int, called: set[int]) -> Callable[..., Any]:
-    own = module.forward
+    original = module.forward
 
-    @wraps(own)
+    @wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
         called.add(index)
         weight = module.get_parameter("weight")
         parameters: dict[str, Any] = module._parameters
         try:
             parameters["weight"] = _operator(WEIGHT, index, [weight], weight.shape)
-            return own(*args, **kwargs)
+            return original(*args, **kwargs)
         finally:
             parameters["weight"] = weight
 
@@ -110,10 +110,10 @@ def _activation(index: int) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _only_tensors(own: Callable[..., Any], signature: inspect.Signature) -> Callable[..., Any]:
-    @wraps(own)
+def _only_tensors(original: Callable[..., Any], signature: inspect.Signature) -> Callable[..., Any]:
+    @wraps(original)
     def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        return tuple(output_tensors(own(*args, **kwargs)))
+        return tuple(output_tensors(original(*args, **kwargs)))
 
     forward.__dict__["__signature__"] = signature
     return forward

@@ -1,4 +1,4 @@
-"""How an ONNX file stores a quantized weight: integers and what DequantizeLinear needs for them."""
+"""Weights in ONNX files: integers, and what DequantizeLinear needs to give the weight exactly."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class StoredWeight:
 
     def tensors(self) -> dict[str, tuple[Tensor, str | None]]:
         """What a file holds of it, with the storage of integers, by the ends of their names."""
-        found: dict[str, tuple[Tensor, str | None]] = {
+        tensors: dict[str, tuple[Tensor, str | None]] = {
             "": (self.codes, self.storage),
             "_scale": (self.scale, None),
         }
         if self.zero_point is not None:
-            found["_zero_point"] = (self.zero_point, self.storage)
+            tensors["_zero_point"] = (self.zero_point, self.storage)
         if self.reshape is not None:
-            found["_shape"] = (torch.tensor(self.reshape, device="cpu"), None)
-        return found
+            tensors["_shape"] = (torch.tensor(self.reshape, device="cpu"), None)
+        return tensors
 
 
 def stored_weight(
@@ -61,26 +61,24 @@ def stored_weight(
 
     Raises ValueError where there is no such form.
     """
-    scale, codes = layer.weight.scale, layer.weight.codes
-    runs = torch.arange(scale.numel(), dtype=torch.int32, device=codes.device).view(scale.shape)
-    runs = runs.repeat_interleave(layer.group_size, 1).expand(layer.rows, -1)
+    codes, runs = layer.weight.codes, layer.scale_index
     form = _form(layer, runs, transpose, blocks, channel_blocks)
     zero_point = None if layer.symmetric else layer.weight.zero_point.reshape(-1)
     bits = layer.bits
     if centred and zero_point is not None:
         codes = (codes.int() - zero_point[runs.long()]).to(torch.int8)
         zero_point, bits = None, bits + 1
-    own = layer.matrix.weight_from_matrix(codes)
+    natural = layer.matrix.weight_from_matrix(codes)
     sign = "int" if codes.dtype == torch.int8 else "uint"
     run = form.run.long()
     return StoredWeight(
-        codes=(own.t() if transpose else own).reshape(form.shape).contiguous(),
+        codes=(natural.t() if transpose else natural).reshape(form.shape).contiguous(),
         storage=f"{sign}4" if bits <= 4 else f"{sign}8",
         scale=_scale(layer).reshape(-1)[run],
         zero_point=None if zero_point is None else zero_point[run].to(codes.dtype),
         axis=form.axis,
         block_size=form.block_size,
-        reshape=None if transpose or form.shape == own.shape else tuple(own.shape),
+        reshape=None if transpose or form.shape == natural.shape else tuple(natural.shape),
     )
 
 
@@ -110,18 +108,18 @@ def _form(
     channel_blocks: int | None,
 ) -> _Form:
     """See :func:`stored_weight`. matrix: which scale belongs to each weight [rows, cols]."""
-    own = layer.matrix.weight_from_matrix(matrix)
-    stored = own.t() if transpose else own
-    found = list(_forms(stored))
+    natural = layer.matrix.weight_from_matrix(matrix)
+    stored = natural.t() if transpose else natural
+    forms = list(_forms(stored))
     # The matrix itself, and Reshape, where that gives the weight: not where layers reorder theirs.
-    if not transpose and torch.equal(own.reshape(matrix.shape), matrix):
-        found += _forms(matrix)
-    if not found:
+    if not transpose and torch.equal(natural.reshape(matrix.shape), matrix):
+        forms += _forms(matrix)
+    if not forms:
         raise ValueError(
             f"DequantizeLinear has no form for groups of {layer.group_size} in a weight of shape "
-            f"{list(own.shape)}"
+            f"{list(natural.shape)}"
         )
-    best = min(found, key=lambda form: form.run.numel())
+    best = min(forms, key=lambda form: form.run.numel())
     inputs = 0 if transpose else 1  # the dimension of a Linear's
     if transpose and channel_blocks is not None and layer.granularity != "per_group":
         return _blocked(stored, inputs, channel_blocks)

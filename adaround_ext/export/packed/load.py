@@ -1,18 +1,30 @@
-"""Puts what our own format stores into a model, after everything has been checked."""
+"""Packed import: what our own format stores, put into a model after all of it was checked."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from adaround_ext.activations.hooks import attach, attached_sites, detach, quantizers
 from adaround_ext.activations.placement import KINDS, Place, Site
 from adaround_ext.activations.quantizer import ActivationConfig
-from adaround_ext.checks import refuse_inference, some
-from adaround_ext.export.packed.stored import QUANTIZER, StoredLayer, StoredModel
+from adaround_ext.checks import check_module, refuse_inference, some
+from adaround_ext.export.manifest import path_of, read_manifest
+from adaround_ext.export.packed.modules import pack_
+from adaround_ext.export.packed.stored import (
+    FILE,
+    KIND,
+    QUANTIZER,
+    StoredLayer,
+    StoredModel,
+    check_switch,
+)
+from adaround_ext.files import read_value
 from adaround_ext.grid import quant_range
 from adaround_ext.layers.matrix import MatrixLayer
 from adaround_ext.ops import unpack_bits
@@ -22,7 +34,48 @@ from adaround_ext.transforms.verified import Journal
 _SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def restore_(
+@torch.inference_mode(False)  # what is made must be there for training and state dicts later
+def load_quantized(
+    folder: str | os.PathLike[str], model: nn.Module, *, packed: bool = False
+) -> nn.Module:
+    """Puts what :func:`adaround_ext.save_quantized` wrote into a model of the same class.
+
+    The model then has the very bits that were saved, codes included: folded batch norms are
+    replaced, new biases made, activation quantizers attached. Everything is checked before anything
+    is changed.
+
+    Args:
+        folder: A directory that :func:`adaround_ext.save_quantized` wrote.
+        model: A model of the class that was saved. It is changed.
+        packed: Whether its quantized layers become :class:`adaround_ext.export.QuantLinear` and
+            :class:`adaround_ext.export.QuantConv`, which hold packed codes.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``packed`` no bool.
+        FileNotFoundError: There is no such directory.
+        ValueError: The directory is damaged, cut, foreign or of another model.
+    """
+    check_module(model)
+    check_switch("packed", packed)
+    manifest = read_manifest(folder, KIND)
+    rule = f"{folder} must be a directory that save_quantized wrote"
+    try:
+        details = {"described": {}, **manifest.details}  # older versions did not write that
+        stored: StoredModel = read_value(StoredModel, details, "details")
+        with safe_open(path_of(folder) / FILE, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (ValueError, SafetensorError, OSError) as error:
+        raise ValueError(f"{rule}: {error}") from error
+    _restore_(stored, tensors, model, rule)
+    if packed:
+        pack_(model)
+    return model
+
+
+def _restore_(
     stored: StoredModel, tensors: Mapping[str, Tensor], model: nn.Module, rule: str
 ) -> None:
     """Gives ``model`` the stored weights, biases, quantizers and state.
@@ -78,11 +131,11 @@ def _check_tensors(
     got = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     for key in sorted(expected.keys() | got.keys()):
         if expected.get(key) != got.get(key):
-            wanted, came = (
+            needed, came = (
                 "absent" if each is None else f"{list(each[1])} in {each[0]}"
                 for each in (expected.get(key), got.get(key))
             )
-            raise ValueError(f"{rule} of this model: {key} must be {wanted}, got {came}")
+            raise ValueError(f"{rule} of this model: {key} must be {needed}, got {came}")
 
 
 def _tensors_of(
@@ -93,17 +146,17 @@ def _tensors_of(
     rows, groups = layer.scales if known else (0, 0)
     if rows not in (1, matrix.rows) or groups < 1 or matrix.cols % groups:
         raise ValueError(f"{rule}, got impossible settings of {name}")
-    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+    kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         f"codes/{name}": (torch.uint8, (matrix.rows, -(-matrix.cols * layer.bits // 8))),
         f"scale/{name}": (_SCALE_DTYPES[layer.scale_dtype], (rows, groups)),
     }
     if not layer.symmetric:
-        found[f"zero_point/{name}"] = torch.uint8, (rows, -(-groups * layer.bits // 8))
+        kinds[f"zero_point/{name}"] = torch.uint8, (rows, -(-groups * layer.bits // 8))
     for each in layer.biases:
         if each not in layer.names:
             raise ValueError(f"{rule}, got a bias of {each}")
-        found[f"bias/{each}"] = matrix.weight.dtype, (matrix.rows,)
-    return found
+        kinds[f"bias/{each}"] = matrix.weight.dtype, (matrix.rows,)
+    return kinds
 
 
 def _weight(
@@ -127,7 +180,7 @@ def _places(
 ) -> dict[str, tuple[Place, ActivationConfig]]:
     """Where activation quantizers go, by their names."""
     modules = dict(model.named_modules())
-    found = {}
+    places = {}
     for name, quantizer in stored.quantizers.items():
         try:
             config = ActivationConfig.from_dict(quantizer.config)
@@ -142,25 +195,25 @@ def _places(
         if not (fits and 0 < scale < float("inf") and qmin <= zero_point <= qmax):
             raise ValueError(f"{rule}, got an impossible range of {name}")
         sites = (Site(s.module, s.kind, s.tensors) for s in quantizer.sites)  # type: ignore[arg-type]
-        found[name] = Place(tuple(sites), ()), config
-    return found
+        places[name] = Place(tuple(sites), ()), config
+    return places
 
 
 def _attach(
     places: Mapping[str, tuple[Place, ActivationConfig]], model: nn.Module, rule: str
 ) -> None:
-    wanted = {name: place.sites for name, (place, _) in places.items()}
-    there = attached_sites(model)
-    if there:
-        if there != wanted:
+    sites = {name: place.sites for name, (place, _) in places.items()}
+    attached = attached_sites(model)
+    if attached:
+        if attached != sites:
             rule = "model must have no activation quantizers, or those that were saved"
-            others = [name for name in there if there[name] != wanted.get(name)] or list(there)
+            others = [n for n in attached if attached[n] != sites.get(n)] or list(attached)
             raise ValueError(f"{rule}, got {some(others)}")
         return
     try:
         for place, config in places.values():
             attach([place], model, config)
-        if attached_sites(model) != wanted:
+        if attached_sites(model) != sites:
             raise ValueError(f"{rule} of this model, got other places of activation quantizers")
     except ValueError:
         detach(model)

@@ -1,4 +1,4 @@
-"""Layers that hold packed codes instead of floating-point weights, for running in PyTorch."""
+"""Packed layers: modules that hold codes instead of floating-point weights, to run in PyTorch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,20 @@ from adaround_ext.ops import dequantize, pack_bits, packed_linear, unpack_bits
 class PackedLayer(nn.Module):
     """A Linear or convolution whose weight is scale (codes - zero_point), the codes packed.
 
-    Buffers: packed uint8 [rows, ceil(cols bits / 8)] as :func:`adaround_ext.ops.pack_bits` has
-    them, scale float32 and zero_point int32 [rows or 1, n_groups]; bias is a parameter or None.
     ``weight`` is computed when it is asked for, in the shape and dtype of the layer that this one
     stands for, whose public attributes it has. The buffers keep their dtypes: model.half() must not
     round scales.
+
+    Args:
+        layer: The quantized layer, with its codes.
+        module: The module to stand for, one of those that hold the layer's weight.
+
+    Attributes:
+        packed: Buffer, uint8 [rows, ceil(cols bits / 8)] as :func:`adaround_ext.ops.pack_bits` has
+            them.
+        scale: Buffer, float32 [rows or 1, n_groups].
+        zero_point: Buffer, int32 [rows or 1, n_groups].
+        bias: A parameter in the layer's dtype, or None.
     """
 
     packed: Tensor
@@ -82,14 +91,32 @@ class PackedLayer(nn.Module):
 class QuantLinear(PackedLayer):
     """A Linear with packed codes: y = x W_q^T + b by :func:`adaround_ext.ops.packed_linear`.
 
-    In float64, which that does not know, its weight is dequantized at every call.
+    In float64, which that does not know, its weight is dequantized at every call. It is made by
+    :func:`adaround_ext.pack_`, and by :func:`adaround_ext.load_quantized` with packed=True.
+
+    Attributes:
+        packed: Buffer, uint8 [out_features, ceil(in_features bits / 8)], the codes W_q / scale +
+            zero_point as :func:`adaround_ext.ops.pack_bits` has them.
+        scale: Buffer, float32 [out_features or 1, n_groups].
+        zero_point: Buffer, int32 [out_features or 1, n_groups].
+        bias: A parameter in the layer's dtype, or None.
     """
 
     in_features: int
     out_features: int
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] to [..., out_features]; ValueError for another width."""
+        """The layer's output.
+
+        Args:
+            x: [..., in_features], in the layer's dtype.
+
+        Returns:
+            [..., out_features].
+
+        Raises:
+            ValueError: ``x`` has another width.
+        """
         if x.shape[-1:] != (self.in_features,):  # the op sees whole bytes of codes only
             rule = f"input must have {self.in_features} features in its last dimension"
             raise ValueError(f"{rule}, got shape {list(x.shape)}")
@@ -101,30 +128,49 @@ class QuantLinear(PackedLayer):
 
 
 class QuantConv(PackedLayer):
-    """A convolution, transposed or not, with packed codes, dequantized at every call."""
+    """A convolution, transposed or not, with packed codes, dequantized at every call.
+
+    It is made by :func:`adaround_ext.pack_`, and by :func:`adaround_ext.load_quantized` with
+    packed=True.
+
+    Attributes:
+        packed: Buffer, uint8 [rows, ceil(cols bits / 8)], the codes of the weight as a matrix, as
+            :func:`adaround_ext.ops.pack_bits` has them.
+        scale: Buffer, float32 [rows or 1, n_groups].
+        zero_point: Buffer, int32 [rows or 1, n_groups].
+        bias: A parameter in the layer's dtype, or None.
+    """
 
 
 @torch.inference_mode(False)  # buffers of inference mode could not be loaded or moved later
 def pack_(model: nn.Module) -> None:
     """Replaces every layer that quantize_ quantized by one that holds packed codes, in place.
 
-    Linear becomes :class:`QuantLinear`, convolutions :class:`QuantConv`; hooks (of activation
-    quantizers) and biases move along. Outputs are those of the simulated model up to the order of
-    sums; in 16 bits up to their rounding, as a :class:`QuantLinear` on the CPU does not round its
-    weights before it multiplies. Save before: packed models are for running. Raises TypeError and
-    ValueError as :func:`quantized_layers`, and for layers whose class does more than its base.
+    Linear becomes :class:`adaround_ext.export.QuantLinear`, convolutions
+    :class:`adaround_ext.export.QuantConv`; hooks (of activation quantizers) and biases move along.
+    Outputs are those of the simulated model up to the order of sums; in 16 bits up to their
+    rounding, as a QuantLinear on the CPU does not round its weights before it multiplies. Save
+    before: packed models are for running.
+
+    Args:
+        model: A model that :func:`adaround_ext.quantize_` has quantized; its modules are replaced.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: The model is not quantized, or changed since; it is a quantized layer itself; or
+            the class of a layer does more than that of torch.
     """
     layers = quantized_layers(model)
     if any("" in layer.names for layer in layers):
         raise ValueError("model must hold its quantized layers, got one that is a layer itself")
     modules = dict(model.named_modules(remove_duplicate=False))
     refuse("packing", layers, lambda layer: _obstacle(modules[layer.name]))
-    made: dict[nn.Module, PackedLayer] = {}
+    packed: dict[nn.Module, PackedLayer] = {}
     for layer in layers:
         for name in layer.names:
             module = modules[name]
-            if module not in made:
-                made[module] = (
+            if module not in packed:
+                packed[module] = (
                     QuantLinear(layer, module)
                     if isinstance(module, nn.Linear)
                     else QuantConv(layer, module)
@@ -132,7 +178,7 @@ def pack_(model: nn.Module) -> None:
     for layer in layers:
         for name in layer.names:
             parent, _, child = name.rpartition(".")
-            modules[parent]._modules[child] = made[modules[name]]
+            modules[parent]._modules[child] = packed[modules[name]]
 
 
 def _obstacle(module: nn.Module) -> str | None:

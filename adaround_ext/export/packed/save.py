@@ -1,4 +1,4 @@
-"""Our own format: the packed codes and all else of a quantized model, bit by bit.
+"""Packed export, our own format: the codes and all else of a quantized model, bit by bit.
 
 A directory with adaround.json (:mod:`adaround_ext.export.manifest`, with a
 :class:`adaround_ext.export.packed.stored.StoredModel`) and adaround.safetensors: for each layer
@@ -8,7 +8,6 @@ A directory with adaround.json (:mod:`adaround_ext.export.manifest`, with a
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -17,46 +16,49 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from adaround_ext.activations.hooks import attached_sites, quantizers
-from adaround_ext.checks import check_module
-from adaround_ext.export.manifest import new_export, path_of, read_manifest, write_manifest
-from adaround_ext.export.packed.load import restore_
-from adaround_ext.export.packed.modules import pack_
+from adaround_ext.export.manifest import new_export, write_manifest
 from adaround_ext.export.packed.stored import (
+    FILE,
+    KIND,
     QUANTIZER,
     StoredLayer,
     StoredModel,
     StoredQuantizer,
     StoredSite,
+    check_switch,
     narrowest,
 )
 from adaround_ext.export.quantized_layers import QuantizedLayer, quantized_layers
-from adaround_ext.export.runner import FLIPS, Runner, module_runner
-from adaround_ext.files import read_value
 from adaround_ext.ops import pack_bits
 from adaround_ext.ops.library import build_info
-
-KIND = "safetensors"
-FILE = "adaround.safetensors"
 
 
 def save_quantized(
     model: nn.Module, folder: str | os.PathLike[str], *, complete: bool = True
 ) -> None:
-    """Writes a quantized model to a new directory, so that :func:`load_quantized` has it again.
+    """Writes a quantized model to a new directory, for :func:`adaround_ext.load_quantized`.
 
     Codes take their bits, dense (:func:`adaround_ext.ops.pack_bits`), scales the shortest dtype
-    that holds them exactly. complete: with all other parameters and buffers; without them the
-    codes belong to the model that was quantized, and are refused by another.
-    Raises TypeError and ValueError for a model that is not quantized, or changed since, and for a
-    directory that is not new or empty.
+    that holds them exactly.
+
+    Args:
+        model: A model that :func:`adaround_ext.quantize_` has quantized. It is not changed.
+        folder: The directory to write, new or empty.
+        complete: Whether all other parameters and buffers are written too. Without them the codes
+            belong to the model that was quantized, and are refused by another.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``complete`` no bool.
+        ValueError: The model is not quantized, or changed since, or the directory is not new or
+            empty.
+        OSError: ``folder`` cannot be written.
     """
-    _check_switch("complete", complete)
-    with new_export(folder, KIND) as (part, details):
-        details.update(write_codes(model, part, complete))
+    check_switch("complete", complete)
+    with new_export(folder, KIND) as (directory, details):
+        details.update(write_codes(model, directory, complete))
 
 
 def save_codes(model: nn.Module, folder: Path) -> None:
@@ -100,50 +102,6 @@ def write_codes(model: nn.Module, folder: Path, complete: bool) -> dict[str, Any
     return dataclasses.asdict(stored)
 
 
-@torch.inference_mode(False)  # what is made must be there for training and state dicts later
-def load_quantized(
-    folder: str | os.PathLike[str], model: nn.Module, *, packed: bool = False
-) -> nn.Module:
-    """Puts what :func:`save_quantized` wrote into a model of the same class, and returns it.
-
-    The model then has the very bits that were saved, codes included: folded batch norms are
-    replaced, new biases made, activation quantizers attached. packed: its quantized layers become
-    :class:`QuantLinear` and :class:`QuantConv`, which hold packed codes.
-    Everything is checked before anything is changed. Raises FileNotFoundError without such a
-    directory, ValueError for one that is damaged, cut, foreign or of another model.
-    """
-    check_module(model)
-    _check_switch("packed", packed)
-    manifest = read_manifest(folder, KIND)
-    rule = f"{folder} must be a directory that save_quantized wrote"
-    try:
-        details = {"described": {}, **manifest.details}  # older versions did not write that
-        stored: StoredModel = read_value(StoredModel, details, "details")
-        with safe_open(path_of(folder) / FILE, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (ValueError, SafetensorError, OSError) as error:
-        raise ValueError(f"{rule}: {error}") from error
-    restore_(stored, tensors, model, rule)
-    if packed:
-        pack_(model)
-    return model
-
-
-def runners(folder: Path, model: nn.Module) -> list[Runner]:
-    """The model with its weights as floating point, and with packed codes."""
-    plain, packed = (load_quantized(folder, copy.deepcopy(model), packed=p) for p in (False, True))
-    compact = module_runner("QuantLinear, QuantConv", packed)
-    if quantizers(packed):
-        compact = dataclasses.replace(compact, exact=False, note=FLIPS)
-    loaded = dataclasses.replace(module_runner("load_quantized", plain), same_operators=True)
-    return [loaded, compact]
-
-
-def _check_switch(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-
-
 def _stored_layer(layer: QuantizedLayer, modules: Mapping[str, nn.Module]) -> StoredLayer:
     scale = narrowest(layer.weight.scale)
     return StoredLayer(
@@ -173,10 +131,10 @@ def _packed(layer: QuantizedLayer) -> dict[str, Tensor]:
 
 
 def _stored_quantizers(model: nn.Module) -> dict[str, StoredQuantizer]:
-    found = quantizers(model)
+    by_name = quantizers(model)
     return {
         name: StoredQuantizer(
-            found[name].config.to_dict(),
+            by_name[name].config.to_dict(),
             tuple(StoredSite(site.module, site.kind, site.tensors) for site in sites),
         )
         for name, sites in attached_sites(model).items()

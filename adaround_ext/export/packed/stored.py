@@ -1,4 +1,4 @@
-"""What our own format says of a model, and how it compares with a model at hand."""
+"""Stored models: what our own format says of a model, compared with a model at hand."""
 
 from __future__ import annotations
 
@@ -15,12 +15,27 @@ from adaround_ext.activations.quantizer import ActivationQuantizer
 from adaround_ext.layers.matrix import MatrixLayer, matrix_layer
 from adaround_ext.tensors import add_tensor
 
+KIND = "safetensors"
+FILE = "adaround.safetensors"
 QUANTIZER = ("scale", "zero_point", "qmin", "qmax")  # of an activation quantizer, in one tensor
 
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """names: of all modules with this weight. shape, dtype: its own. scales: their shape."""
+    """A quantized layer.
+
+    Attributes:
+        names: Of all modules with this weight.
+        kind: The class of the layer.
+        shape: Of the weight, as the layer has it.
+        dtype: Of the weight.
+        bits: Of a code.
+        symmetric: Whether codes are signed and zero points 0.
+        granularity: What a scale belongs to.
+        scales: The shape of the scales.
+        scale_dtype: That they are stored in.
+        biases: Names of the modules whose bias is stored.
+    """
 
     names: tuple[str, ...]
     kind: str
@@ -53,11 +68,19 @@ class StoredQuantizer:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """layers, quantizers: by name. identities: modules that are nn.Identity, as batch norms that
-    were folded. shared: names of parameters and buffers that are one tensor. complete: whether all
-    other parameters and buffers are stored too. fingerprint: of what is not stored. described: the
-    same, piece by piece, to name what differs; empty in exports of older versions. versions: of
-    what wrote it.
+    """A quantized model.
+
+    Attributes:
+        model: Its class.
+        complete: Whether all other parameters and buffers are stored too.
+        fingerprint: Of what is not stored.
+        identities: Modules that are nn.Identity, as batch norms that were folded.
+        shared: Names of parameters and buffers that are one tensor.
+        quantizers: Of activations, by name.
+        layers: By name.
+        versions: Of what wrote it.
+        described: What is not stored, piece by piece, to name what differs; empty in exports of
+            older versions.
     """
 
     model: str
@@ -73,7 +96,7 @@ class StoredModel:
     def check_layers(self, model: nn.Module) -> dict[str, MatrixLayer]:
         """The model's layers, by the names stored; ValueError where one does not fit."""
         modules = dict(model.named_modules(remove_duplicate=False))
-        found: dict[str, MatrixLayer] = {}
+        matrices: dict[str, MatrixLayer] = {}
         for name, layer in self.layers.items():
             for each in layer.names:
                 if each not in modules:
@@ -89,14 +112,14 @@ class StoredModel:
                     raise ValueError(f"model must have at {each!r} a {rule}, got a {got}")
                 if matrix.bias is not None and each not in layer.biases:
                     raise ValueError(f"model must have no bias at {each!r}, as when it was saved")
-                found.setdefault(name, matrix)
+                matrices.setdefault(name, matrix)
             if name not in layer.names:
                 raise ValueError(f"model must have the layer {name!r}, got {list(layer.names)}")
         if self.shared != (shared := self.shared_by(model)):
             differs = set(self.shared) ^ set(shared)
             names = ", ".join(sorted(differs)[0]) if differs else "others"
             raise ValueError(f"model must share the same parameters as when saved, got {names}")
-        return found
+        return matrices
 
     @cached_property
     def _changed(self) -> frozenset[str]:
@@ -112,14 +135,14 @@ class StoredModel:
     def others(self, model: nn.Module) -> dict[str, Tensor]:
         """The state of a model that quantization did not change; what has several names once."""
         seen: set[int] = set()
-        found = {}
+        others = {}
         for key, tensor in model.state_dict(keep_vars=True).items():
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"model must have tensors alone as its state, got {key}")
             if not self.is_changed(key) and id(tensor) not in seen:
                 seen.add(id(tensor))
-                found[key] = tensor.detach()
-        return found
+                others[key] = tensor.detach()
+        return others
 
     def shared_by(self, model: nn.Module) -> tuple[tuple[str, ...], ...]:
         """The names of each parameter or buffer that has several; not of what may be replaced."""
@@ -148,7 +171,7 @@ class StoredModel:
         Those by their names, with dtype, shape and a hash.
         """
         stored = set(model.state_dict(keep_vars=True)) if self.complete else set()
-        found = {
+        description = {
             f"module {name}": type(module).__qualname__
             for name, module in model.named_modules(remove_duplicate=False)
             if name not in self.identities and not isinstance(module, ActivationQuantizer)
@@ -158,8 +181,8 @@ class StoredModel:
                 digest = hashlib.blake2b(digest_size=8)
                 add_tensor(digest, tensor)
                 kind = f"{tensor.dtype} of shape {list(tensor.shape)}"
-                found[key] = f"{kind} with the hash {digest.hexdigest()}"
-        return found
+                description[key] = f"{kind} with the hash {digest.hexdigest()}"
+        return description
 
     def check_rest(self, model: nn.Module) -> None:
         """ValueError naming what is not stored and differs from what it was when it was saved."""
@@ -181,6 +204,12 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """All parameters and buffers under all of their names."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
+
+
+def check_switch(name: str, value: object) -> None:
+    """TypeError for an argument that is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def narrowest(scale: Tensor) -> Tensor:

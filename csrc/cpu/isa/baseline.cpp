@@ -3,16 +3,11 @@
 #include <type_traits>
 #include <utility>
 
-#include "kernels.h"
+#include "cpu/isa/table.h"
 
 #define ADAROUND_ISA baseline
 #define ADAROUND_WIDTH 4
-#include "vec.h"
-
-#include "kernels_impl.h"
-#include "packing_impl.h"
-
-#include "linear_impl.h"  // uses packing_impl.h
+#include "cpu/isa/loops.h"
 
 namespace adaround_ext::cpu {
 

@@ -1,5 +1,4 @@
-// The loops on packed codes of kernels.h, once per instruction set as in kernels_impl.h: no include
-// guard, everything force-inlined.
+// The loops of pack_bits and unpack_bits; a part of ../isa/loops.h.
 
 namespace adaround_ext::cpu::ADAROUND_ISA {
 

@@ -1,5 +1,4 @@
-// packed_linear's loops, once per instruction set as in kernels_impl.h: no include guard,
-// everything force-inlined.
+// The loops of packed_linear; a part of ../isa/loops.h.
 //
 // A vector of 32-bit lanes takes kLaneCodes codes a lane, so kVectorCodes neighbours; shifting it
 // by j codes leaves code kLaneCodes i + j at the foot of lane i. Weights stay in that order, and x
@@ -270,7 +269,5 @@ inline void linear_tile(const LinearTile& s) {
   with_bits(
       s.bits, [&](auto bits) ADAROUND_INLINE_LAMBDA { linear_tile_of<decltype(bits)::value>(s); });
 }
-
-constexpr PackingKernels packing_table() { return {pack, unpack, arrange, linear_tile}; }
 
 }  // namespace adaround_ext::cpu::ADAROUND_ISA

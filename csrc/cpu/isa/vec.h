@@ -1,5 +1,5 @@
-// A vector of floats with the primitives of ../elementary.h, in the compiler's vector extension.
-// Included once per instruction set (see kernels_impl.h): no include guard, ADAROUND_ISA is the
+// A vector of floats with the primitives of math/elementary.h, in the compiler's vector extension.
+// Included once per instruction set (see loops.h): no include guard, ADAROUND_ISA is the
 // namespace and ADAROUND_WIDTH the number of floats.
 
 namespace adaround_ext::cpu::ADAROUND_ISA {
@@ -148,7 +148,7 @@ ADAROUND_INLINE void store(float* to, Vec a, int64_t size) {
   }
 }
 
-// Words of 64 bits, each a block of packed codes (../packing.h).
+// Words of 64 bits, each a block of packed codes (math/packing.h).
 struct Words {
   typedef uint64_t Native __attribute__((vector_size(4 * ADAROUND_WIDTH)));
   typedef uint8_t Bytes __attribute__((vector_size(4 * ADAROUND_WIDTH)));

@@ -1,4 +1,4 @@
-// The loops of kernels.h for AVX512. The target is set before the project's own headers, because
+// The loops of table.h for AVX512. The target is set before the project's own headers, because
 // their templates are compiled for the target they were read under; the standard headers come
 // first, so that nothing of theirs is.
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -17,16 +17,11 @@
 #pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,fma")
 #endif
 
-#include "kernels.h"
+#include "cpu/isa/table.h"
 
 #define ADAROUND_ISA avx512
 #define ADAROUND_WIDTH 16
-#include "vec.h"
-
-#include "kernels_impl.h"
-#include "packing_impl.h"
-
-#include "linear_impl.h"  // uses packing_impl.h
+#include "cpu/isa/loops.h"
 
 namespace adaround_ext::cpu {
 

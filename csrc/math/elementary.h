@@ -1,5 +1,6 @@
-// The primitives that rounding_math.h is written in, for float and double on host and device.
-// cpu/vec.h adds the same names for vectors, so that a formula is written once for all of them.
+// The primitives that rounding.h and search.h are written in, for float and double on host and
+// device. cpu/isa/vec.h adds the same names for vectors, so that a formula is written once for all
+// of them.
 //
 // exp2_ and log2_ of float on the host are polynomials: a loop over libm cannot be vectorised. The
 // vectors evaluate the same polynomials. Largest errors: exp2_ 1.5e-7 relative, log2_ 1.2e-7

@@ -6,8 +6,8 @@
 
 #include <string>
 
-#include "../checks.h"
-#include "kernels.h"
+#include "arguments/checks.h"
+#include "cpu/isa/table.h"
 
 namespace adaround_ext::cpu {
 

@@ -3,19 +3,16 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include <cstdint>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 
-namespace adaround_ext {
+#include "arguments/dtypes.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+namespace adaround_ext {
 
 // Not STD_TORCH_CHECK: that one puts the builder's source path in front of the message.
 #define ADAROUND_CHECK(cond, ...)                                       \

@@ -5,8 +5,9 @@
 
 #include <cstdint>
 
-#include "../packing.h"
-#include "../rounding_math.h"
+#include "math/packing.h"
+#include "math/rounding.h"
+#include "math/search.h"
 
 namespace adaround_ext::cpu {
 

@@ -1,4 +1,4 @@
-// The loops of kernels.h for AVX2. The target is set before the project's own headers, because
+// The loops of table.h for AVX2. The target is set before the project's own headers, because
 // their templates are compiled for the target they were read under; the standard headers come
 // first, so that nothing of theirs is.
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -16,16 +16,11 @@
 #pragma GCC target("avx2,fma")
 #endif
 
-#include "kernels.h"
+#include "cpu/isa/table.h"
 
 #define ADAROUND_ISA avx2
 #define ADAROUND_WIDTH 8
-#include "vec.h"
-
-#include "kernels_impl.h"
-#include "packing_impl.h"
-
-#include "linear_impl.h"  // uses packing_impl.h
+#include "cpu/isa/loops.h"
 
 namespace adaround_ext::cpu {
 

@@ -1,12 +1,12 @@
 // Codes as a dense stream of bits, once for C++ and CUDA; reference.pack_bits is the same in
 // Python: code j of a row is the number code - qmin in bits j b to j b + b - 1, bit i being bit i %
-// 8 of byte i / 8. W is uint64_t or a vector of them (cpu/vec.h); a word holds the codes of a
+// 8 of byte i / 8. W is uint64_t or a vector of them (cpu/isa/vec.h); a word holds the codes of a
 // block, the first at its low end, as little-endian memory has them.
 #pragma once
 
 #include <type_traits>
 
-#include "elementary.h"
+#include "math/elementary.h"
 
 namespace adaround_ext {
 

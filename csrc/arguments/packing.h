@@ -1,4 +1,4 @@
-// The arguments of the ops on packed codes, checked and made contiguous, as in arguments.h.
+// The arguments of the ops on packed codes, checked and made contiguous, as in rounding.h.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -7,14 +7,10 @@
 #include <optional>
 #include <vector>
 
-#include "checks.h"
-#include "packing.h"
+#include "arguments/checks.h"
+#include "math/packing.h"
 
 namespace adaround_ext {
-
-inline ScalarType code_dtype(int64_t qmin) {
-  return qmin < 0 ? ScalarType::Char : ScalarType::Byte;
-}
 
 inline void check_bits(int64_t bits, int64_t qmin) {
   ADAROUND_CHECK(bits >= 1 && bits <= kMaxBits, "bits must be from 1 to 8, got ", bits);
