@@ -10,7 +10,7 @@ counts as its own); those that are read may have any strides.
 Every op raises ValueError with a message that names the argument, the rule and what came;
 RuntimeError where memory is short, from fake kernels, and from torch 2.15 on, which translates all
 C++ exceptions alike.
-The source is Nagel et al., "Up or Down?", ICML 2020; formulas: csrc/rounding_math.h.
+The source is Nagel et al., "Up or Down?", ICML 2020; formulas: csrc/math.
 """
 
 from adaround_ext.ops.packing import pack_bits, packed_linear, unpack_bits

@@ -5,7 +5,7 @@ stream of bits. Code j of a row is the number code - qmin in bits j b to j b + b
 bit i % 8 of byte i // 8; what is left of the last byte is 0. ``bits`` is 1 to 8; ``codes`` are int8
 where qmin < 0, else uint8, and qmin to qmin + 2^bits - 1 must lie in [-128, 127] or [0, 255].
 Arguments may have any strides. Errors are those of :mod:`adaround_ext.ops`. Formulas:
-csrc/packing.h.
+csrc/math/packing.h.
 """
 
 from __future__ import annotations
