@@ -1,4 +1,4 @@
-"""Presets, and the objective: what fills in where a setting is None or "auto" (docs/tuning.md)."""
+"""Presets and the objective: what fills in where a setting is None or "auto"."""
 
 from __future__ import annotations
 
@@ -49,20 +49,6 @@ _SEARCH_COLS = 128
 _PAPER_STEPS = 10_000  # the paper's loss with the paper's learning rate needs its steps too
 
 
-def choose_objective(config: AdaRoundConfig) -> tuple[str, str]:
-    """("gram" or "sampled", the reason).
-
-    With an activation function only sampling is exact, without one the Gram form is. No price makes
-    sampling the better choice then: its gradients are noisy, and there is no refinement, no search
-    and no new bias (docs/tuning.md).
-    """
-    if config.objective != "auto":
-        return config.objective, "as set"
-    if config.activation is not None:
-        return "sampled", "the activation function is part of the loss"
-    return "gram", "no activation function, so the Gram form is exact"
-
-
 def settings(config: AdaRoundConfig, objective: str, cols: int) -> Settings:
     """``config``'s values where given, else those of its preset, of the objective and ``cols``."""
     preset = _PRESETS[config.preset]
@@ -91,3 +77,17 @@ def settings(config: AdaRoundConfig, objective: str, cols: int) -> Settings:
 
 def _given(value: int | None, default: int) -> int:
     return default if value is None else value
+
+
+def choose_objective(config: AdaRoundConfig) -> tuple[str, str]:
+    """("gram" or "sampled", the reason).
+
+    With an activation function only sampling is exact, without one the Gram form is. No price makes
+    sampling the better choice then: its gradients are noisy, and there is no refinement, no search
+    and no new bias (docs/tuning.md).
+    """
+    if config.objective != "auto":
+        return config.objective, "as set"
+    if config.activation is not None:
+        return "sampled", "the activation function is part of the loss"
+    return "gram", "no activation function, so the Gram form is exact"

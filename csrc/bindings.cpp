@@ -4,6 +4,8 @@
 
 #include <string>
 
+#include "cpu/isa/table.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -23,11 +25,11 @@ py::dict build_info() {
   info["version"] = ADAROUND_VERSION;
   info["compiler"] = compiler();
   info["torch_built_with"] = ADAROUND_TORCH_VERSION;
-#if defined(__x86_64__) && defined(__GNUC__)
-  info["instruction_sets"] = py::make_tuple("baseline", "avx2", "avx512");
-#else
-  info["instruction_sets"] = py::make_tuple("baseline");
-#endif
+  py::list sets;
+#define ADAROUND_APPEND(isa, available) sets.append(#isa);
+  ADAROUND_ISAS(ADAROUND_APPEND)
+#undef ADAROUND_APPEND
+  info["instruction_sets"] = py::tuple(sets);
   info["cuda_toolkit"] = ADAROUND_CUDA_VERSION;  // "" where CUDA was not built
   info["cuda_architectures"] = ADAROUND_CUDA_ARCHS;
   return info;

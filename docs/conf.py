@@ -16,8 +16,8 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
-    "plain_docstrings",
     "command_help",
     "outside_pages",
 ]
@@ -30,6 +30,8 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 
 autodoc_member_order = "bysource"
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # attributes are listed where the class is, not each on its own
 highlight_language = "text"  # of what names no language
 maximum_signature_line_length = 100  # longer ones have a line for each argument
 # Names in annotations that belong to other projects.

@@ -152,7 +152,7 @@ MUTANTS = [
         "refine_ takes a thread's last row twice",
         "csrc/cpu/refine.cpp",
         "for (int64_t row = first; row < last; ++row) {",
-        "for (int64_t row = first; row < std::min(last + 1, rows); ++row) {",
+        "for (int64_t row = first; row < std::min(last + 1, layout.rows); ++row) {",
         THREADS,
     ),
     Mutant(
@@ -186,17 +186,17 @@ MUTANTS = [
     ),
     # refine_ and tabu_search_.
     Mutant(
-        "refine_ reads the scale of a row as if it had one group",
-        "csrc/cpu/refine.cpp",
-        "scale + (shared_scale ? 0 : row * n_groups)",
-        "scale + (shared_scale ? 0 : row)",
+        "the scale of a row is read as if it had one group",
+        "csrc/arguments/search.h",
+        "return row * scale_stride;",
+        "return scale_stride ? row : 0;",
         "refine",
     ),
     Mutant(
-        "refine_ counts Gram matrices by rows",
-        "csrc/cpu/refine.cpp",
-        "gram + row / rows_per_gram * cols * cols",
-        "gram + row % rows_per_gram * cols * cols",
+        "Gram matrices are counted by rows",
+        "csrc/arguments/search.h",
+        "row / rows_per_gram * cols * cols",
+        "row % rows_per_gram * cols * cols",
         "refine",
     ),
     Mutant(
@@ -266,8 +266,8 @@ MUTANTS = [
     Mutant(
         "groups of scales follow the order of processing",
         "csrc/cpu/gptq.cpp",
-        "order[k] / group_size;",
-        "k / group_size;",
+        "order[k] / layout.group_size;",
+        "k / layout.group_size;",
         "gptq",
     ),
     Mutant(
@@ -381,7 +381,7 @@ MUTANTS = [
     Mutant(
         "every instruction set is the one in use",
         "csrc/cpu/isa/dispatch.cpp",
-        "    in_use() = found;\n",
+        "    in_use() = choice;\n",
         "",
         "library",
     ),

@@ -104,3 +104,17 @@ def test_functions_fit_a_screen() -> None:
                 if statements:
                     lines = (statements[-1].end_lineno or 0) - statements[0].lineno + 1
                     assert lines <= MOST_OF_A_FUNCTION, f"{module}.{node.name} has {lines} lines"
+
+
+def test_the_map_is_the_tree() -> None:
+    """CONTRIBUTING.md has a line for every module, under its room."""
+    text = (ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8").split("```")[1]
+    folders: list[str] = []
+    listed = []
+    for line in filter(None, text.splitlines()):
+        name, depth = line.split()[0], (len(line) - len(line.lstrip())) // 2
+        folders[depth:] = [name.removesuffix("/")]
+        if not name.endswith("/"):
+            listed.append(".".join(folders).removesuffix(".py"))
+    packages = {module for module, path in MODULES.items() if path.stem == "__init__"}
+    assert sorted(listed) == sorted(MODULES.keys() - packages - TOP - FORMER)

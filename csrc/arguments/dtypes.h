@@ -20,4 +20,14 @@ inline ScalarType code_dtype(int64_t qmin) {
   return qmin < 0 ? ScalarType::Char : ScalarType::Byte;
 }
 
+// Calls f with a value of the type that codes are stored in.
+template <typename F>
+void dispatch_codes(ScalarType dtype, const F& f) {
+  if (dtype == ScalarType::Char) {
+    f(int8_t());
+  } else {
+    f(uint8_t());
+  }
+}
+
 }  // namespace adaround_ext

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "arguments/checks.h"
+#include "math/rounding.h"
 
 namespace adaround_ext {
 
@@ -75,8 +76,6 @@ struct BackwardArguments {
     grad_reg = contiguous({"grad_reg", &grad_reg_in});
   }
 };
-
-constexpr int64_t kScheduleColumns = 5;
 
 // rounding_step_: everything of QuantizeArguments (v is written in place, so it is not copied), the
 // moments, the weight_q or error to write, its gradient, the schedule and the step counter.

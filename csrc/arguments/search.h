@@ -9,6 +9,28 @@
 
 namespace adaround_ext {
 
+// How the rows of a matrix [rows, cols] find their scales [rows or 1, n_groups] and their matrix
+// over columns [groups, cols, cols]: rows / groups consecutive rows share one.
+struct RowLayout {
+  int64_t rows;
+  int64_t cols;
+  int64_t group_size;    // columns that share a scale
+  int64_t scale_stride;  // n_groups, or 0 where all rows share the scale
+  int64_t rows_per_gram;
+
+  // Of arguments that are checked; the matrix has elements.
+  RowLayout(const Tensor& matrix, const Tensor& gram, const Tensor& scale)
+      : rows(matrix.size(0)),
+        cols(matrix.size(1)),
+        group_size(cols / scale.size(1)),
+        scale_stride(scale.size(0) == 1 ? 0 : scale.size(1)),
+        rows_per_gram(rows / gram.size(0)) {}
+
+  // Where the row's scales begin, and its matrix.
+  int64_t scale_of(int64_t row) const { return row * scale_stride; }
+  int64_t gram_of(int64_t row) const { return row / rows_per_gram * cols * cols; }
+};
+
 // refine_ and tabu_search_: codes and residual [rows, cols] are written; gram [groups, cols, cols],
 // scale [rows or 1, n_groups]; rows / groups consecutive rows share a Gram matrix.
 struct SearchArguments {

@@ -11,12 +11,9 @@ namespace {
 
 template <typename T, typename code_t>
 void run_gptq(const GptqArguments& args, int64_t qmin, int64_t qmax, const Tensor& codes) {
-  const int64_t rows = args.weight.size(0);
-  const int64_t cols = args.weight.size(1);
-  const int64_t n_groups = args.scale.size(1);
-  const int64_t group_size = cols / n_groups;
-  const bool shared_scale = args.scale.size(0) == 1;
-  const int64_t rows_per_gram = rows / args.feedback.size(0);
+  const RowLayout layout(args.weight, args.feedback, args.scale);
+  const int64_t cols = layout.cols;
+  const int64_t rows_per_gram = layout.rows_per_gram;
   const int64_t tiles_per_gram = (rows_per_gram + kGptqRows - 1) / kGptqRows;
   const T* weight = args.weight.const_data_ptr<T>();
   const T* feedback = args.feedback.const_data_ptr<T>();
@@ -41,7 +38,7 @@ void run_gptq(const GptqArguments& args, int64_t qmin, int64_t qmax, const Tenso
       for (int64_t i = 0; i < count; ++i) {
         const int64_t row = group * rows_per_gram + begin + i;
         for (int64_t k = 0; k < cols; ++k) {
-          const int64_t run = (shared_scale ? 0 : row * n_groups) + order[k] / group_size;
+          const int64_t run = layout.scale_of(row) + order[k] / layout.group_size;
           tile[i * cols + k] = weight[row * cols + order[k]];
           grid[i * cols + k].scale = scale[run];
           grid[i * cols + k].zero_point = static_cast<T>(zero_point[run]);
@@ -85,15 +82,15 @@ Tensor gptq_cpu(
     const Tensor& zero_point, int64_t qmin, int64_t qmax) {
   const GptqArguments args(weight, feedback, order, scale, zero_point, qmin, qmax);
   check_order(args.order);
-  const bool is_signed = qmin < 0;
   const Tensor codes = allocate(args.weight, args.weight.sizes(), code_dtype(qmin));
   if (args.weight.numel() == 0) {
     return codes;
   }
-  const bool is_double = args.weight.scalar_type() == ScalarType::Double;
-  const auto run = is_signed ? (is_double ? run_gptq<double, int8_t> : run_gptq<float, int8_t>)
-                             : (is_double ? run_gptq<double, uint8_t> : run_gptq<float, uint8_t>);
-  run(args, qmin, qmax, codes);
+  dispatch_arithmetic(args.weight.scalar_type(), [&](auto number) {
+    dispatch_codes(codes.scalar_type(), [&](auto code) {
+      run_gptq<decltype(number), decltype(code)>(args, qmin, qmax, codes);
+    });
+  });
   return codes;
 }
 

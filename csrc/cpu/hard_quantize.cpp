@@ -31,11 +31,9 @@ Tensor hard_quantize_cpu(
     int64_t qmin, int64_t qmax) {
   const QuantizeArguments args(weight, v, scale, zero_point, qmin, qmax);
   const Tensor codes = allocate(args.weight, args.weight.sizes(), code_dtype(qmin));
-  if (arithmetic_dtype(args.weight) == ScalarType::Double) {
-    run_hard_quantize<double>(args, qmin, qmax, codes);
-  } else {
-    run_hard_quantize<float>(args, qmin, qmax, codes);
-  }
+  dispatch_arithmetic(args.weight.scalar_type(), [&](auto number) {
+    run_hard_quantize<decltype(number)>(args, qmin, qmax, codes);
+  });
   return codes;
 }
 
@@ -60,12 +58,11 @@ Tensor dequantize_cpu(
     const Tensor& codes, const Tensor& scale, const Tensor& zero_point, ScalarType dtype) {
   const DequantizeArguments args(codes, scale, zero_point, dtype);
   const Tensor weight_q = allocate(args.codes, args.codes.sizes(), dtype);
-  const bool is_signed = args.codes.scalar_type() == ScalarType::Char;
-  if (dtype == ScalarType::Double) {
-    (is_signed ? run_dequantize<double, int8_t> : run_dequantize<double, uint8_t>)(args, weight_q);
-  } else {
-    (is_signed ? run_dequantize<float, int8_t> : run_dequantize<float, uint8_t>)(args, weight_q);
-  }
+  dispatch_arithmetic(dtype, [&](auto number) {
+    dispatch_codes(args.codes.scalar_type(), [&](auto code) {
+      run_dequantize<decltype(number), decltype(code)>(args, weight_q);
+    });
+  });
   return weight_q;
 }
 

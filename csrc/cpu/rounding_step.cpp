@@ -12,7 +12,7 @@ namespace {
 template <typename T>
 void run_rounding_step(
     const StepArguments& args, const Tensor& v, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-    const Tensor& weight_q, int64_t qmin, int64_t qmax, const float* schedule, bool as_error,
+    const Tensor& weight_q, int64_t qmin, int64_t qmax, const StepParams<T>& params, bool as_error,
     bool normalize) {
   const GridView<T> grids(args.weight, args.scale, args.zero_point, qmin, qmax);
   const Input<T> grad(args.grad);
@@ -21,11 +21,7 @@ void run_rounding_step(
   T* v_ptr = v.mutable_data_ptr<T>();
   T* exp_avg_ptr = exp_avg.mutable_data_ptr<T>();
   T* exp_avg_sq_ptr = exp_avg_sq.mutable_data_ptr<T>();
-  const StepParams<T> params{
-      static_cast<T>(schedule[0]), static_cast<T>(schedule[1]),
-      static_cast<T>(schedule[2]) / static_cast<T>(schedule[3]),
-      T(1) / static_cast<T>(schedule[4])};
-  const bool with_reg = schedule[1] != 0.0f;
+  const bool with_reg = params.reg_weight != T(0);
   const auto kernel = kernels<T>().rounding_step;
   parallel_chunks(args.weight.numel(), [&](int64_t, int64_t begin, int64_t size) {
     alignas(64) T grad_buffer[kChunk];
@@ -56,13 +52,12 @@ void rounding_step_cpu(
   const int64_t last = args.schedule.size(0) - 1;
   const int64_t row = std::min(std::max<int64_t>(*counter, 0), last);
   const float* values = args.schedule.const_data_ptr<float>() + row * kScheduleColumns;
-  if (v.scalar_type() == ScalarType::Double) {
-    run_rounding_step<double>(
-        args, v, exp_avg, exp_avg_sq, weight_q, qmin, qmax, values, as_error, normalize);
-  } else {
-    run_rounding_step<float>(
-        args, v, exp_avg, exp_avg_sq, weight_q, qmin, qmax, values, as_error, normalize);
-  }
+  dispatch_arithmetic(v.scalar_type(), [&](auto number) {
+    using T = decltype(number);
+    run_rounding_step<T>(
+        args, v, exp_avg, exp_avg_sq, weight_q, qmin, qmax, step_params<T>(values), as_error,
+        normalize);
+  });
   if (*counter < INT64_MAX) {
     *counter += 1;
   }

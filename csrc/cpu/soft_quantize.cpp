@@ -60,11 +60,9 @@ SoftOutputs soft_quantize_any(
       allocate(args.weight, args.weight.sizes()),
       with_grad ? allocate(args.v, args.v.sizes()) : Tensor(), allocate(args.v, {}),
       with_grad ? allocate(args.v, args.v.sizes()) : Tensor()};
-  if (arithmetic_dtype(args.weight) == ScalarType::Double) {
-    run_soft_quantize<double>(args, qmin, qmax, beta, out, with_grad);
-  } else {
-    run_soft_quantize<float>(args, qmin, qmax, beta, out, with_grad);
-  }
+  dispatch_arithmetic(args.weight.scalar_type(), [&](auto number) {
+    run_soft_quantize<decltype(number)>(args, qmin, qmax, beta, out, with_grad);
+  });
   return out;
 }
 
@@ -113,11 +111,9 @@ Tensor soft_quantize_backward_cpu(
   const BackwardArguments grads(grad_weight_q, grad_reg, args);
   check_beta(beta);
   const Tensor grad_v = allocate(args.v, args.v.sizes());
-  if (arithmetic_dtype(args.weight) == ScalarType::Double) {
-    run_backward<double>(grads, args, qmin, qmax, beta, grad_v);
-  } else {
-    run_backward<float>(grads, args, qmin, qmax, beta, grad_v);
-  }
+  dispatch_arithmetic(args.weight.scalar_type(), [&](auto number) {
+    run_backward<decltype(number)>(grads, args, qmin, qmax, beta, grad_v);
+  });
   return grad_v;
 }
 

@@ -22,6 +22,16 @@ using torch::headeronly::Half;
 constexpr int64_t kChunk = 1024;       // weights a chunk: its buffers stay in the first-level cache
 constexpr int64_t kChunksPerTask = 8;  // fewer are not worth waking a thread
 
+// Calls f with a value of the type that the arithmetic on a dtype runs in.
+template <typename F>
+void dispatch_arithmetic(ScalarType dtype, const F& f) {
+  if (dtype == ScalarType::Double) {
+    f(double());
+  } else {
+    f(float());
+  }
+}
+
 // An argument that is read: its own memory where the storage is T, else a converted chunk.
 template <typename T>
 class Input {

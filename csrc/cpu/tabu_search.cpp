@@ -13,28 +13,24 @@ template <typename T, typename code_t>
 void run_tabu_search(
     const SearchArguments& args, const Tensor& codes, const Tensor& residual, int64_t qmin,
     int64_t qmax, int64_t steps, int64_t seed) {
-  const int64_t rows = codes.size(0);
-  const int64_t cols = codes.size(1);
-  const int64_t n_groups = args.scale.size(1);
-  const int64_t group_size = cols / n_groups;
-  const bool shared_scale = args.scale.size(0) == 1;
-  const int64_t rows_per_gram = rows / args.gram.size(0);
+  const RowLayout layout(codes, args.gram, args.scale);
+  const int64_t cols = layout.cols;
   code_t* codes_ptr = static_cast<code_t*>(codes.mutable_data_ptr());
   T* residual_ptr = residual.mutable_data_ptr<T>();
   const T* gram_ptr = args.gram.const_data_ptr<T>();
   const T* scale_ptr = args.scale.const_data_ptr<T>();
   const auto kernel = kernels<T>().tabu_row;
-  torch::stable::parallel_for(0, rows, 1, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, layout.rows, 1, [&](int64_t first, int64_t last) {
     const auto size = static_cast<size_t>(cols);
     std::vector<T> row_codes(size), best_codes(size), best_residual(size), free_from(size);
     std::vector<T> scale(size), curvature(size);
     for (int64_t row = first; row < last; ++row) {
       code_t* row_ptr = codes_ptr + row * cols;
       T* residual_row = residual_ptr + row * cols;
-      const T* gram = gram_ptr + row / rows_per_gram * cols * cols;
-      const T* scales = scale_ptr + (shared_scale ? 0 : row * n_groups);
+      const T* gram = gram_ptr + layout.gram_of(row);
+      const T* scales = scale_ptr + layout.scale_of(row);
       for (int64_t j = 0; j < cols; ++j) {
-        scale[j] = scales[j / group_size];
+        scale[j] = scales[j / layout.group_size];
         curvature[j] = gram[j * cols + j] * scale[j];
       }
       std::copy(row_ptr, row_ptr + cols, row_codes.begin());
@@ -59,12 +55,12 @@ void tabu_search_cpu(
   if (codes.numel() == 0) {
     return;
   }
-  const bool is_double = residual.scalar_type() == ScalarType::Double;
-  const auto run =
-      codes.scalar_type() == ScalarType::Char
-          ? (is_double ? run_tabu_search<double, int8_t> : run_tabu_search<float, int8_t>)
-          : (is_double ? run_tabu_search<double, uint8_t> : run_tabu_search<float, uint8_t>);
-  run(args, codes, residual, qmin, qmax, steps, seed);
+  dispatch_arithmetic(residual.scalar_type(), [&](auto number) {
+    dispatch_codes(codes.scalar_type(), [&](auto code) {
+      run_tabu_search<decltype(number), decltype(code)>(
+          args, codes, residual, qmin, qmax, steps, seed);
+    });
+  });
 }
 
 }  // namespace

@@ -48,16 +48,6 @@ void dispatch_storage(ScalarType dtype, const F& f) {
   }
 }
 
-// Calls f with a value of the type of codes.
-template <typename F>
-void dispatch_codes(ScalarType dtype, const F& f) {
-  if (dtype == ScalarType::Char) {
-    f(int8_t());
-  } else {
-    f(uint8_t());
-  }
-}
-
 template <typename T>
 const T* input_pointer(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());

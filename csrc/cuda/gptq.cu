@@ -235,9 +235,7 @@ Tensor gptq_cuda(
   STD_CUDA_CHECK(cudaMemsetAsync(
       output_pointer<uint8_t>(codes), static_cast<int>(qmin & 0xff),
       static_cast<size_t>(codes.numel()), current_stream(codes)));
-  const int64_t rows = codes.size(0);
-  const int64_t cols = codes.size(1);
-  const int64_t n_groups = args.scale.size(1);
+  const RowLayout layout(args.weight, args.feedback, args.scale);
   const GptqPointers s{
       input_pointer<float>(args.weight),
       input_pointer<float>(args.feedback),
@@ -246,12 +244,12 @@ Tensor gptq_cuda(
       input_pointer<int32_t>(args.zero_point),
       output_pointer<uint8_t>(codes),
       nullptr,
-      rows / args.feedback.size(0),
+      layout.rows_per_gram,
       0,
       0,
-      args.scale.size(0) == 1 ? 0 : n_groups,
-      static_cast<int>(cols),
-      static_cast<int>(cols / n_groups),
+      layout.scale_stride,
+      static_cast<int>(layout.cols),
+      static_cast<int>(layout.group_size),
       static_cast<float>(qmin),
       static_cast<float>(qmax)};
   // Eight rows halve the reading of the factor, where that leaves a tile for every processor.

@@ -211,27 +211,25 @@ template <typename code_t>
 void run_refine(
     const SearchArguments& args, const Tensor& codes, const Tensor& residual, int64_t qmin,
     int64_t qmax, int64_t max_sweeps) {
-  const int64_t rows = codes.size(0);
-  const int64_t cols = codes.size(1);
-  const int64_t n_groups = args.scale.size(1);
+  const RowLayout layout(codes, args.gram, args.scale);
   const int64_t limit = shared_limit(codes, sizeof(Keys));
-  const int64_t row_bytes = cols * static_cast<int64_t>(2 * sizeof(float) + sizeof(code_t));
+  const int64_t row_bytes = layout.cols * static_cast<int64_t>(2 * sizeof(float) + sizeof(code_t));
   const bool fits = row_bytes <= limit;
   RefinePointers<code_t> s{
       output_pointer<code_t>(codes),
       output_pointer<float>(residual),
       input_pointer<float>(args.gram),
       input_pointer<float>(args.scale),
-      rows,
-      rows / args.gram.size(0),
-      args.scale.size(0) == 1 ? 0 : n_groups,
-      static_cast<int>(cols),
-      static_cast<int>(cols / n_groups),
+      layout.rows,
+      layout.rows_per_gram,
+      layout.scale_stride,
+      static_cast<int>(layout.cols),
+      static_cast<int>(layout.group_size),
       static_cast<float>(qmin),
       static_cast<float>(qmax),
       max_sweeps,
       false};
-  s.wide = cols % 4 == 0 && aligned(s.gram) && (fits || aligned(s.residual));
+  s.wide = layout.cols % 4 == 0 && aligned(s.gram) && (fits || aligned(s.residual));
   const auto launch = !fits                   ? launch_refine<false, false, code_t>
                       : 2 * row_bytes > limit ? launch_refine<true, true, code_t>
                                               : launch_refine<true, false, code_t>;

@@ -30,8 +30,7 @@ struct StepPointers {
 __device__ __forceinline__ StepParams<float> read_schedule(
     const float* schedule, int64_t steps, int64_t step) {
   const int64_t row = min(max(step, int64_t{0}), steps - 1);
-  const float* values = schedule + row * kScheduleColumns;
-  return {values[0], values[1], values[2] / values[3], 1.0f / values[4]};
+  return step_params<float>(schedule + row * kScheduleColumns);
 }
 
 template <typename weight_t, typename grad_t>

@@ -232,9 +232,7 @@ void tabu_search_cuda(
     return;
   }
   const DeviceGuard guard(codes.get_device_index());
-  const int64_t rows = codes.size(0);
-  const int64_t cols = codes.size(1);
-  const int64_t n_groups = args.scale.size(1);
+  const RowLayout layout(codes, args.gram, args.scale);
   const int sign = qmin < 0 ? 0x80 : 0;
   const TabuPointers s{
       output_pointer<uint8_t>(codes),
@@ -242,19 +240,19 @@ void tabu_search_cuda(
       input_pointer<float>(args.gram),
       input_pointer<float>(args.scale),
       nullptr,
-      rows,
-      rows / args.gram.size(0),
-      args.scale.size(0) == 1 ? 0 : n_groups,
-      static_cast<int>(cols),
-      static_cast<int>(cols / n_groups),
+      layout.rows,
+      layout.rows_per_gram,
+      layout.scale_stride,
+      static_cast<int>(layout.cols),
+      static_cast<int>(layout.group_size),
       static_cast<uint32_t>(sign),
       static_cast<uint32_t>(qmin + sign),
       static_cast<uint32_t>(qmax - qmin),
       static_cast<uint32_t>(steps),
       static_cast<uint64_t>(seed)};
   const int64_t limit = shared_limit(codes, sizeof(Messages));
-  const int64_t bytes = Row::kBytes * cols;
-  const bool wide = cols % 4 == 0 && aligned(s.gram, s.residual) && aligned(s.codes);
+  const int64_t bytes = Row::kBytes * layout.cols;
+  const bool wide = layout.cols % 4 == 0 && aligned(s.gram, s.residual) && aligned(s.codes);
   const auto run = [&](auto kShared, auto kAlone) {
     const auto launch =
         wide ? launch_tabu_search<kShared, 4, kAlone> : launch_tabu_search<kShared, 1, kAlone>;

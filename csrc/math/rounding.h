@@ -38,6 +38,17 @@ struct StepParams {
   T inv_bias_sqrt;  // 1 / sqrt(bias_correction2)
 };
 
+// A row of the schedule: beta, reg_weight, learning rate, bias_correction1 and
+// sqrt(bias_correction2).
+constexpr int64_t kScheduleColumns = 5;
+
+template <typename T>
+ADAROUND_INLINE StepParams<T> step_params(const float* row) {
+  return {
+      static_cast<T>(row[0]), static_cast<T>(row[1]),
+      static_cast<T>(row[2]) / static_cast<T>(row[3]), T(1) / static_cast<T>(row[4])};
+}
+
 template <typename T>
 struct Rectified {
   T h;     // h(V)

@@ -1,6 +1,7 @@
 // Which loops run: the best that processor and build have, unless another was asked for.
 #include <atomic>
 #include <cstring>
+#include <iterator>
 
 #include <torch/csrc/stable/library.h>
 
@@ -11,47 +12,23 @@
 
 namespace adaround_ext::cpu {
 
-extern const Kernels<float> kBaselineKernels;
-extern const PackingKernels kBaselinePacking;
-extern const Kernels<double> kDoubleKernels;
-#if defined(__x86_64__) && defined(__GNUC__)
-extern const Kernels<float> kAvx2Kernels;
-extern const Kernels<float> kAvx512Kernels;
-extern const PackingKernels kAvx2Packing;
-extern const PackingKernels kAvx512Packing;
-#endif
-
 namespace {
 
 struct Choice {
   const char* name;
-  const Kernels<float>* table;
+  const Kernels<float>* kernels;
   const PackingKernels* packing;
   bool available;
 };
 
-// Best first.
-const Choice* choices(int* count) {
-  static const Choice list[] = {
-#if defined(__x86_64__) && defined(__GNUC__)
-      {"avx512", &kAvx512Kernels, &kAvx512Packing,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")},
-      {"avx2", &kAvx2Kernels, &kAvx2Packing,
-       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
-#endif
-      {"baseline", &kBaselineKernels, &kBaselinePacking, true},
-  };
-  *count = sizeof(list) / sizeof(list[0]);
-  return list;
-}
-
+// The best of those that the name admits; null where there is none.
 const Choice* find(const char* name) {
-  int count = 0;
-  const Choice* list = choices(&count);
-  for (int i = 0; i < count; ++i) {
-    if (list[i].available && (!std::strcmp(name, "auto") || !std::strcmp(name, list[i].name))) {
-      return &list[i];
+#define ADAROUND_CHOICE(isa, available) {#isa, &isa::kKernels, &isa::kPackingKernels, available},
+  static const Choice choices[] = {ADAROUND_ISAS(ADAROUND_CHOICE)};
+#undef ADAROUND_CHOICE
+  for (auto choice = std::rbegin(choices); choice != std::rend(choices); ++choice) {
+    if (choice->available && (!std::strcmp(name, "auto") || !std::strcmp(name, choice->name))) {
+      return &*choice;
     }
   }
   return nullptr;
@@ -66,11 +43,11 @@ std::atomic<const Choice*>& in_use() {
 
 const char* use_instruction_set(const char* name) {
   if (*name) {
-    const Choice* found = find(name);
-    if (!found) {
+    const Choice* choice = find(name);
+    if (!choice) {
       return "";
     }
-    in_use() = found;
+    in_use() = choice;
   }
   return in_use().load()->name;
 }
@@ -91,12 +68,12 @@ std::string use_instruction_set_op(std::string name) {
 
 template <>
 const Kernels<float>& kernels<float>() {
-  return *in_use().load()->table;
+  return *in_use().load()->kernels;
 }
 
 template <>
 const Kernels<double>& kernels<double>() {
-  return kDoubleKernels;
+  return baseline::kDoubleKernels;
 }
 
 const PackingKernels& packing_kernels() { return *in_use().load()->packing; }

@@ -3,6 +3,8 @@
 // (floats a vector); so there is no include guard, here and in what is included. Everything called
 // here is force-inlined: nothing compiled for one instruction set may be linked into another.
 
+#include "cpu/isa/table.h"
+
 #include "cpu/isa/vec.h"
 
 // After the vectors that they are written in.
@@ -33,6 +35,7 @@ constexpr Kernels<T> table() {
       tabu_row<V, T>};
 }
 
-constexpr PackingKernels packing_table() { return {pack, unpack, arrange, linear_tile}; }
+const Kernels<float> kKernels = table<Vec, float>();
+const PackingKernels kPackingKernels = {pack, unpack, arrange, linear_tile};
 
 }  // namespace adaround_ext::cpu::ADAROUND_ISA

@@ -162,11 +162,36 @@ struct PackingKernels {
   void (*linear_tile)(const LinearTile&);
 };
 
+// The instruction sets that this build has loops for, the best last: X(name, whether this processor
+// has it). double has the baseline's loops only: it serves gradient checks.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define ADAROUND_ISAS(X)                                                               \
+  X(baseline, true)                                                                    \
+  X(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))             \
+  X(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && \
+                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
+#else
+#define ADAROUND_ISAS(X) X(baseline, true)
+#endif
+
+// What isa/NAME.cpp defines.
+#define ADAROUND_DECLARE(isa, available)       \
+  namespace isa {                              \
+  extern const Kernels<float> kKernels;        \
+  extern const PackingKernels kPackingKernels; \
+  }
+ADAROUND_ISAS(ADAROUND_DECLARE)
+#undef ADAROUND_DECLARE
+
+namespace baseline {
+extern const Kernels<double> kDoubleKernels;
+}
+
 // The loops in use. An op asks once, before its threads start: use_instruction_set may be called
 // while it runs.
 const PackingKernels& packing_kernels();
 
-// The same for T. double has the baseline's only: it serves gradient checks.
+// The same for T.
 template <typename T>
 const Kernels<T>& kernels();
 
