@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext.ops.library import check_device
+
+Check = Callable[[str, Any], None]  # of an argument's name and value, for tables of rules
 
 
 def refuse_unknown(kind: type[Any], values: Mapping[str, Any]) -> None:
@@ -48,6 +50,26 @@ def check_number(
     if not finite or not least <= value <= most or (exclusive and value == least):
         bound = f"above {least}" if exclusive else f"at least {least}"
         fail(name, bound if most == float("inf") else f"from {least} to {most}", value)
+
+
+def choice(*choices: str) -> Check:
+    def check(name: str, value: Any) -> None:
+        if value not in choices:
+            fail(name, f"one of {', '.join(choices)}", value)
+
+    return check
+
+
+def integer(least: int, most: int | None = None) -> Check:
+    return lambda name, value: check_int(name, value, least, most)
+
+
+def number(least: float, most: float = float("inf"), exclusive: bool = False) -> Check:
+    return lambda name, value: check_number(name, value, least, most, exclusive)
+
+
+def or_none(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
 
 
 def check_module(model: object) -> None:

@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 from adaround_ext.checks import (
+    Check,
     check_flag,
-    check_int,
     check_number,
+    choice,
     fail,
+    integer,
     nearest_first,
+    number,
+    or_none,
     refuse_unknown,
     suggestion,
 )
@@ -34,27 +38,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 _MAX_SEARCH_STEPS = 1 << 23  # the tabu search counts them in float32
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-Check = Callable[[str, Any], None]
-
-
-def _choice(*choices: str) -> Check:
-    def check(name: str, value: Any) -> None:
-        if value not in choices:
-            fail(name, f"one of {', '.join(choices)}", value)
-
-    return check
-
-
-def _int(least: int, most: int | None = None) -> Check:
-    return lambda name, value: check_int(name, value, least, most)
-
-
-def _number(least: float, most: float = float("inf"), exclusive: bool = False) -> Check:
-    return lambda name, value: check_number(name, value, least, most, exclusive)
-
-
-def _or_none(check: Check) -> Check:
-    return lambda name, value: None if value is None else check(name, value)
 
 
 def _check_scale(name: str, value: Any) -> None:
@@ -94,20 +77,20 @@ def _check_beta(name: str, value: Any) -> None:
 
 # Of each setting by itself.
 _CHECKS: dict[str, Check] = {
-    "preset": _choice("fast", "balanced", "best"),
-    "granularity": _choice("per_tensor", "per_channel", "per_group"),
-    "objective": _choice("auto", "gram", "sampled"),
-    "bias": _choice("refit", "create", "keep"),
-    "products": _choice("auto", "float32", "tf32", "bfloat16"),
-    "bits": _int(2, 8),
-    "batch_size": _int(1),
-    "seed": _int(0, 2**63 - 1),
-    "positions": _or_none(_int(1)),
-    "group_size": _or_none(_int(1)),
-    "scale_candidates": _or_none(_int(1)),
-    "steps": _or_none(_int(0)),
-    "search_steps": _or_none(_int(0, _MAX_SEARCH_STEPS)),
-    "rounds": _or_none(_int(0)),
+    "preset": choice("fast", "balanced", "best"),
+    "granularity": choice("per_tensor", "per_channel", "per_group"),
+    "objective": choice("auto", "gram", "sampled"),
+    "bias": choice("refit", "create", "keep"),
+    "products": choice("auto", "float32", "tf32", "bfloat16"),
+    "bits": integer(2, 8),
+    "batch_size": integer(1),
+    "seed": integer(0, 2**63 - 1),
+    "positions": or_none(integer(1)),
+    "group_size": or_none(integer(1)),
+    "scale_candidates": or_none(integer(1)),
+    "steps": or_none(integer(0)),
+    "search_steps": or_none(integer(0, _MAX_SEARCH_STEPS)),
+    "rounds": or_none(integer(0)),
     "symmetric": check_flag,
     "narrow_range": check_flag,
     "refine": check_flag,
@@ -116,11 +99,11 @@ _CHECKS: dict[str, Check] = {
     "scale": _check_scale,
     "scale_dtype": _check_scale_dtype,
     "activation": _check_activation,
-    "starts": _or_none(_check_starts),
-    "damping": _or_none(_number(0.0)),
-    "learning_rate": _or_none(_number(0.0, exclusive=True)),
-    "reg_weight": _or_none(_number(0.0)),
-    "warmup": _number(0.0, 1.0),
+    "starts": or_none(_check_starts),
+    "damping": or_none(number(0.0)),
+    "learning_rate": or_none(number(0.0, exclusive=True)),
+    "reg_weight": or_none(number(0.0)),
+    "warmup": number(0.0, 1.0),
     "beta": _check_beta,
 }
 
@@ -272,14 +255,31 @@ class AdaRoundConfig:
         return ACTIVATIONS[self.activation] if isinstance(self.activation, str) else self.activation
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON. A callable activation has none: ValueError."""
+        """Plain values for JSON.
+
+        Returns:
+            A dict with a value for each setting.
+
+        Raises:
+            ValueError: The activation is a callable, which has none.
+        """
         if self.activation is not None and not isinstance(self.activation, str):
             fail("activation", "a name, to be written to a dict", self.activation)
         return _plain(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AdaRoundConfig:
-        """The inverse of :meth:`to_dict`; unknown keys are refused with ValueError."""
+        """The inverse of :meth:`to_dict`.
+
+        Args:
+            values: Settings by name; those that are missing have their defaults.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ValueError: A key is unknown, or a value not allowed.
+        """
         refuse_unknown(cls, values)
         values = dict(values)
         if isinstance(values.get("scale"), list):

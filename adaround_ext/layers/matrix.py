@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from adaround_ext.layers.positions import draw_positions, tiles_of
 from adaround_ext.linalg.tiles import TileSize
 
 # 32 MiB of float32: little next to a model, enough for a matrix product at full speed; 512 MiB on a
@@ -131,7 +132,7 @@ class MatrixLayer:
         if positions is not None and positions < prod(size):
             if generator is None:
                 raise ValueError("generator must be given to draw positions, got None")
-            drawn = _draw(len(x), prod(size), positions, generator).to(x.device)
+            drawn = draw_positions(len(x), prod(size), positions, generator).to(x.device)
         return self._chunks(x.detach(), None if outputs is None else outputs.detach(), size, drawn)
 
     def _chunks(
@@ -143,12 +144,12 @@ class MatrixLayer:
         elements = MAX_CHUNK_ELEMENTS.on(x.device)
         padded = max(1, elements // (self._channels * prod(self._padded_size(x))))
         most = min(elements // (self.groups * self.cols), padded * prod(lengths[1:]))
-        batches, *blocks = _cut(lengths, most)
+        batches, *tiles = tiles_of(lengths, most)
         for batch in batches:
             windows = self._windows(x[batch])
             targets = None if outputs is None else outputs[batch].transpose(0, 1)
-            for block in product(*blocks):
-                where: tuple[slice | Tensor, ...] = (slice(None), *block)
+            for tile in product(*tiles):
+                where: tuple[slice | Tensor, ...] = (slice(None), *tile)
                 if drawn is not None:
                     flat = drawn[batch][where]
                     sample = torch.arange(len(flat), device=flat.device).unsqueeze(1)
@@ -266,27 +267,6 @@ class _ConvTranspose(_Conv):
         return grouped.flatten(0, 1).flip(*range(2, weight.dim()))
 
 
-def _draw(samples: int, count: int, kept: int, generator: torch.Generator) -> Tensor:
-    """Indices [samples, kept] below count, distinct and ascending in each row."""
-    drawn = torch.empty(samples, kept, dtype=torch.int64, device=generator.device)
-    for row in drawn:
-        row.copy_(torch.randperm(count, generator=generator, device=generator.device)[:kept])
-    return drawn.sort().values
-
-
-def _cut(lengths: Sequence[int], most: int) -> list[list[slice]]:
-    """Slices of each dimension, whose blocks have at most `most` elements, or one.
-
-    Earlier dimensions are cut first, so in row-major order each block is one run.
-    """
-    cuts: list[list[slice]] = []
-    for length in reversed(lengths):
-        step = max(1, min(length, most))
-        most //= step
-        cuts.insert(0, [slice(start, start + step) for start in range(0, length, step)])
-    return cuts
-
-
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -314,17 +294,19 @@ def matrix_layer(layer: nn.Module) -> MatrixLayer:
         got = "a meta tensor" if weight.is_meta else f"shape {list(weight.shape)}"
         raise ValueError(f"layer must have a weight that holds data, got {got}")
     if isinstance(layer, nn.Linear):
-        made = MatrixLayer(layer, layer.out_features, layer.in_features)
+        matrix = MatrixLayer(layer, layer.out_features, layer.in_features)
     else:
-        made = _ConvTranspose(layer) if isinstance(layer, _CONV_TRANSPOSE) else _Conv(layer)
-    _check_shapes(made)
-    return made
+        matrix = _ConvTranspose(layer) if isinstance(layer, _CONV_TRANSPOSE) else _Conv(layer)
+    _check_shapes(matrix)
+    return matrix
 
 
-def _check_shapes(made: MatrixLayer) -> None:
+def _check_shapes(matrix: MatrixLayer) -> None:
     """A parameter may have been replaced by one that the layer's own sizes do not know of."""
-    wanted = made.weight_from_matrix(torch.empty(made.rows, made.cols, device="meta")).shape
-    for name, found, shape in (("weight", made.weight, wanted), ("bias", made.bias, (made.rows,))):
-        if found is not None and found.shape != shape:
+    by_sizes = torch.empty(matrix.rows, matrix.cols, device="meta")
+    shapes = {"weight": matrix.weight_from_matrix(by_sizes).shape, "bias": (matrix.rows,)}
+    for name, shape in shapes.items():
+        tensor = matrix.weight if name == "weight" else matrix.bias
+        if tensor is not None and tensor.shape != shape:
             rule = f"layer must have a {name} of shape {list(shape)}, as its sizes say"
-            raise ValueError(f"{rule}, got {list(found.shape)}")
+            raise ValueError(f"{rule}, got {list(tensor.shape)}")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaround_ext.layers import matrix as layers
+from adaround_ext.layers import matrix as matrix_module
 from adaround_ext.layers.matrix import MatrixLayer, matrix_layer
 from adaround_ext.linalg.tiles import TileSize
 
@@ -196,7 +196,7 @@ def test_chunks_are_bounded_and_in_order(
     layer, form, x = make(name, device)
     x, y = form.samples(x), form.output_samples(layer(x))
     whole = joined(list(form.patches(x, y)))
-    monkeypatch.setattr(layers, "MAX_CHUNK_ELEMENTS", TileSize(most, most))
+    monkeypatch.setattr(matrix_module, "MAX_CHUNK_ELEMENTS", TileSize(most, most))
     chunks = list(form.patches(x, y))
     assert all(patches.numel() <= max(most, form.groups * form.cols) for patches, _ in chunks)
     assert all(torch.equal(a, b) for a, b in zip(joined(chunks), whole, strict=True))
@@ -207,12 +207,12 @@ def test_chunks_cut_samples_before_rows(
 ) -> None:
     form = matrix_layer(nn.Conv2d(1, 1, 1))
     x = torch.zeros(5, 1, 4, 6, device=device)
-    monkeypatch.setattr(layers, "MAX_CHUNK_ELEMENTS", TileSize(2 * 24, 2 * 24))
+    monkeypatch.setattr(matrix_module, "MAX_CHUNK_ELEMENTS", TileSize(2 * 24, 2 * 24))
     assert [patches.shape[-1] for patches, _ in form.patches(x)] == [48, 48, 24]
     # Drawn positions are few, but no more of the input is padded at a time.
     drawn = form.patches(x, positions=1, generator=torch.Generator())
     assert [patches.shape[-1] for patches, _ in drawn] == [2, 2, 1]
-    monkeypatch.setattr(layers, "MAX_CHUNK_ELEMENTS", TileSize(20, 20))
+    monkeypatch.setattr(matrix_module, "MAX_CHUNK_ELEMENTS", TileSize(20, 20))
     assert [patches.shape[-1] for patches, _ in form.patches(x)] == [18, 6] * 5
 
 
@@ -231,7 +231,7 @@ def test_positions(
     layer, form, x = make(name, device)
     x, y = form.samples(x), form.output_samples(layer(x))
     everything, _ = joined(list(form.patches(x, y)))
-    monkeypatch.setattr(layers, "MAX_CHUNK_ELEMENTS", TileSize(most, most))
+    monkeypatch.setattr(matrix_module, "MAX_CHUNK_ELEMENTS", TileSize(most, most))
 
     def draw(seed: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed)

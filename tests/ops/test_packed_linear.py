@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaround_ext import ops, reference
-from adaround_ext.ops import _linear_of_parts, pack_bits, packed_linear
+from adaround_ext.ops import pack_bits, packed_linear
+from adaround_ext.ops.packing import _linear_of_parts
 from tests.support.helpers import (
     ARGUMENT_ERROR,
     instruction_set,  # noqa: F401  a fixture

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adaround_ext import LayerResult, optimize_layer
-from adaround_ext.process import one_thread as lone_threads
+from adaround_ext.process import one_thread
 from adaround_ext.process.one_thread import on_one_thread
 from tests.support.global_state import unchanged
 from tests.support.helpers import threads
@@ -104,7 +104,7 @@ def process_threads() -> tuple[int, str]:
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_the_numbers_of_threads_stay(count: int) -> None:
-    lone_threads._pool.cache_clear()  # so that threads start within
+    one_thread._pool.cache_clear()  # so that threads start within
     with threads(count):
         before = process_threads()
         assert before[0] == count

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from adaround_ext import AdaRoundConfig, optimize_layer
 from adaround_ext.grid import make_grid
 from adaround_ext.layers.matrix import matrix_layer
-from adaround_ext.rounding import optimize as reconstruct
+from adaround_ext.rounding import optimize
 from tests.layers.test_inputs import WatchedStream
 from tests.support.problems import (
     assert_no_row_is_worse,
@@ -207,7 +207,7 @@ def test_no_price_leaves_the_exact_objective(
         return problems
 
     for name in ("gram", "sampled"):
-        monkeypatch.setattr(reconstruct, f"_{name}_problems", take(name))
+        monkeypatch.setattr(optimize, f"_{name}_problems", take(name))
     layer = nn.Linear(cols, 64)
     x = torch.zeros(()).expand(shape)  # takes no memory
     for settings, objective in (

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from adaround_ext import AdaRoundConfig, LayerResult, optimize_layer
 from adaround_ext.presets import settings
-from adaround_ext.rounding import gram_solver
-from adaround_ext.rounding import search as refine
+from adaround_ext.rounding import gram_solver, search
 from tests.support.problems import (
     LAYERS,
     assert_no_row_is_worse,
@@ -183,7 +182,7 @@ def test_each_round_searches_on_other_walks(
 
     def search_all(*arguments: Any) -> Any:
         drawn.append(arguments[-1])
-        return refine.search_all(*arguments)
+        return search.search_all(*arguments)
 
     monkeypatch.setattr(gram_solver, "search_all", search_all)
     layer, x = make_layer("linear", device)

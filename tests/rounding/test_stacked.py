@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from adaround_ext import AdaRoundConfig, LayerResult, optimize_layer, quantize_
 from adaround_ext.layers.matrix import matrix_layer
 from adaround_ext.linalg.tiles import TileSize
-from adaround_ext.model import solve_units as shared_work
+from adaround_ext.model import solve_units
 from adaround_ext.rounding import gram_problem, stacked
 from adaround_ext.rounding.gram_problem import GramProblem, gram_problems
 from adaround_ext.rounding.solution import Quadratic
@@ -126,7 +126,7 @@ def test_alike_layers_of_a_model(device: torch.device, monkeypatch: pytest.Monke
         calls.append(len(problems))
         return solve(problems, *args)
 
-    monkeypatch.setattr(shared_work, "solve", counted)
+    monkeypatch.setattr(solve_units, "solve", counted)
     settings: dict[str, Any] = {"preset": "fast", "mode": "parallel", "progress": False}
     report = quantize_(model, [torch.randn(50, 8).to(device)], **settings)
     assert [entry.name for entry in report.layers] == ["0", "1", "2", "3", "4"]

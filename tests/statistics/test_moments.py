@@ -12,7 +12,7 @@ from adaround_ext import optimize_layer
 from adaround_ext.layers.inputs import batches
 from adaround_ext.layers.matrix import matrix_layer
 from adaround_ext.linalg.products import fixed_bmm
-from adaround_ext.statistics import segment as segment_sums
+from adaround_ext.statistics import segment
 from adaround_ext.statistics.moments import GramStatistics
 
 # name: (layer, shape of the inputs, a cut of them). The cuts end within, at and beyond the fixed
@@ -253,7 +253,7 @@ def test_as_many_digits_as_the_data_have(
         seen.add(torch.get_float32_matmul_precision())
         return fixed_bmm(*given)
 
-    monkeypatch.setattr(segment_sums, "fixed_bmm", watched)
+    monkeypatch.setattr(segment, "fixed_bmm", watched)
     layer = nn.Linear(16, 4).to(device, dtype)
     x = torch.randn(50, 16).to(device, dtype)
     y = layer(1.1 * x).detach() if targets else None
