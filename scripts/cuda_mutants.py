@@ -22,9 +22,9 @@ CUDA_MUTANTS = [
     ),
     Mutant(
         "proposals are compared before all warps have one",
-        "csrc/cuda/refine.cu",
-        "    keys[threadIdx.x / 32] = key;\n  }\n  __syncthreads();\n",
-        "    keys[threadIdx.x / 32] = key;\n  }\n",
+        "csrc/cuda/argmin.cuh",
+        "    of_warps[threadIdx.x / 32] = key;\n  }\n  __syncthreads();\n",
+        "    of_warps[threadIdx.x / 32] = key;\n  }\n",
         "refine",
     ),
     Mutant(
@@ -72,8 +72,8 @@ CUDA_MUTANTS = [
     Mutant(
         "the cheapest step is taken before all warps have one",
         "csrc/cuda/argmin.cuh",
-        "  __syncthreads();\n",
-        "",
+        "    of_warps[threadIdx.x / 32] = of_warp;\n  }\n  __syncthreads();\n",
+        "    of_warps[threadIdx.x / 32] = of_warp;\n  }\n",
         "tabu_search",
     ),
     Mutant(

@@ -1,5 +1,6 @@
-// The cheapest of the changes of a code that the threads of a block propose: the first column's
-// where several cost the same, so it does not depend on how columns are dealt out to threads.
+// Argmin over a block: of the changes of a code that its threads propose the first, and the
+// cheapest. The first column's where several cost the same, so neither depends on how columns are
+// dealt out to threads.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -60,6 +61,23 @@ __device__ __forceinline__ Key cheapest(const Candidate& own, Key* of_warps) {
   __syncthreads();
   const bool there = lane < static_cast<int>(blockDim.x / 32);
   return warp_cheapest(there ? of_warps[lane] : Key{kNoMove, kNoMove});
+}
+
+// The first proposal of the block, for every thread: the least key where the keys of a warp, but
+// for kNoMove, rise with the lane. `of_warps` may not be that of the call before: a slow thread may
+// still be reading it.
+__device__ __forceinline__ uint32_t first_move(uint32_t key, uint32_t* of_warps) {
+  const unsigned mask = __ballot_sync(0xffffffffu, key != kNoMove);
+  const int first_lane = mask ? __ffs(static_cast<int>(mask)) - 1 : 0;
+  if (static_cast<int>(threadIdx.x % 32) == first_lane) {
+    of_warps[threadIdx.x / 32] = key;
+  }
+  __syncthreads();
+  uint32_t first = kNoMove;
+  for (int warp = 0; warp < static_cast<int>(blockDim.x / 32); ++warp) {
+    first = min(first, of_warps[warp]);
+  }
+  return first;
 }
 
 }  // namespace adaround_ext::cuda

@@ -7,6 +7,7 @@
 #include <climits>
 
 #include "arguments/search.h"
+#include "cuda/argmin.cuh"
 #include "cuda/working_memory.cuh"
 #include "math/search.h"
 
@@ -21,11 +22,10 @@ constexpr int kMaxBlocks = 6;  // at once on a processor of those: the registers
 
 // A proposal to change a column's code, by at most 255 up or down, with the thread in front: the
 // least proposal is that of the first column.
-constexpr uint32_t kNone = 0xffffffffu;
 constexpr int kChangeBits = 9;
 constexpr int kChangeOffset = 255;
 
-// The least proposal of every warp, for two calls of least() in turn.
+// The first proposal of every warp, for two calls of first_move() in turn.
 using Keys = uint32_t[2][kMaxThreads / 32];
 
 template <typename code_t>
@@ -55,22 +55,6 @@ struct Row {
   const float* scale;
 };
 
-// The least proposal of the block, for every thread. `keys` may not be those of the call before: a
-// slow thread may still be reading them.
-__device__ __forceinline__ uint32_t least(uint32_t key, uint32_t* keys) {
-  const unsigned mask = __ballot_sync(0xffffffffu, key != kNone);
-  const int first_lane = mask ? __ffs(static_cast<int>(mask)) - 1 : 0;
-  if (static_cast<int>(threadIdx.x % 32) == first_lane) {
-    keys[threadIdx.x / 32] = key;
-  }
-  __syncthreads();
-  uint32_t result = kNone;
-  for (int warp = 0; warp < static_cast<int>(blockDim.x / 32); ++warp) {
-    result = min(result, keys[warp]);
-  }
-  return result;
-}
-
 template <bool kShared, typename code_t>
 __device__ __forceinline__ float curvature_of(
     const RefinePointers<code_t>& s, const Row<code_t>& row, int j) {
@@ -85,13 +69,13 @@ template <bool kShared, typename code_t>
 __device__ __forceinline__ uint32_t
 propose(const RefinePointers<code_t>& s, const Row<code_t>& row, int j) {
   if (j >= s.cols) {
-    return kNone;
+    return kNoMove;
   }
   const float old_code = static_cast<float>(row.codes[j]);
   const float code =
       refined_code(old_code, row.residual[j], curvature_of<kShared>(s, row, j), s.qmin, s.qmax);
   if (code == old_code) {
-    return kNone;
+    return kNoMove;
   }
   const int change = static_cast<int>(code - old_code);
   return threadIdx.x << kChangeBits | static_cast<uint32_t>(change + kChangeOffset);
@@ -139,9 +123,9 @@ __device__ __forceinline__ void refine_row(
     bool changed = false;
     for (int start = 0; start < s.cols;) {
       const int column = start + static_cast<int>(threadIdx.x);
-      const uint32_t key = least(propose<kShared>(s, row, column), keys[turn]);
+      const uint32_t key = first_move(propose<kShared>(s, row, column), keys[turn]);
       turn ^= 1;
-      if (key == kNone) {
+      if (key == kNoMove) {
         start += static_cast<int>(blockDim.x);
         continue;
       }
