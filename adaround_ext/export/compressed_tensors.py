@@ -152,8 +152,9 @@ def obstacle(layer: QuantizedLayer, dtype: torch.dtype) -> str | None:
         got = f"got {weight_dtype} in a model of {dtype}"
         return f"{rule}, {got}; convert the model before it is quantized"
     if not torch.equal(layer.weight.scale.to(dtype).float(), layer.weight.scale):
-        rule = f"its scales must be exact in {dtype}, the loader's"
-        return f"{rule}: quantize with scale_dtype={dtype}"
+        return (
+            f"its scales must be exact in {dtype}, the loader's: quantize with scale_dtype={dtype}"
+        )
     return None
 
 
