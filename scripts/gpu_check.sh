@@ -37,7 +37,7 @@ if wanted sanitizers; then # the op tests alone, all tools at once: kernels are 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --target-processes all \
       --error-exitcode 9 "$python" -m pytest -q -x -n "$((cores > 0 ? cores : 1))" \
       -k "cuda and baseline and (sizes or refine or gptq or tabu) and not long" \
-      tests/test_{ops,rounding_step,refine,gptq,tabu_search,packing,packed_linear}.py \
+      tests/ops/test_{ops,rounding_step,refine,gptq,tabu_search,packing,packed_linear}.py \
       >"$out/$tool.log" 2>&1 && echo "$tool: clean" || echo "$tool: status $?, see $out/$tool.log" &
   done
   wait
