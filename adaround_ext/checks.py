@@ -15,6 +15,8 @@ from adaround_ext.ops.library import check_device
 
 Check = Callable[[str, Any], None]  # of an argument's name and value, for tables of rules
 
+_LEAST_LIKENESS = 0.6  # of a name that is suggested; as difflib itself has it
+
 
 def refuse_unknown(kind: type[Any], values: Mapping[str, Any]) -> None:
     """ValueError for a key that is no field of the dataclass ``kind``."""
@@ -96,15 +98,12 @@ def check_devices(model: nn.Module, device: torch.device | None = None) -> None:
 def device_here(device: torch.device | str) -> torch.device:
     """``device`` as torch knows it, ValueError where there is none that holds data."""
     try:
-        found = torch.empty(1, device=device).device
+        indexed = torch.empty(1, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f"device must be one of this machine, got {device!r}: {error}") from error
-    if found.type == "meta":
+    if indexed.type == "meta":
         raise ValueError(f"device must hold data, got {device!r}")
-    return found
-
-
-_LEAST = 0.6  # as difflib itself has it
+    return indexed
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
@@ -121,7 +120,9 @@ def nearest_first(name: str, names: Iterable[str]) -> list[str]:
 def suggestion(name: str, names: Iterable[str]) -> str:
     """ "did you mean ...?" with the name that is spelt most like it; "" where none is."""
     first = nearest_first(name, names)[:1]
-    return f"did you mean {first[0]}?" if first and _alike(name, first[0]) >= _LEAST else ""
+    return (
+        f"did you mean {first[0]}?" if first and _alike(name, first[0]) >= _LEAST_LIKENESS else ""
+    )
 
 
 def _alike(name: str, other: str) -> float:
@@ -176,5 +177,5 @@ def has_finite_sum(value: Tensor) -> Tensor:
     return torch.isfinite(value.sum(dtype=torch.promote_types(value.dtype, torch.float32)))
 
 
-def infinite(argument: str, name: str, found: str) -> ValueError:
-    return ValueError(f"{argument} of {name} must be finite, got {found}")
+def infinite(argument: str, name: str, values: str) -> ValueError:
+    return ValueError(f"{argument} of {name} must be finite, got {values}")

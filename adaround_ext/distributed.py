@@ -105,24 +105,24 @@ class Ranks:
         if self.size == 1:
             return [make()]
         try:
-            made = make()
+            value = make()
         except Exception as caught:
             return self._agree(what, caught, None)
-        return self._agree(what, None, made)
+        return self._agree(what, None, value)
 
     def from_first(self, what: str, make: Callable[[], T]) -> T:
         """What the first rank makes, at all ranks."""
         return self.exchange(what, lambda: make() if self.first else None)[0]  # type: ignore[return-value]
 
-    def _agree(self, what: str, error: Exception | None, made: Any) -> list[Any]:
+    def _agree(self, what: str, error: Exception | None, value: Any) -> list[Any]:
         text = None if error is None else f"{type(error).__name__}: {error}"
-        told = self.gather((text, made), what)
+        outcomes = self.gather((text, value), what)
         if error is not None:
             raise error
-        for rank, (other, _) in enumerate(told):
+        for rank, (other, _) in enumerate(outcomes):
             if other is not None:
                 raise RuntimeError(f"rank {rank} stopped during {what}: {other}")
-        return [own for _, own in told]
+        return [local for _, local in outcomes]
 
     def same(self, values: Mapping[str, object]) -> None:
         """ValueError, naming what differs, unless all ranks have these values."""
@@ -146,15 +146,15 @@ class Ranks:
         if self.size == 1:
             return [value]
         plain, data = _packed(value)
-        own = torch.cat([head.to(self.device) for head in (plain, *data)])
-        sizes = self._all(what, torch.tensor([len(plain), len(own)], device=self.device))
+        local = torch.cat([head.to(self.device) for head in (plain, *data)])
+        sizes = self._all(what, torch.tensor([len(plain), len(local)], device=self.device))
         ends = [tuple(map(int, size)) for size in sizes]
         longest = max(end for _, end in ends)
-        padded = torch.cat([own, own.new_zeros(longest - len(own))])
-        found = [flat.cpu() for flat in self._all(what, padded)]
+        padded = torch.cat([local, local.new_zeros(longest - len(local))])
+        gathered = [flat.cpu() for flat in self._all(what, padded)]
         return [
             _Unpickler(flat[:head], flat[head:end]).load()
-            for flat, (head, end) in zip(found, ends, strict=True)
+            for flat, (head, end) in zip(gathered, ends, strict=True)
         ]
 
     def all_to_all(self, values: Tensor, counts: Sequence[int], size: int) -> Tensor:
@@ -176,9 +176,9 @@ class Ranks:
         self._call("statistics", dist.all_reduce, values)
 
     def _all(self, what: str, values: Tensor) -> list[Tensor]:
-        found = [torch.empty_like(values) for _ in range(self.size)]
-        self._call(what, dist.all_gather, found, values)
-        return found
+        gathered = [torch.empty_like(values) for _ in range(self.size)]
+        self._call(what, dist.all_gather, gathered, values)
+        return gathered
 
     def _call(self, what: str, function: Callable[..., object], *arguments: object) -> None:
         try:
@@ -237,9 +237,9 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, key: tuple[tuple[int, ...], torch.dtype]) -> Tensor:
         shape, dtype = key
-        own, self._data = self._data.tensor_split([torch.Size(shape).numel() * dtype.itemsize])
+        first, self._data = self._data.tensor_split([torch.Size(shape).numel() * dtype.itemsize])
         # A copy: bytes of another dtype may begin at any address here.
-        return own.clone().view(dtype).view(shape)
+        return first.clone().view(dtype).view(shape)
 
 
 def _packed(value: object) -> tuple[Tensor, list[Tensor]]:
