@@ -112,7 +112,7 @@ _CHECKS: dict[str, Check] = {
 class AdaRoundConfig:
     """Settings of one layer's reconstruction; names as in the paper and its implementations.
 
-    Of the settings marked *, None takes the preset's value (docs/tuning.md has the measurements).
+    Of the settings marked (*) None takes the preset's value (docs/tuning.md has the measurements).
     Settings of a part that does not run for a layer have no effect; the report says which ran.
 
     Attributes:
@@ -126,7 +126,7 @@ class AdaRoundConfig:
         scale: "gram" (the scale, and zero point, of least output error; where the objective is
             sampled, "mse"), "mse" (of least squared weight error), "min_max" or a tensor: [1, 1]
             for per_tensor, else [rows or 1, n_groups] or, without groups, [rows].
-        scale_candidates: * How many scales "gram" tries for each row, all but a few near the best
+        scale_candidates: (*) How many scales "gram" tries for each row, all but a few near the best
             so far.
         scale_dtype: The dtype that scales are stored in; they are rounded to it before they are
             used, and the report notes where that costs digits.
@@ -141,14 +141,14 @@ class AdaRoundConfig:
             objective looks at; None is all.
         damping: Share of the median of G's diagonal that is added to the diagonal, against
             overfitting; None is 5 / sqrt(positions seen), at most 0.3.
-        starts: * Which solutions the search of the Gram objective starts from, of "nearest", "gptq"
-            and "adaround"; the best is taken row by row.
+        starts: (*) Which solutions the search of the Gram objective starts from, of "nearest",
+            "gptq" and "adaround"; the best is taken row by row.
         refine: Coordinate descent over the whole grid, until no single change of a code helps;
             without it there is no tabu search either. For the Gram objective.
-        search_steps: * Of the tabu search, a row. For the Gram objective.
-        rounds: * How often scales are then refitted and the search repeated. For the Gram
+        search_steps: (*) Of the tabu search, a row. For the Gram objective.
+        rounds: (*) How often scales are then refitted and the search repeated. For the Gram
             objective.
-        steps: * Of the annealing of AdaRound.
+        steps: (*) Of the annealing of AdaRound.
         batch_size: Samples a step of the sampled objective; of a linear layer a sample is 32
             tokens, whatever the shape of its inputs.
         learning_rate: Of the annealing; None takes the objective's measured default.

@@ -95,7 +95,7 @@ def build_info() -> dict[str, Any]:
     """What was compiled and what of it is in use.
 
     Returns:
-        A dict: ``version``, ``compiler``, ``torch_built_with``, ``instruction_sets`` and
+        A dict of ``version``, ``compiler``, ``torch_built_with``, ``instruction_sets`` and
         ``cuda_architectures`` compiled for (``cuda_toolkit`` is empty where CUDA was not built),
         and in use here: ``torch``, ``instruction_set`` of the CPU kernels, ``cuda_loaded``.
     """
