@@ -149,7 +149,7 @@ def describe_value(value: Any) -> str:
 
 
 def check(argument: str, value: object, device: torch.device, name: str) -> Tensor:
-    """The tensor without its graph; see :func:`batches` for what is refused."""
+    """The tensor without its graph; see ``layers.inputs.batches`` for what is refused."""
     tensor = check_kind(argument, value, device)
     # One cheap pass: a sum is finite unless a value is not, or it overflows: then none is counted.
     if not bool(has_finite_sum(tensor)):

@@ -1,4 +1,4 @@
-"""Presets and the objective: what fills in where a setting is None or "auto"."""
+"""Presets: starts, steps and candidates where a setting is None; the objective where "auto"."""
 
 from __future__ import annotations
 

@@ -3,9 +3,9 @@
 A residual and a depthwise-separable network with BatchNorm are trained here with several seeds and
 quantized with the first 512 training images as calibration: to the nearest value of the grid of
 least squared weight error, by the paper's AdaRound in plain PyTorch
-(benchmarks/reference_model.py), and by quantize_ with the presets "fast" and "balanced". All layers
-are quantized, the first and the last as well. The error is that of the logits, relative, on the
-788 training images that are not calibration.
+(benchmarks/model/reference_model.py), and by quantize_ with the presets "fast" and "balanced". All
+layers are quantized, the first and the last as well. The error is that of the logits, relative, on
+the 788 training images that are not calibration.
 
 The paper's 10,000 steps a layer would take hours here, so the reference has 1500 steps with
 Adam's learning rate at 1e-1, batches of 32 and the paper's other settings. Chosen by the error on

@@ -1,4 +1,4 @@
-"""Arguments of a model as ``torch.export`` takes them: their order, their names, their sizes.
+"""Arguments of a model as ``torch.export`` takes them, for all formats: order, names, sizes.
 
 A model's positional and keyword arguments are bound to the parameters of its ``forward``; every
 leaf of what is bound has a name, and dimensions that may change are marked. The exports to ONNX,

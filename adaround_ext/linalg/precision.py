@@ -1,6 +1,6 @@
 """Precision of products: while a layer is solved float32 means float32, whatever is set outside.
 
-What is set for that is the process's, so one thread at a time has it: see turns.py.
+What is set for that is the process's, so one thread at a time has it: see process/turns.py.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from adaround_ext.distributed import ALONE
 from adaround_ext.export.goal.goal import Goal
 from adaround_ext.linalg.precision import full_precision
 from adaround_ext.mixed_precision.assign import check_budget
-from adaround_ext.mixed_precision.network import network_errors
+from adaround_ext.mixed_precision.network_errors import network_errors
 from adaround_ext.mixed_precision.result import Errors, Sensitivity
 from adaround_ext.model.collector import Collector
 from adaround_ext.model.solve_units import alike_batches, problems_of

@@ -1,4 +1,4 @@
-"""Replay of a model up to some layers, with finished blocks replaced by their recordings.
+"""Replay: which passes of a model, up to which layers, with finished blocks replaced (run.py).
 
 A block whose layers are all done never runs again: its outputs were recorded, for each batch and
 each stream, and stand for it, while the model's own code between the blocks runs as always. Where

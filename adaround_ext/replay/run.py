@@ -1,4 +1,4 @@
-"""One pass over all batches, and one run of the model on one of them."""
+"""Runs of the model in which finished blocks are replaced by recordings, and passes of runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A walk through a model's blocks: what is recorded, and how far it is, from pass to pass."""
+"""State of a walk through a model's blocks: what is recorded, and how far it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Discrete search over the whole grid: AdaRound may only choose between floor and ceil."""
+"""Discrete search over the whole grid, where AdaRound may only choose floor or ceil."""
 
 from __future__ import annotations
 

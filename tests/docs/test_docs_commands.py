@@ -156,6 +156,16 @@ def test_links_lead_somewhere(name: str) -> None:
             assert anchor in _anchors(file.read_text(encoding="utf-8")), f"{name} leads to {link}"
 
 
+@pytest.mark.parametrize("name", _NAMES)
+def test_names_stand_in_the_files_that_they_lead_to(name: str) -> None:
+    text = documents.read(name)
+    for shown, path in re.findall(r"\[`([\w.]+)`\]\(([\w./]+\.(?:py|h|cu|cpp))\)", text):
+        file = (documents.ROOT / name).parent / path
+        if "/" not in shown and shown != path and not shown.endswith(file.suffix):
+            last = shown.rpartition(".")[2]
+            assert re.search(rf"\b{last}\b", file.read_text(encoding="utf-8")), f"{shown}: {path}"
+
+
 def test_public_names_have_a_page() -> None:
     pages = "".join(path.read_text() for path in (documents.ROOT / "docs/api").glob("*.rst"))
     names = [f"adaround_ext.{name}" for name in adaround_ext.__all__]

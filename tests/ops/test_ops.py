@@ -1,4 +1,4 @@
-"""The quantization ops against reference.py in float64: values, layouts, sizes, same bits."""
+"""The quantization ops against the reference in float64: values, layouts, sizes, same bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the ops do exactly on the kinks of AdaRound's functions, on CPU, CUDA and in reference.py.
+"""What the ops do exactly on the kinks of AdaRound's functions, on CPU, CUDA and in the reference.
 
 With weight = qmin = 0 and scale 1, weight_q is h(V) itself.
 """

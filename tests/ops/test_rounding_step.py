@@ -1,4 +1,4 @@
-"""rounding_step_ against reference.py in float64 and against torch.optim.Adam."""
+"""rounding_step_ against the reference in float64 and against torch.optim.Adam."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""reference.py against values worked out by hand from the paper."""
+"""adaround_ext.reference against values worked out by hand from the paper."""
 
 from __future__ import annotations
 

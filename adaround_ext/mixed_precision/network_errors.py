@@ -31,7 +31,7 @@ def network_errors(
     """||f(x; W_q) - f(x)||^2 / ||f(x)||^2 by layer and width, over the first ``batches``.
 
     padding: of each tensor that the model returns the name of its mask. solutions: codes, scales,
-    zero points and biases by layer and width. Raises ValueError as :func:`sensitivity` has it.
+    zero points and biases by layer and width. Raises ValueError as ``sensitivity`` has it.
     """
     energy = 0.0
     missed: Errors = {target.name: dict.fromkeys(widths, 0.0) for target in targets}
