@@ -38,13 +38,14 @@ __all__ = [
 ]
 __version__ = build_info()["version"]
 
-# Pickles name the module of a class: from here on the place where users find it. Those that are
-# older name the modules below.
+# Pickles name the module of a class: from here on the place where users find it. Older ones, and
+# code of users, may name the modules below.
 for _name in __all__:
     if isinstance(_item := globals()[_name], type):
         _item.__module__ = __name__
 _FORMER = {
     "attachment": "activations.hooks",
+    "export_targets": "export.goal.targets",
     "model_report": "report.model",
     "sensitivity_report": "mixed_precision.result",
     "export.modules": "export.packed.modules",
