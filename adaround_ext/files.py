@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
 import types
 import typing
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _ORDINARY = 0o666
 
@@ -116,6 +121,52 @@ def share_files(folder: Path) -> None:
 def _beside(path: Path, name: str) -> Path:
     """A path nobody uses in the same folder, and so on the same disk: the rename is atomic."""
     return path.with_name(f"{name}.{secrets.token_hex(4)}.part")
+
+
+class JsonFile(ABC):
+    """Results that a JSON file holds, whole or not at all."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, and the format's name."""
+
+    @classmethod
+    @abstractmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`to_dict`."""
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a JSON file, whole or not at all.
+
+        Args:
+            path: The file, which is replaced if it is there; ~ is the home directory.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        write_atomically(path_from(path), self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Reads what :meth:`save` wrote.
+
+        Args:
+            path: The file; ~ is the home directory.
+
+        Raises:
+            ValueError: It is another file.
+            OSError: It cannot be read.
+        """
+        data = path_from(path).read_bytes()
+        try:
+            return cls.from_dict(json.loads(data))
+        except (ValueError, RecursionError) as error:
+            rule = f"a file written by {cls.__name__}.save"
+            raise ValueError(f"{path} must be {rule}: {error}") from error
 
 
 def read_value(hint: Any, value: Any, where: str) -> Any:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from glob import escape
 from math import fsum
 from typing import TYPE_CHECKING, Any
 
-from adaround_ext.files import check_keys, path_from, read_value, write_atomically
+from adaround_ext.files import JsonFile, check_keys, path_from, read_value
 from adaround_ext.mixed_precision.assign import assign_bits, check_budget
 from adaround_ext.report.coverage import FEW
 from adaround_ext.report.text import as_count, as_percent, warning_lines
@@ -29,7 +28,7 @@ _PLAIN = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(JsonFile):
     """What quantizing one layer at a time costs, at several bit widths.
 
     Attributes:
@@ -170,36 +169,6 @@ class Sensitivity:
                 n: dict(zip(bits, errors, strict=True)) for n, errors in read[kind].items()
             }
         return cls(**read)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a JSON file, whole or not at all.
-
-        Args:
-            path: The file, which is replaced if it is there; ~ is the home directory.
-
-        Raises:
-            OSError: It cannot be written.
-        """
-        write_atomically(path_from(path), json.dumps(self.to_dict(), indent=2) + "\n")
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Sensitivity:
-        """Reads what :meth:`save` wrote.
-
-        Args:
-            path: The file; ~ is the home directory.
-
-        Raises:
-            ValueError: It is another file.
-            OSError: It cannot be read.
-        """
-        data = path_from(path).read_bytes()
-        try:
-            return cls.from_dict(json.loads(data))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{path} must be a file written by Sensitivity.save: {error}"
-            ) from error
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """A heat map of ``network``, layers by bits.

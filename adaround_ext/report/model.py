@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from adaround_ext.files import path_from, read_value, write_atomically
+from adaround_ext.files import JsonFile, path_from, read_value, write_atomically
 from adaround_ext.report.records import LayerEntry, ModelNumbers
 from adaround_ext.report.text import as_bytes, as_count, as_percent, as_time, warning_lines
 
@@ -19,7 +18,7 @@ __all__ = ["LayerEntry", "ModelReport"]  # the first: pickles of earlier version
 _FORMAT = "adaround_ext.model_report.1"
 
 
-class ModelReport(ModelNumbers):
+class ModelReport(ModelNumbers, JsonFile):
     """The result of a whole model in numbers.
 
     Attributes:
@@ -63,40 +62,6 @@ class ModelReport(ModelNumbers):
         plain = {name: value for name, value in values.items() if name != "format"}
         report: ModelReport = read_value(cls, plain, "report")
         return report
-
-    def to_json(self) -> str:
-        """:meth:`to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a JSON file, whole or not at all.
-
-        Args:
-            path: The file, which is replaced if it is there; ~ is the home directory.
-
-        Raises:
-            OSError: It cannot be written.
-        """
-        write_atomically(path_from(path), self.to_json() + "\n")
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> ModelReport:
-        """Reads what :meth:`save` wrote.
-
-        Args:
-            path: The file; ~ is the home directory.
-
-        Raises:
-            ValueError: It is another file.
-            OSError: It cannot be read.
-        """
-        data = path_from(path).read_bytes()
-        try:
-            return cls.from_dict(json.loads(data))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{path} must be a file written by ModelReport.save: {error}"
-            ) from error
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """The chart of :meth:`to_html` as a figure: error, share of codes moved, seconds by layer.
