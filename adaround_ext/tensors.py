@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 Terms = TypeVar("Terms", bound="RowTerms")
+TOLERANCE = 1e-4  # of a norm: float32 outputs that are computed in another order
+HALF_TOLERANCE = 1e-2  # 16-bit weights or outputs: every layer's own rounding shows
 _HASHED_BYTES = 1 << 24  # at a time: a large tensor on another device is not copied whole
 
 
@@ -40,10 +42,6 @@ def tensors(tree: object) -> Iterator[Tensor]:
 def version(tensor: Tensor) -> int:
     """How often a tensor was written to; 0 where torch does not count."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-TOLERANCE = 1e-4  # of a norm: float32 outputs that are computed in another order
-HALF_TOLERANCE = 1e-2  # 16-bit weights or outputs: every layer's own rounding shows
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:

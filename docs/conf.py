@@ -37,8 +37,8 @@ maximum_signature_line_length = 100  # longer ones have a line for each argument
 # Names in annotations that have no page: other projects' and private ones.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|nn|dist|collections|os|pathlib|typing)\..*"),
-    ("py:.*", r"adaround_ext\.(layers|export\.quantized_layers)\..*|data\..*"),  # private here
-    ("py:.*", r"Granularity|Start|Errors"),
+    ("py:.*", r"adaround_ext\.(layers|export\.quantized_layers)\..*"),  # private here
+    ("py:.*", r"Granularity|Start|Errors|Data|Targets"),
     ("py:.*", r"Tensor|Any|Literal|Mapping|Sequence|Iterable|Callable|Path|Figure|PreTrained\w+"),
 ]
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from adaround_ext.config import AdaRoundConfig, make_config
-from adaround_ext.layers import inputs as data
+from adaround_ext.layers.inputs import Data, Targets, batches, gather
 from adaround_ext.layers.matrix import MatrixLayer, matrix_layer
 from adaround_ext.linalg.precision import full_precision
 from adaround_ext.ops.library import check_device
@@ -30,16 +30,16 @@ _logger = logging.getLogger("adaround_ext")
 @overload
 def optimize_layer(
     layer: nn.Module,
-    inputs: data.Data,
-    targets: data.Targets | None = None,
+    inputs: Data,
+    targets: Targets | None = None,
     config: AdaRoundConfig | None = None,
     **overrides: Any,
 ) -> LayerResult: ...
 @overload
 def optimize_layer(
     layer: Sequence[nn.Module],
-    inputs: data.Data,
-    targets: data.Targets | None = None,
+    inputs: Data,
+    targets: Targets | None = None,
     config: AdaRoundConfig | None = None,
     **overrides: Any,
 ) -> list[LayerResult]: ...
@@ -47,8 +47,8 @@ def optimize_layer(
 @torch.no_grad()
 def optimize_layer(
     layer: nn.Module | Sequence[nn.Module],
-    inputs: data.Data,
-    targets: data.Targets | None = None,
+    inputs: Data,
+    targets: Targets | None = None,
     config: AdaRoundConfig | None = None,
     **overrides: Any,
 ) -> LayerResult | list[LayerResult]:
@@ -125,26 +125,26 @@ def _name(layers: list[MatrixLayer]) -> str:
 
 def _gram_problems(
     layers: list[MatrixLayer],
-    inputs: data.Data,
-    targets: data.Targets | None,
+    inputs: Data,
+    targets: Targets | None,
     config: AdaRoundConfig,
     reason: str,
 ) -> Iterator[Problem]:
     started = time.perf_counter()
     statistics = GramStatistics(layers, config.positions, config.seed)
-    statistics.collect(data.batches(layers, _name(layers), inputs, targets))
+    statistics.collect(batches(layers, _name(layers), inputs, targets))
     seconds = time.perf_counter() - started
     return gram_problems(layers, statistics, config, reason, seconds)
 
 
 def _sampled_problems(
     layers: list[MatrixLayer],
-    inputs: data.Data,
-    targets: data.Targets | None,
+    inputs: Data,
+    targets: Targets | None,
     config: AdaRoundConfig,
     reason: str,
 ) -> Iterator[Problem]:
     started = time.perf_counter()
-    x, outputs, samples = data.gather(layers, _name(layers), inputs, targets)
+    x, outputs, samples = gather(layers, _name(layers), inputs, targets)
     seconds = time.perf_counter() - started
     return sampled_problems(layers, x, outputs, samples, config, reason, seconds)

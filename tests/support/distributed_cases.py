@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from adaround_ext import ActivationConfig, quantize_
-from adaround_ext.model import solve_units as shared_work
+from adaround_ext.model import solve_units
 from adaround_ext.rounding import gram_solver
 from tests.model.test_quantize import codes
 from tests.support import models
@@ -156,7 +156,7 @@ def differ(group: dist.ProcessGroup, folder: str, difference: str) -> None:
 
 def die(group: dist.ProcessGroup, folder: str, checkpoint: str) -> None:
     """The second rank is gone when it should solve its fifth problem."""
-    solve, left = shared_work.solve, iter(range(4))
+    solve, left = solve_units.solve, iter(range(4))
 
     def until(*given: Any) -> Any:
         if next(left, None) is None:
@@ -164,7 +164,7 @@ def die(group: dist.ProcessGroup, folder: str, checkpoint: str) -> None:
         return solve(*given)
 
     if dist.get_rank() == 1:
-        shared_work.solve = until  # type: ignore[assignment]
+        solve_units.solve = until  # type: ignore[assignment]
     run_case("convolutions", group, checkpoint_dir=checkpoint)
 
 
